@@ -1,0 +1,6 @@
+"""Configuration: frozen dataclasses and the command-line flags made from them. Imports no torch."""
+
+from megatron_midus.config.memory import MemoryConfig
+from megatron_midus.config.model import ModelConfig
+
+__all__ = ["MemoryConfig", "ModelConfig"]

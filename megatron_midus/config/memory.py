@@ -1,0 +1,136 @@
+"""MemoryConfig: the shape and the variant of every Memory block of one model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """Memory blocks (head-wise product-key memory)"""
+
+    memory_variant: Literal["hive", "full", "block"] = "hive"
+    """Value bank: hive = one latent bank shared by the heads of a block and one projection per head; full = one bank
+    per head; block = one product-key memory per block whose head outputs are summed (MIDUS-PKM)."""
+
+    memory_num_keys: int = 64
+    """Sub-keys per half, n. A memory has n * n slots."""
+
+    memory_topk: int = 8
+    """Slots that one head reads for one token, k. At most n."""
+
+    memory_latent_size: int = 32
+    """Width d_l of the latent value bank (variant hive only)."""
+
+    memory_num_heads: int | None = None
+    """Query slices of variant block; the number of attention heads when absent. hive and full always have one memory
+    head per attention head."""
+
+    memory_query_norm: Literal["none", "rms"] = "none"
+    """Normalisation of each head's query before the look-up: none (as in the paper) or rms with a learnable scale."""
+
+    memory_query_temperature: bool = False
+    """Learn one temperature per head that multiplies the scores."""
+
+    memory_score_activation: Literal["softmax", "sigmoid", "relu"] = "softmax"
+    """How the k selected scores become weights."""
+
+    memory_output_projection: Literal["none", "linear", "silu"] = "none"
+    """After the memory: none (paper); linear = m + mixer(m) with a zero-initialised mixer over all heads; silu = each
+    head's output times silu(query @ gate)."""
+
+    memory_key_init: Literal["uniform", "normal", "calibrated"] = "uniform"
+    """Sub-keys at the start: uniform or normal of variance 2 / (3 * d_h), or sampled from the base model's own queries
+    on a calibration text."""
+
+    memory_attention: Literal["attn_prime", "full"] = "attn_prime"
+    """attn_prime = the copied attention without its output projection (paper); full = with it."""
+
+    def __post_init__(self) -> None:
+        if self.memory_num_keys < 1:
+            raise ValueError(f"memory_num_keys={self.memory_num_keys} must be at least 1")
+        if not 1 <= self.memory_topk <= self.memory_num_keys:
+            raise ValueError(
+                f"memory_topk={self.memory_topk} is out of range; choose 1 to memory_num_keys={self.memory_num_keys}"
+            )
+        if self.memory_num_keys**2 > 2**31 - 1:
+            raise ValueError(f"memory_num_keys={self.memory_num_keys} is out of range; choose at most 46340")
+        if self.memory_latent_size < 1:
+            raise ValueError(f"memory_latent_size={self.memory_latent_size} must be at least 1")
+        if self.memory_num_heads is not None and self.memory_variant != "block":
+            raise ValueError(
+                f"memory_num_heads={self.memory_num_heads} is a setting of variant block; "
+                f"variant {self.memory_variant} has one memory head per attention head"
+            )
+        if self.memory_variant == "block" and self.memory_output_projection != "none":
+            raise ValueError(
+                f"memory_output_projection={self.memory_output_projection} does not apply to variant block, whose "
+                "heads already share one output; choose none"
+            )
+
+    @property
+    def num_slots(self) -> int:
+        """N = n * n."""
+        return self.memory_num_keys**2
+
+    def check_model(self, *, hidden_size: int, num_attention_heads: int, kv_channels: int) -> None:
+        """Raises ``ValueError`` where this memory cannot be put behind such an attention."""
+        if hidden_size % num_attention_heads:
+            raise ValueError(
+                f"hidden_size={hidden_size} is not divisible by num_attention_heads={num_attention_heads}; "
+                "a Memory block writes hidden_size / num_attention_heads channels per head"
+            )
+        width = num_attention_heads * self.query_size_per_attention_head(hidden_size, num_attention_heads, kv_channels)
+        heads = self.num_memory_heads(num_attention_heads)
+        if width % heads:
+            raise ValueError(f"memory_num_heads={heads} does not divide the query width {width}")
+        if (width // heads) % 2:
+            raise ValueError(
+                f"the query of one memory head has {width // heads} channels; product keys need an even number"
+            )
+
+    def num_memory_heads(self, num_attention_heads: int) -> int:
+        """M: heads that look something up."""
+        return self.memory_num_heads or num_attention_heads
+
+    def query_size_per_attention_head(self, hidden_size: int, num_attention_heads: int, kv_channels: int) -> int:
+        """Channels that one attention head hands to the memory."""
+        return kv_channels if self.memory_attention == "attn_prime" else hidden_size // num_attention_heads
+
+    def parameter_shapes(
+        self, *, hidden_size: int, num_attention_heads: int, kv_channels: int
+    ) -> dict[str, tuple[int, ...]]:
+        """Global shapes of every parameter of one memory, in the order in which they are stored.
+
+        Memory and attention heads are always the first axis where there is one, so tensor parallelism splits axis 0,
+        except for ``attn_proj`` (axis 1) and the replicated tensors ``values`` of hive and block.
+        """
+        heads = self.num_memory_heads(num_attention_heads)
+        per_head = self.query_size_per_attention_head(hidden_size, num_attention_heads, kv_channels)
+        query = num_attention_heads * per_head // heads
+        out = hidden_size // num_attention_heads
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.memory_attention == "full":
+            shapes["attn_proj"] = (hidden_size, num_attention_heads * kv_channels)
+        if self.memory_query_norm == "rms":
+            shapes["query_norm"] = (heads, query)
+        if self.memory_query_temperature:
+            shapes["log_temperature"] = (heads,)
+        shapes["row_keys"] = (heads, self.memory_num_keys, query // 2)
+        shapes["col_keys"] = (heads, self.memory_num_keys, query // 2)
+        if self.memory_variant == "hive":
+            shapes["values"] = (self.num_slots, self.memory_latent_size)
+            shapes["head_proj"] = (heads, self.memory_latent_size, out)
+        elif self.memory_variant == "full":
+            shapes["values"] = (heads, self.num_slots, out)
+        else:
+            shapes["values"] = (self.num_slots, hidden_size)
+        if self.memory_output_projection == "linear":
+            shapes["mixer"] = (num_attention_heads * out, hidden_size)
+        elif self.memory_output_projection == "silu":
+            shapes["gate"] = (heads, query, out)
+        return shapes
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

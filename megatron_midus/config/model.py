@@ -1,0 +1,91 @@
+"""ModelConfig: the architecture of the decoder that is up-scaled, in Megatron's vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+MODEL_CONFIG_FILE = "model_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture (read from the checkpoint when it is absent here)"""
+
+    num_layers: int
+    """Blocks of the decoder as it stands in this model: base and inserted ones."""
+    hidden_size: int
+    """Width of the residual stream, channels."""
+    ffn_hidden_size: int
+    """Width of the gated MLP, channels."""
+    num_attention_heads: int
+    """Attention (query) heads."""
+    num_query_groups: int
+    """Key/value heads; each serves num_attention_heads / num_query_groups query heads."""
+    kv_channels: int
+    """Channels of one attention head."""
+    vocab_size: int
+    """Rows of the embedding of the Hugging Face model, its own padding included, ours not."""
+    max_position_embeddings: int
+    """Longest sequence that the model was made for, tokens."""
+    norm_epsilon: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    rotary_base: float = 10000.0
+    """Base of the rotary position embedding."""
+    rope_scaling: dict[str, Any] | None = dataclasses.field(default=None, metadata={"flag": False})
+    """Hugging Face's rope_scaling entry, kept as it was; None = no scaling."""
+    tie_word_embeddings: bool = False
+    """Whether the output layer is the embedding."""
+    add_qkv_bias: bool = False
+    """Whether the query, key and value projections have a bias."""
+    qk_layernorm: bool = False
+    """Whether queries and keys are normalised per head."""
+    sliding_window: int | None = None
+    """Tokens that attention looks back, its own included; None = all."""
+    init_method_std: float = 0.02
+    """Standard deviation of freshly initialised weights."""
+    family: str = dataclasses.field(default="llama", metadata={"flag": False})
+    """Name of the entry in megatron_midus.conversion.families."""
+    hf_dtype: str = dataclasses.field(default="float32", metadata={"flag": False})
+    """dtype of the Hugging Face weights that the model came from."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not divisible by "
+                f"num_query_groups={self.num_query_groups}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown entries {unknown} in the model configuration; it was written by another version")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> ModelConfig:
+        """Reads ``model_config.json`` of a Megatron checkpoint directory."""
+        path = Path(directory) / MODEL_CONFIG_FILE
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{path} does not exist; it is written by tools/upscale.py and pretrain_midus.py"
+            ) from None
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path} is not a valid model configuration: {error}") from None
+
+    def save(self, directory: str | Path) -> None:
+        (Path(directory) / MODEL_CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def with_num_layers(self, num_layers: int) -> ModelConfig:
+        return dataclasses.replace(self, num_layers=num_layers)

@@ -1,0 +1,98 @@
+"""Where things lie in a Megatron checkpoint directory of this project: iterations, plan, architecture, HF assets.
+
+::
+
+    DIR/
+      latest_checkpointed_iteration.txt      "0" after up-scaling, then the iteration of the newest whole checkpoint
+      iter_0000000/
+        metadata.json, .metadata, common.pt, __0_0.distcp …    Megatron-Core torch_dist files
+        model_config.json                                      ModelConfig of the (up-scaled) model
+        midus_plan.json                                        UpscalePlan
+        hf_assets/                                             config, tokenizer, generation config … byte for byte
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_midus.files import write_text_atomically
+
+LATEST_FILE = "latest_checkpointed_iteration.txt"
+ASSETS_DIRECTORY = "hf_assets"
+_ITERATION = re.compile(r"iter_(\d{7,})")
+
+# Weights and their indices are converted, never copied; everything else of a Hugging Face directory is an asset.
+_NOT_ASSETS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|gguf|onnx)(\.index\.json)?|modeling_.*\.py|configuration_.*\.py|midus_plan\.json|README\.md|\..*"
+)
+
+
+def iteration_directory(root: str | Path, iteration: int) -> Path:
+    """``root/iter_0000042``."""
+    return Path(root) / f"iter_{iteration:07d}"
+
+
+def read_latest_iteration(root: str | Path) -> int | None:
+    """The iteration that ``latest_checkpointed_iteration.txt`` names; ``None`` when there is no such file."""
+    path = Path(root) / LATEST_FILE
+    if not path.is_file():
+        return None
+    text = path.read_text().strip()
+    if not text.isdigit():
+        raise ValueError(f"{path} holds {text!r}, not an iteration number")
+    return int(text)
+
+
+def write_latest_iteration(root: str | Path, iteration: int) -> None:
+    write_text_atomically(Path(root) / LATEST_FILE, f"{iteration}\n")
+
+
+def find_checkpoint(root: str | Path, iteration: int | None = None) -> tuple[Path, int]:
+    """Resolves ``--load DIR [--ckpt-step N]``.
+
+    Args:
+        root: a checkpoint root, or one ``iter_*`` directory itself.
+        iteration: a certain iteration; the latest when absent.
+
+    Returns:
+        The ``iter_*`` directory and its iteration.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"checkpoint directory {root} does not exist")
+    if match := _ITERATION.fullmatch(root.name):
+        return root, int(match.group(1))
+    if iteration is None:
+        iteration = read_latest_iteration(root)
+        if iteration is None:
+            hint = (
+                "; it looks like a Hugging Face directory: make a checkpoint of it with tools/upscale.py"
+                if (root / "config.json").is_file()
+                else ""
+            )
+            raise ValueError(f"{root} holds no {LATEST_FILE}, so it is not a Megatron checkpoint{hint}")
+    directory = iteration_directory(root, iteration)
+    if not directory.is_dir():
+        there = sorted(int(m.group(1)) for p in root.iterdir() if (m := _ITERATION.fullmatch(p.name)))
+        raise ValueError(f"{directory} does not exist; {root} holds iterations {there}")
+    return directory, iteration
+
+
+def is_asset(name: str) -> bool:
+    """Whether a file of a Hugging Face directory travels with the checkpoint byte for byte."""
+    return not _NOT_ASSETS.fullmatch(name)
+
+
+def copy_assets(source: str | Path, target: str | Path, *, skip: Iterable[str] = ()) -> list[str]:
+    """Copies the asset files of directory ``source`` into ``target`` (made if absent); returns their names."""
+    source, target = Path(source), Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    copied = []
+    for path in sorted(source.iterdir()):
+        if path.is_file() and is_asset(path.name) and path.name not in set(skip):
+            shutil.copyfile(path, target / path.name)
+            copied.append(path.name)
+    return copied

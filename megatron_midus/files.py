@@ -1,0 +1,60 @@
+"""Files that are whole or absent: everything is written beside its target and renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def check_output_directory(target: str | Path, *, overwrite: bool = False) -> Path:
+    """Raises ``ValueError`` before any work is done when ``target`` cannot become a fresh output directory."""
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} exists and is not a directory; choose another output")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"{target} exists and is not empty; choose another output directory or delete it")
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"{parent} is not writable, so {target} cannot be made")
+    return target
+
+
+@contextlib.contextmanager
+def staged_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty directory beside ``target`` that becomes ``target`` on success and vanishes on an exception."""
+    target = check_output_directory(target, overwrite=overwrite)
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.absolute().parent))
+    # mkdtemp makes 0700; an output directory follows the umask like any other.
+    umask = os.umask(0)
+    os.umask(umask)
+    staging.chmod(0o777 & ~umask)
+    try:
+        yield staging
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def write_text_atomically(target: str | Path, text: str) -> None:
+    """Replaces ``target`` by ``text``; a reader sees the old content or the new, never a part."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)

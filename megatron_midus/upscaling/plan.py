@@ -1,0 +1,188 @@
+"""UpscalePlan: the ordered blocks of an up-scaled model. Everything that must know what a block is reads it here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_midus.config import MemoryConfig
+
+PLAN_FILE = "midus_plan.json"
+SCHEMA_VERSION = 1
+
+BlockKind = Literal["keep", "copy", "blend", "memory"]
+BlockInit = Literal["exact", "zero_output", "mean", "memory"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One block of the up-scaled decoder.
+
+    Attributes:
+        kind: ``keep`` = the base layer itself, ``copy`` = a copy of a base layer, ``blend`` = made from two base
+            layers, ``memory`` = a Memory block whose norm and attention are copied from a base layer.
+        source: 0-based index of the base layer; two indices for ``blend``.
+        init: how its tensors are filled: ``exact`` copy, ``zero_output`` (copy with attention and MLP output
+            projections zeroed), ``mean`` of two layers, ``memory``.
+        inserted: whether the block is an addition to the base. ``--train inserted`` trains these alone.
+    """
+
+    kind: BlockKind
+    source: tuple[int, ...]
+    init: BlockInit
+    inserted: bool
+
+    @classmethod
+    def keep(cls, source: int) -> Block:
+        return cls("keep", (source,), "exact", False)
+
+    @classmethod
+    def copy(cls, source: int, *, zero_output: bool = False) -> Block:
+        return cls("copy", (source,), "zero_output" if zero_output else "exact", True)
+
+    @classmethod
+    def blend(cls, first: int, second: int) -> Block:
+        return cls("blend", (first, second), "mean", True)
+
+    @classmethod
+    def memory(cls, source: int) -> Block:
+        return cls("memory", (source,), "memory", True)
+
+    def describe(self) -> str:
+        """``memory(3)``, ``keep(0)``, ``copy(5, zero_output)`` …"""
+        source = ", ".join(map(str, self.source))
+        return f"{self.kind}({source}{', zero_output' if self.init == 'zero_output' else ''})"
+
+
+@dataclasses.dataclass(frozen=True)
+class UpscalePlan:
+    """The blocks of an up-scaled model in order, and what its Memory blocks look like.
+
+    Attributes:
+        num_base_layers: layers of the base model.
+        blocks: the blocks of the new model, first to last.
+        memory: shape and variant of the Memory blocks; ``None`` when there is none.
+        policy: name of the policy that made the plan.
+        source_hash: SHA-256 over the weights of the source checkpoint, ``""`` when there was none.
+        seed: seed of the tensors that were newly initialised.
+        notes: what the policy had to round, in words.
+    """
+
+    num_base_layers: int
+    blocks: tuple[Block, ...]
+    memory: MemoryConfig | None = None
+    policy: str = "none"
+    source_hash: str = ""
+    seed: int = 0
+    notes: tuple[str, ...] = ()
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        for index, block in enumerate(self.blocks):
+            wanted = 2 if block.kind == "blend" else 1
+            if len(block.source) != wanted:
+                raise ValueError(f"block {index}: {block.kind} has {len(block.source)} sources, needs {wanted}")
+            for source in block.source:
+                if not 0 <= source < self.num_base_layers:
+                    raise ValueError(
+                        f"block {index}: source layer {source} does not exist; the base has layers "
+                        f"0 to {self.num_base_layers - 1}"
+                    )
+            allowed = {"keep": {"exact"}, "copy": {"exact", "zero_output"}, "blend": {"mean"}, "memory": {"memory"}}
+            if block.kind not in allowed:
+                raise ValueError(f"block {index}: unknown kind {block.kind!r}; choose one of {sorted(allowed)}")
+            if block.init not in allowed[block.kind]:
+                raise ValueError(
+                    f"block {index}: init {block.init!r} does not fit {block.kind}; "
+                    f"choose one of {sorted(allowed[block.kind])}"
+                )
+        if self.memory_indices and self.memory is None:
+            raise ValueError(
+                f"blocks {list(self.memory_indices)} are Memory blocks but the plan has no memory settings"
+            )
+
+    # -- what a model built from this plan looks like ------------------------------------------------------------
+    @property
+    def num_layers(self) -> int:
+        """Blocks of the up-scaled model."""
+        return len(self.blocks)
+
+    @property
+    def memory_indices(self) -> tuple[int, ...]:
+        """0-based positions of the Memory blocks."""
+        return tuple(i for i, block in enumerate(self.blocks) if block.kind == "memory")
+
+    @property
+    def inserted_indices(self) -> tuple[int, ...]:
+        """0-based positions of the blocks that are not the base's own."""
+        return tuple(i for i, block in enumerate(self.blocks) if block.inserted)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the up-scaled model computes the base's function before any training."""
+        kept = [block.source[0] for block in self.blocks if block.kind == "keep"]
+        added = [block for block in self.blocks if block.kind != "keep"]
+        return kept == list(range(self.num_base_layers)) and all(b.init in ("zero_output", "memory") for b in added)
+
+    @property
+    def block_types(self) -> tuple[str, ...]:
+        """``"memory"`` or ``"transformer"`` per position."""
+        return tuple("memory" if block.kind == "memory" else "transformer" for block in self.blocks)
+
+    # -- comparison and storage ----------------------------------------------------------------------------------
+    def difference(self, other: UpscalePlan) -> str | None:
+        """The first thing in which two plans describe different models, in words; ``None`` if they agree."""
+        if self.num_base_layers != other.num_base_layers:
+            return f"base layers: {self.num_base_layers} against {other.num_base_layers}"
+        if self.num_layers != other.num_layers:
+            return f"blocks: {self.num_layers} against {other.num_layers}"
+        for index, (mine, theirs) in enumerate(zip(self.blocks, other.blocks)):
+            if mine != theirs:
+                return f"block {index}: {mine.describe()} against {theirs.describe()}"
+        mine_memory = self.memory.to_dict() if self.memory else {}
+        their_memory = other.memory.to_dict() if other.memory else {}
+        for name in sorted(set(mine_memory) | set(their_memory)):
+            if mine_memory.get(name) != their_memory.get(name):
+                return f"{name}: {mine_memory.get(name)} against {their_memory.get(name)}"
+        if self.source_hash and other.source_hash and self.source_hash != other.source_hash:
+            return f"source checkpoint: {self.source_hash[:12]} against {other.source_hash[:12]}"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        values["blocks"] = [{**block, "source": list(block["source"])} for block in values["blocks"]]
+        values["notes"] = list(self.notes)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> UpscalePlan:
+        """Inverse of ``to_dict``; raises ``ValueError`` on another schema or on entries that do not fit."""
+        version = values.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"plan schema version {version} is not known; this version reads {SCHEMA_VERSION}")
+        try:
+            blocks = tuple(Block(**{**block, "source": tuple(block["source"])}) for block in values["blocks"])
+            memory = MemoryConfig(**values["memory"]) if values.get("memory") else None
+            rest = {k: v for k, v in values.items() if k not in ("blocks", "memory", "notes")}
+            return cls(blocks=blocks, memory=memory, notes=tuple(values.get("notes", ())), **rest)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"the plan does not have the expected entries: {error}") from None
+
+    def save(self, directory: str | Path) -> None:
+        """Writes ``midus_plan.json`` into ``directory``."""
+        (Path(directory) / PLAN_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> UpscalePlan:
+        """Reads ``midus_plan.json`` from ``directory``; raises ``ValueError`` when it is missing or broken."""
+        path = Path(directory) / PLAN_FILE
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise ValueError(f"{path} does not exist; every checkpoint of this project carries one") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None

