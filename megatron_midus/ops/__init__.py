@@ -1,0 +1,14 @@
+"""Head-wise memory as functions of tensors: no module, no process group, no Megatron."""
+
+from megatron_midus.ops.dispatch import head_wise_memory, select_slots, unsupported_reason
+from megatron_midus.ops.initialization import calibrated_keys, initialize_parameter
+from megatron_midus.ops.reference import transform_query
+
+__all__ = [
+    "calibrated_keys",
+    "head_wise_memory",
+    "initialize_parameter",
+    "select_slots",
+    "transform_query",
+    "unsupported_reason",
+]

@@ -1,0 +1,196 @@
+"""The public operators: checks their arguments, picks a backend and says why.
+
+Shapes: T tokens, H memory heads, D channels of one head's query, N sub-keys per half (N * N slots), K top-k, L latent.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+VARIANTS = ("hive", "full", "block")
+SCORE_ACTIVATIONS = ("softmax", "sigmoid", "relu")
+
+# Name of a backend -> module with `head_wise_memory(...)` and `unsupported_reason(...) -> str | None`. A new one is a
+# line here; "auto" takes the first that can run, so the fastest stands first and the definition last.
+BACKENDS = {
+    "torch": "megatron_midus.ops.cpu",
+    "reference": "megatron_midus.ops.reference",
+}
+
+
+def head_wise_memory(
+    query_THD: torch.Tensor,
+    row_keys_HND: torch.Tensor,
+    col_keys_HND: torch.Tensor,
+    values: torch.Tensor,
+    head_proj: torch.Tensor | None,
+    *,
+    topk: int,
+    variant: str = "hive",
+    score_activation: str = "softmax",
+    backend: str = "auto",
+    deterministic: bool = True,
+) -> torch.Tensor:
+    """Product-key memory with one look-up per head (Kim et al., MIDUS, arXiv 2512.13751).
+
+    Per token and head the K best of N * N slots are read and summed with weights made of their scores; ``hive`` reads
+    a latent bank that the heads share and projects per head: ``m[h] = (sum_j p_j values[idx_j]) head_proj[h]``.
+
+    Args:
+        query_THD: ``[T, H, D]``, D even; T may be 0.
+        row_keys_HND: ``[H, N, D/2]``, matched with the first half of the query.
+        col_keys_HND: ``[H, N, D/2]``, matched with the second half.
+        values: ``hive`` ``[N*N, L]``; ``full`` ``[H, N*N, d_o]``; ``block`` ``[N*N, d]``.
+        head_proj: ``hive`` ``[H, L, d_o]``; ``None`` for the others.
+        topk: slots per head and token, K, at most N.
+        variant: ``hive``, ``full`` or ``block`` (one bank, head outputs summed).
+        score_activation: ``softmax``, ``sigmoid`` or ``relu`` turns the K scores into weights.
+        backend: ``auto``, ``reference``, ``torch`` or ``triton``. ``auto`` takes the fastest that can run.
+        deterministic: ask for gradients that are equal bit by bit from run to run. ``False`` merely allows otherwise.
+
+    Returns:
+        ``[T, H, d_o]``, for ``block`` ``[T, 1, d]``, in the dtype of the query. Scores, weights and sums are fp32 at
+        least; autocast does not apply.
+
+    Raises:
+        ValueError: shapes that do not fit, or a backend that was named and cannot run.
+    """
+    check_arguments(
+        query_THD, row_keys_HND, col_keys_HND, values, head_proj, topk=topk, variant=variant,
+        score_activation=score_activation,
+    )  # fmt: skip
+    tensors = (query_THD, row_keys_HND, col_keys_HND, values, head_proj)
+    settings: dict[str, Any] = {"topk": topk, "variant": variant, "score_activation": score_activation}
+    name = choose_backend(backend, *tensors, **settings, deterministic=deterministic)
+    if name not in ("torch", "reference"):
+        settings["deterministic"] = deterministic
+    if not torch.is_autocast_enabled(query_THD.device.type):  # a context costs as much as a few look-ups of one token
+        return _module(name).head_wise_memory(*tensors, **settings)
+    with torch.autocast(query_THD.device.type, enabled=False):
+        return _module(name).head_wise_memory(*tensors, **settings)
+
+
+def select_slots(
+    query_THD: torch.Tensor, row_keys_HND: torch.Tensor, col_keys_HND: torch.Tensor, *, topk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slots that ``head_wise_memory`` reads, for telemetry and analysis; no gradient.
+
+    Returns:
+        ``(indices int32 [T, H, K], scores [T, H, K])``, best first, scores in fp32 at least.
+    """
+    check_keys(query_THD, row_keys_HND, col_keys_HND, topk=topk)
+    with torch.no_grad(), torch.autocast(query_THD.device.type, enabled=False):
+        return _module("torch").select_slots(query_THD, row_keys_HND, col_keys_HND, topk=topk)
+
+
+# -- choice of a backend ---------------------------------------------------------------------------------------------
+def unsupported_reason(backend: str, *tensors: torch.Tensor | None, **settings: Any) -> str | None:
+    """Why ``backend`` cannot run ``head_wise_memory(*tensors, **settings)``, in words; ``None`` when it can."""
+    if backend not in BACKENDS:
+        if backend == "triton":
+            return "this version has no Triton kernels; choose auto, torch or reference"
+        return f"it is not known; choose one of {['auto', *BACKENDS]}"
+    if backend == "reference":
+        return None
+    return _module(backend).unsupported_reason(*tensors, **settings)
+
+
+def choose_backend(backend: str, *tensors: torch.Tensor | None, **settings: Any) -> str:
+    """Resolves ``auto``; raises ``ValueError`` when a named backend cannot run."""
+    if backend != "auto":
+        reason = unsupported_reason(backend, *tensors, **settings)
+        if reason is not None:
+            raise ValueError(f"memory backend {backend!r} cannot run: {reason}")
+        return backend
+    rejected: list[str] = []
+    for name in BACKENDS:
+        reason = unsupported_reason(name, *tensors, **settings)
+        if reason is None:
+            _log_once(name, "; ".join(rejected))
+            return name
+        rejected.append(f"not {name}: {reason}")
+    raise AssertionError("the reference runs everywhere")
+
+
+@functools.cache
+def _log_once(name: str, rejected: str) -> None:
+    logger.info("head-wise memory: backend %s (%s)", name, rejected or "the fastest there is")
+
+
+def _module(backend: str) -> Any:
+    return importlib.import_module(BACKENDS[backend])
+
+
+# -- arguments -------------------------------------------------------------------------------------------------------
+def check_keys(query_THD: torch.Tensor, row_keys_HND: torch.Tensor, col_keys_HND: torch.Tensor, *, topk: int) -> None:
+    """Raises ``ValueError`` where queries and sub-keys do not fit together."""
+    if query_THD.dim() != 3:
+        raise ValueError(f"query has shape {list(query_THD.shape)}; give [tokens, heads, channels]")
+    _, heads, channels = query_THD.shape
+    if channels < 2 or channels % 2:
+        raise ValueError(f"query has {channels} channels per head; product keys need an even number of at least 2")
+    for name, keys in (("row_keys", row_keys_HND), ("col_keys", col_keys_HND)):
+        if keys.dim() != 3 or (keys.shape[0], keys.shape[2]) != (heads, channels // 2):
+            raise ValueError(
+                f"{name} has shape {list(keys.shape)}; the query wants [{heads}, sub-keys, {channels // 2}]"
+            )
+    num_keys = row_keys_HND.shape[1]
+    if col_keys_HND.shape[1] != num_keys:
+        raise ValueError(f"row_keys has {num_keys} sub-keys and col_keys {col_keys_HND.shape[1]}; they must be equal")
+    if num_keys**2 > 2**31 - 1:
+        raise ValueError(f"{num_keys} sub-keys make more slots than int32 indices reach; choose at most 46340")
+    if not 1 <= topk <= num_keys:
+        raise ValueError(f"topk={topk} is out of range; choose 1 to the number of sub-keys, {num_keys}")
+    _check_placement({"query": query_THD, "row_keys": row_keys_HND, "col_keys": col_keys_HND})
+
+
+def check_arguments(
+    query_THD: torch.Tensor,
+    row_keys_HND: torch.Tensor,
+    col_keys_HND: torch.Tensor,
+    values: torch.Tensor,
+    head_proj: torch.Tensor | None,
+    *,
+    topk: int,
+    variant: str,
+    score_activation: str,
+) -> None:
+    """Raises ``ValueError`` where the arguments of ``head_wise_memory`` do not fit together."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r} is not known; choose one of {list(VARIANTS)}")
+    if score_activation not in SCORE_ACTIVATIONS:
+        raise ValueError(f"score_activation={score_activation!r} is not known; choose one of {list(SCORE_ACTIVATIONS)}")
+    check_keys(query_THD, row_keys_HND, col_keys_HND, topk=topk)
+    heads, slots = query_THD.shape[1], row_keys_HND.shape[1] ** 2
+    leading = (heads, slots) if variant == "full" else (slots,)
+    if values.dim() != len(leading) + 1 or values.shape[:-1] != leading:
+        wanted = ", ".join(map(str, (*leading, "width")))
+        raise ValueError(f"values has shape {list(values.shape)}; variant {variant} wants [{wanted}]")
+    if (head_proj is None) == (variant == "hive"):
+        raise ValueError(f"head_proj belongs to variant hive alone; variant={variant} got {_shape(head_proj)}")
+    if head_proj is not None and (head_proj.dim() != 3 or head_proj.shape[:2] != (heads, values.shape[1])):
+        raise ValueError(f"head_proj has shape {_shape(head_proj)}; wanted [{heads}, {values.shape[1]}, width]")
+    _check_placement({"query": query_THD, "values": values, "head_proj": head_proj})
+
+
+def _check_placement(tensors: dict[str, torch.Tensor | None]) -> None:
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}; give a floating-point tensor")
+        device = device or tensor.device
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and query on {device}; move them to one device")
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "none" if tensor is None else str(list(tensor.shape))
