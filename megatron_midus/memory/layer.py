@@ -1,0 +1,236 @@
+"""HeadWiseMemory: the memory of one block as a Megatron module. It takes the place of an attention's output projection.
+
+Shapes: s sequence, b batch, p tensor-parallel ranks, h hidden size, T = s * b tokens, M memory heads, D channels of one
+memory head's query, O output channels of one head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    all_to_all_hp2sp,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_last_dim_to_tensor_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+
+from megatron_midus.config import MemoryConfig
+from megatron_midus.ops import head_wise_memory, initialize_parameter, transform_query
+
+
+def partition_axis(name: str, memory: MemoryConfig) -> int | None:
+    """The axis on which tensor parallelism splits a parameter; ``None`` = every rank holds the whole of it."""
+    if name == "attn_proj":
+        return 1
+    if name == "values" and memory.memory_variant != "full":
+        return None
+    return 0
+
+
+class HeadWiseMemory(MegatronModule):
+    """Looks something up for every head of an attention (Kim et al., MIDUS, arXiv 2512.13751).
+
+    Built and called as the ``linear_proj`` of ``megatron.core.transformer.attention.SelfAttention``, whose arguments
+    come first; those that only a matrix needs are accepted and unused.
+
+    Args:
+        input_size: channels of the concatenated heads, all ranks together.
+        output_size: hidden size, h.
+        config: of the model; ``sequence_parallel`` decides in which layout the output leaves.
+        tp_group: ranks over which the heads are split.
+        memory: shape and variant.
+        layer_index: 0-based position of the block, part of the seed of its initial values.
+        seed: of the initial values. They are slices of one global tensor, so the number of ranks does not change them.
+        backend: of ``megatron_midus.ops.head_wise_memory``.
+
+    Parameters and their global shapes are ``MemoryConfig.parameter_shapes``; each carries its name there as
+    ``memory_parameter_kind``, and ``is_memory_value`` says whether it is the value bank.
+
+    Raises:
+        ValueError: heads that the ranks cannot share evenly.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        tp_group: torch.distributed.ProcessGroup,
+        memory: MemoryConfig,
+        layer_index: int,
+        seed: int = 0,
+        backend: str = "auto",
+        init_method: Any = None,
+        bias: bool = False,
+        input_is_parallel: bool = True,
+        skip_bias_add: bool = True,
+        is_expert: bool = False,
+        tp_comm_buffer_name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert input_size == config.num_attention_heads * config.kv_channels, "not behind an attention"
+        assert output_size == config.hidden_size and input_is_parallel and not is_expert
+        self.memory = memory
+        self.layer_index = layer_index
+        self.seed = seed
+        self.backend = backend
+        self.tp_group = tp_group
+        self._check_heads()
+        self.num_memory_heads = memory.num_memory_heads(config.num_attention_heads) // tp_group.size()  # M/p
+        shapes = memory.parameter_shapes(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            kv_channels=config.kv_channels,
+        )
+        for name, shape in shapes.items():
+            self.register_parameter(name, self._make_parameter(name, shape))
+
+    def _check_heads(self) -> None:
+        ranks = self.tp_group.size()
+        for what, heads in (
+            ("num_attention_heads", self.config.num_attention_heads),
+            ("memory_num_heads", self.memory.num_memory_heads(self.config.num_attention_heads)),
+        ):
+            if heads % ranks:
+                divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+                raise ValueError(
+                    f"{what}={heads} is not divisible by tensor_model_parallel_size={ranks}; choose one of {divisors}"
+                )
+
+    def _make_parameter(self, name: str, shape: tuple[int, ...]) -> torch.nn.Parameter:
+        """This rank's part of parameter ``name`` of global shape ``shape``."""
+        config, axis, ranks = self.config, partition_axis(name, self.memory), self.tp_group.size()
+        local_shape = [size // ranks if i == axis else size for i, size in enumerate(shape)]
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        data = torch.empty(local_shape, dtype=config.params_dtype, device=device)
+        if config.perform_initialization:
+            whole = initialize_parameter(
+                name,
+                shape,
+                key_init=self.memory.memory_key_init,
+                seed=self.seed,
+                layer_index=self.layer_index,
+                dtype=config.params_dtype,
+            )
+            data.copy_(whole if axis is None else whole.chunk(ranks, dim=axis)[self.tp_group.rank()])
+        parameter = torch.nn.Parameter(data)
+        if axis is not None:
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=axis, stride=1)
+        elif ranks > 1:
+            # Each rank's gradient covers its own heads. Megatron reduces this mark as a mean, once a step;
+            # forward() scales by p, which makes it the sum, with sequence parallelism or without.
+            parameter.average_gradients_across_tp_domain = True
+        parameter.memory_parameter_kind = name
+        parameter.is_memory_value = name == "values"
+        return parameter
+
+    def queries(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The queries of this rank's heads.
+
+        Args:
+            hidden: ``[s, b, H*d_h/p]``, output of the attention's heads.
+
+        Returns:
+            ``(raw, query)``, both ``[T, M/p, D]``: before and after norm and temperature.
+        """
+        flat = hidden.reshape(-1, hidden.shape[-1])  # [T, H*d_h/p]
+        attn_proj = self._parameters.get("attn_proj")
+        if attn_proj is not None:
+            partial = F.linear(flat, attn_proj)  # [T, h], this rank's share of the sum
+            flat = reduce_scatter_last_dim_to_tensor_parallel_region(partial, group=self.tp_group)  # [T, h/p]
+        raw = flat.view(flat.shape[0], self.num_memory_heads, -1)  # [T, M/p, D]
+        return raw, transform_query(raw, self._parameters.get("query_norm"), self._parameters.get("log_temperature"))
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Reads the memory.
+
+        Args:
+            hidden: ``[s, b, H*d_h/p]``; the whole sequence, with sequence parallelism too.
+
+        Returns:
+            ``(output, None)``: ``[s, b, h]``, with sequence parallelism ``[s/p, b, h]``. There is no bias.
+        """
+        raw, query = self.queries(hidden)
+        values = self.values
+        if partition_axis("values", self.memory) is None:
+            values = _ScaleGradient.apply(values, self.tp_group.size())
+        found = head_wise_memory(
+            query,
+            self.row_keys,
+            self.col_keys,
+            values,
+            self._parameters.get("head_proj"),
+            topk=self.memory.memory_topk,
+            variant=self.memory.memory_variant,
+            score_activation=self.memory.memory_score_activation,
+            backend=self.backend,
+        )  # [T, M/p, O]; block: [T, 1, h], summed over this rank's heads
+        gate = self._parameters.get("gate")
+        if gate is not None:
+            found = found * F.silu(torch.einsum("thd,hdo->tho", raw, gate))
+        return self._leave(found.reshape(*hidden.shape[:2], -1)), None
+
+    def _leave(self, found: torch.Tensor) -> torch.Tensor:
+        """From heads split over the ranks, ``[s, b, h/p]``, to the layout of the residual stream."""
+        if self.memory.memory_variant == "block":
+            return self._sum_over_ranks(found)
+        if self.config.sequence_parallel:
+            seq_length, batch, _ = found.shape
+            output = all_to_all_hp2sp(found, group=self.tp_group)  # [T/p, h]
+            output = output.view(seq_length // self.tp_group.size(), batch, -1)
+        else:
+            output = gather_from_tensor_model_parallel_region(found, group=self.tp_group)
+        mixer = self._parameters.get("mixer")
+        if mixer is not None:
+            output = output + self._sum_over_ranks(found @ mixer)
+        return output
+
+    def _sum_over_ranks(self, partial: torch.Tensor) -> torch.Tensor:
+        """``[s, b, h]`` partial sums -> ``[s, b, h]``, with sequence parallelism ``[s/p, b, h]``."""
+        if self.config.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
+
+    def backward_dw(self) -> None:
+        """Nothing is left to do: weight gradients are computed with the others."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """The parameters as sharded tensors of their global shapes, under ``prefix`` + their names."""
+        axes = {name: partition_axis(name, self.memory) for name, _ in self.named_parameters(recurse=False)}
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {name: axis for name, axis in axes.items() if axis is not None},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join(f"{name}={list(p.shape)}" for name, p in self.named_parameters(recurse=False))
+        return f"{self.memory.memory_variant}, {shapes}"
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity; its gradient is multiplied by ``factor``."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, factor: int) -> torch.Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return (gradient if ctx.factor == 1 else gradient * ctx.factor), None

@@ -1,0 +1,183 @@
+"""Builds the up-scaled GPT of a plan on this rank, and freezes what the plan did not insert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_midus.config import ModelConfig
+from megatron_midus.model.config import make_transformer_config, padded_vocab_size
+from megatron_midus.model.layer import layer_index
+from megatron_midus.model.specs import TransformerImpl, get_midus_block_spec
+from megatron_midus.upscaling import UpscalePlan
+
+__all__ = ["build_model", "freeze", "make_transformer_config", "padded_vocab_size", "unwrap"]
+
+# What Megatron's rotary embedding has built in besides the factor (Llama 3).
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def build_model(
+    config: TransformerConfig,
+    *,
+    model: ModelConfig,
+    plan: UpscalePlan,
+    sequence_length: int,
+    transformer_impl: TransformerImpl = "auto",
+    make_vocab_size_divisible_by: int = 1,
+    memory_backend: str = "auto",
+    seed: int = 0,
+    vp_stage: int | None = None,
+) -> GPTModel:
+    """The part of the model that lives on this rank, freshly initialised.
+
+    ``megatron.core.parallel_state`` must be initialised with the sizes in ``config``, and the model-parallel seed set
+    where weights are not loaded afterwards.
+
+    Args:
+        config: from ``make_transformer_config``.
+        model: the architecture.
+        plan: the blocks.
+        sequence_length: longest training sequence, tokens.
+        transformer_impl: ``local``, ``transformer_engine`` or ``auto``.
+        make_vocab_size_divisible_by: rows of the embedding are padded to a multiple of this times the TP size.
+        memory_backend: of ``megatron_midus.ops.head_wise_memory``.
+        seed: of the memories' initial values.
+        vp_stage: which chunk, under the interleaved pipeline schedule.
+
+    Raises:
+        ValueError: a sequence that sequence parallelism cannot split, an unsupported rope scaling, a backend that
+            cannot run.
+    """
+    ranks = config.tensor_model_parallel_size
+    if config.sequence_parallel and sequence_length % ranks:
+        raise ValueError(
+            f"sequence_length={sequence_length} is not divisible by tensor_model_parallel_size={ranks}, which "
+            "sequence_parallel needs; change the length or leave sequence_parallel out"
+        )
+    vocab_size = padded_vocab_size(
+        model.vocab_size, divisible_by=make_vocab_size_divisible_by, tensor_model_parallel_size=ranks
+    )
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=get_midus_block_spec(
+            plan,
+            config,
+            transformer_impl=transformer_impl,
+            memory_backend=memory_backend,
+            seed=seed,
+            vp_stage=vp_stage,
+        ),
+        vocab_size=vocab_size,
+        max_sequence_length=sequence_length,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        vp_stage=vp_stage,
+        **_rope_scaling(model.rope_scaling),
+    )
+    gpt.unpadded_vocab_size = model.vocab_size
+    if gpt.post_process and vocab_size > model.vocab_size:
+        gpt.output_layer.register_forward_hook(_LogitMask(model.vocab_size, vocab_size, gpt.pg_collection.tp.rank()))
+    return gpt
+
+
+class _LogitMask:
+    """Forward hook of the output layer: padding rows get no probability, so padding never changes a loss."""
+
+    def __init__(self, vocab_size: int, padded_size: int, rank: int) -> None:
+        self.vocab_size = vocab_size
+        self.padded_size = padded_size
+        self.rank = rank
+
+    def __call__(self, module: torch.nn.Module, inputs: Any, output: tuple) -> tuple:
+        logits = output[0]  # [s, b, v/p], or [s, b, v] when the layer gathers
+        width = logits.shape[-1]
+        first = 0 if width == self.padded_size else self.rank * width
+        valid = max(0, min(width, self.vocab_size - first))
+        if valid == width:
+            return output
+        padding = torch.arange(width, device=logits.device) >= valid
+        return (logits.masked_fill(padding, torch.finfo(logits.dtype).min), *output[1:])
+
+
+def _rope_scaling(scaling: dict[str, Any] | None) -> dict[str, Any]:
+    """Hugging Face's rope scaling as arguments of ``GPTModel``."""
+    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+    if scaling is None or kind == "default":
+        return {}
+    if kind != "llama3":
+        raise ValueError(f"rope scaling {kind!r} is not supported; only llama3 and none are")
+    for name, built_in in _LLAMA3_ROPE.items():
+        if scaling.get(name, built_in) != built_in:
+            raise ValueError(
+                f"rope scaling {name}={scaling[name]} is not supported; Megatron-Core has {built_in} built in"
+            )
+    if "factor" not in scaling:
+        raise ValueError("rope scaling llama3 has no factor")
+    return {"rope_scaling": True, "rope_scaling_factor": float(scaling["factor"])}
+
+
+def freeze(model_chunks: Sequence[torch.nn.Module], plan: UpscalePlan, train: Literal["inserted", "all"]) -> int:
+    """Leaves trainable what ``train`` says; call it before gradients get their buffers.
+
+    ``inserted`` trains the blocks that the plan inserted; embedding, final norm and output layer stay as they are.
+
+    Returns:
+        Number of trainable elements on this rank, tensor-parallel parts counted as they lie here.
+
+    Raises:
+        ValueError: ``inserted`` with a plan that inserts nothing.
+    """
+    if train not in ("inserted", "all"):
+        raise ValueError(f"train={train!r} is not known; choose inserted or all")
+    if train == "inserted" and not plan.inserted_indices:
+        raise ValueError(f"policy {plan.policy} inserts no block, so there is nothing to train; choose --train all")
+    trainable = 0
+    for chunk in model_chunks:
+        chunk.requires_grad_(train == "all")
+        if train == "inserted":
+            for layer in _layers(chunk):
+                layer.requires_grad_(plan.blocks[layer_index(layer)].inserted)
+            _let_gradients_through(unwrap(chunk))
+        trainable += sum(p.numel() for p in chunk.parameters() if p.requires_grad)
+    return trainable
+
+
+def _layers(chunk: torch.nn.Module) -> Iterator[TransformerLayer]:
+    return (module for module in chunk.modules() if isinstance(module, TransformerLayer))
+
+
+def _let_gradients_through(model: torch.nn.Module) -> None:
+    """Makes a frozen embedding's output require a gradient under full recompute.
+
+    Full recompute hands each layer its input alone: if that needs no gradient, neither does the output, and the
+    layer's weights get none, silently.
+    """
+    if model.pre_process and model.config.recompute_granularity == "full":
+        model.embedding.register_forward_hook(_require_gradient)
+
+
+def _require_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_(True)
+    return output
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The ``GPTModel`` inside ``DistributedDataParallel`` and ``Float16Module``."""
+    while not isinstance(model, GPTModel):
+        assert hasattr(model, "module"), f"no GPTModel inside {type(model).__name__}"
+        model = model.module
+    return model

@@ -1,0 +1,245 @@
+"""From our ModelConfig and a plan to Megatron's TransformerConfig, refusing what up-scaled models cannot have."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_midus.config import ModelConfig
+from megatron_midus.platform import is_cpu, transformer_engine_available
+from megatron_midus.upscaling import UpscalePlan
+
+# Options whose meaning hangs on a layer's number; inserting blocks would move them to other layers without a word.
+_DEPTH_DEPENDENT = (
+    "apply_query_key_layer_scaling",
+    "no_rope_freq",
+    "window_attn_skip_freq",
+    "first_last_layers_bf16",
+    "moe_layer_freq",
+    "linear_attention_freq",
+    "heterogeneous_block_specs",
+)
+_UNSUPPORTED = ("num_moe_experts", "multi_latent_attention", "mtp_num_layers", "experimental_attention_variant")
+
+
+def padded_vocab_size(vocab_size: int, *, divisible_by: int = 1, tensor_model_parallel_size: int = 1) -> int:
+    """Rows of the embedding after padding to a multiple of ``divisible_by * tensor_model_parallel_size``."""
+    if vocab_size < 1 or divisible_by < 1 or tensor_model_parallel_size < 1:
+        raise ValueError(
+            f"vocab_size={vocab_size}, make_vocab_size_divisible_by={divisible_by} and "
+            f"tensor_model_parallel_size={tensor_model_parallel_size} must be at least 1"
+        )
+    multiple = divisible_by * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def make_transformer_config(
+    model: ModelConfig,
+    plan: UpscalePlan,
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+    context_parallel_size: int = 1,
+    sequence_parallel: bool = False,
+    bf16: bool = False,
+    recompute_granularity: Literal["full", "selective"] | None = None,
+    recompute_method: Literal["uniform", "block"] | None = None,
+    recompute_num_layers: int | None = None,
+    deterministic: bool = True,
+    **overrides: Any,
+) -> TransformerConfig:
+    """Megatron's configuration of an up-scaled model.
+
+    Args:
+        model: the decoder that is built; ``model.num_layers`` equals ``plan.num_layers``.
+        plan: which of its blocks are Memory blocks, and what those look like.
+        tensor_model_parallel_size: ranks that share heads and channels.
+        pipeline_model_parallel_size: pipeline stages.
+        virtual_pipeline_model_parallel_size: model chunks per stage, for the interleaved schedule.
+        context_parallel_size: ranks that share a sequence; more than 1 needs Transformer Engine.
+        sequence_parallel: split the residual stream along the sequence over the tensor-parallel ranks.
+        bf16: parameters and activations in bfloat16, otherwise float32.
+        recompute_granularity: ``full`` = whole layers, ``selective`` = core attention.
+        recompute_method: of ``full``; ``uniform`` when absent.
+        recompute_num_layers: of ``full``; 1 when absent.
+        deterministic: use deterministic kernels on a GPU. A CPU is deterministic as it is.
+        overrides: any other field of ``TransformerConfig``.
+
+    Raises:
+        ValueError: sizes that do not divide, or a setting that an up-scaled model cannot have.
+    """
+    if model.num_layers != plan.num_layers:
+        raise ValueError(f"the model has {model.num_layers} layers and the plan {plan.num_layers}; they must be equal")
+    if plan.memory is not None:
+        plan.memory.check_model(
+            hidden_size=model.hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            kv_channels=model.kv_channels,
+        )
+    _check_tensor_parallel(model, plan, tensor_model_parallel_size, sequence_parallel)
+    _check_pipeline(plan, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size, overrides)
+    _check_context_parallel(context_parallel_size)
+    _check_overrides(overrides)
+    dtype = torch.bfloat16 if bf16 else torch.float16 if overrides.get("fp16") else torch.float32
+    parallel = {
+        "tensor_model_parallel_size": tensor_model_parallel_size,
+        "pipeline_model_parallel_size": pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": virtual_pipeline_model_parallel_size,
+        "context_parallel_size": context_parallel_size,
+        "sequence_parallel": sequence_parallel,
+        **_pipeline_settings(pipeline_model_parallel_size, virtual_pipeline_model_parallel_size),
+    }
+    precision = {
+        "bf16": bf16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "deterministic_mode": _deterministic_mode(deterministic),
+        "use_cpu_initialization": is_cpu(),
+    }
+    recompute = _recompute_settings(recompute_granularity, recompute_method, recompute_num_layers)
+    return TransformerConfig(**{**_architecture(model), **parallel, **precision, **recompute, **overrides})
+
+
+def _architecture(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "kv_channels": model.kv_channels,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_epsilon,
+        "qk_layernorm": model.qk_layernorm,
+        "add_bias_linear": False,
+        "add_qkv_bias": model.add_qkv_bias,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "window_size": None if model.sliding_window is None else (model.sliding_window - 1, 0),
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": model.init_method_std,
+        # Megatron's spelling. Layers of two kinds cannot be stacked into one tensor per parameter.
+        "hetereogenous_dist_checkpoint": True,
+        # The fused versions go through torch.compile, which a CPU pays for with minutes of compilation.
+        "bias_activation_fusion": not is_cpu(),
+        "bias_dropout_fusion": not is_cpu(),
+    }
+
+
+def _pipeline_settings(stages: int, chunks: int | None) -> dict[str, Any]:
+    if stages == 1:
+        return {}
+    # With batched transfers two stages of several chunks exchange each other's messages and train wrongly.
+    interleaved = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if chunks is not None else {}
+    return {"deallocate_pipeline_outputs": True, **interleaved}
+
+
+def _recompute_settings(granularity: str | None, method: str | None, num_layers: int | None) -> dict[str, Any]:
+    if granularity == "full":
+        method, num_layers = method or "uniform", num_layers or 1
+    elif method is not None or num_layers is not None:
+        raise ValueError(
+            f"recompute_method={method} and recompute_num_layers={num_layers} belong to recompute_granularity=full"
+        )
+    return {
+        "recompute_granularity": granularity,
+        "recompute_method": method,
+        "recompute_num_layers": num_layers,
+    }
+
+
+def _deterministic_mode(deterministic: bool) -> bool:
+    if not deterministic or is_cpu():
+        return False
+    if transformer_engine_available() and os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0") != "0":
+        raise ValueError(
+            "deterministic kernels are asked for and NVTE_ALLOW_NONDETERMINISTIC_ALGO="
+            f"{os.environ['NVTE_ALLOW_NONDETERMINISTIC_ALGO']} in the environment; set it to 0 or unset it"
+        )
+    return True
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+def _divisors(*numbers: int) -> list[int]:
+    return [d for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers)]
+
+
+def _check_divides(size_name: str, size: int, things: Iterable[tuple[str, int]]) -> None:
+    things = list(things)
+    for name, number in things:
+        if number % size:
+            raise ValueError(
+                f"{name}={number} is not divisible by {size_name}={size}; choose one of "
+                f"{_divisors(*(n for _, n in things))}"
+            )
+
+
+def _check_tensor_parallel(model: ModelConfig, plan: UpscalePlan, size: int, sequence_parallel: bool) -> None:
+    heads = [("num_attention_heads", model.num_attention_heads), ("ffn_hidden_size", model.ffn_hidden_size)]
+    if plan.memory_indices:
+        assert plan.memory is not None
+        heads.append(("memory_num_heads", plan.memory.num_memory_heads(model.num_attention_heads)))
+    _check_divides("tensor_model_parallel_size", size, heads)
+    groups = model.num_query_groups
+    if groups % size and size % groups:
+        raise ValueError(
+            f"num_query_groups={groups} is neither a multiple nor a divisor of tensor_model_parallel_size={size}; "
+            f"choose one of {[d for d in _divisors(model.num_attention_heads) if groups % d == 0 or d % groups == 0]}"
+        )
+    if sequence_parallel and size == 1:
+        raise ValueError(
+            "sequence_parallel needs tensor_model_parallel_size of at least 2; raise it or leave sequence_parallel out"
+        )
+
+
+def _check_pipeline(plan: UpscalePlan, stages: int, chunks: int | None, overrides: dict[str, Any]) -> None:
+    if chunks is not None and stages == 1:
+        raise ValueError(
+            f"virtual_pipeline_model_parallel_size={chunks} needs pipeline_model_parallel_size of at least 2"
+        )
+    uneven = (
+        "pipeline_model_parallel_layout",
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "account_for_embedding_in_pipeline_split",
+        "account_for_loss_in_pipeline_split",
+    )
+    if any(overrides.get(name) for name in uneven):
+        return
+    parts = stages * (chunks or 1)
+    if plan.num_layers % parts:
+        added = f" ({plan.num_base_layers} base and {plan.num_layers - plan.num_base_layers} added ones)"
+        raise ValueError(
+            f"num_layers={plan.num_layers}{added} is not divisible by {parts} pipeline stages and chunks; choose one "
+            f"of {_divisors(plan.num_layers)}, or say where they go with pipeline_model_parallel_layout"
+        )
+
+
+def _check_context_parallel(size: int) -> None:
+    if size > 1 and not transformer_engine_available():
+        raise ValueError(
+            f"context_parallel_size={size} needs Transformer Engine's attention on a GPU, which is not there; choose 1"
+        )
+
+
+def _check_overrides(overrides: dict[str, Any]) -> None:
+    unknown = sorted(set(overrides) - set(TransformerConfig.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} is not a field of Megatron's TransformerConfig; check the spelling")
+    for name in _DEPTH_DEPENDENT:
+        if name in overrides and overrides[name] != TransformerConfig.__dataclass_fields__[name].default:
+            raise ValueError(
+                f"{name}={overrides[name]} depends on layer numbers, which inserted blocks shift; leave it out"
+            )
+    for name in _UNSUPPORTED:
+        if overrides.get(name):
+            raise ValueError(f"{name}={overrides[name]} is not supported by up-scaled models; leave it out")
+    if "layernorm" in (overrides.get("recompute_modules") or ()) and not transformer_engine_available():
+        raise ValueError("recompute_modules 'layernorm' needs Transformer Engine, which is not there; leave it out")

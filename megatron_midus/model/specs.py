@@ -1,0 +1,176 @@
+"""Layer specs made from an UpscalePlan, for the local backend and, through the spec provider, Transformer Engine."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from megatron_midus.config import MemoryConfig
+from megatron_midus.memory import HeadWiseMemory
+from megatron_midus.model.attention import SdpaAttention
+from megatron_midus.model.layer import MIDUSMemoryLayer
+from megatron_midus.model.norm import RMSNorm
+from megatron_midus.platform import require_transformer_engine, transformer_engine_available
+from megatron_midus.upscaling import Block, UpscalePlan
+
+TransformerImpl = Literal["auto", "local", "transformer_engine"]
+
+
+class SdpaSpecProvider(LocalSpecProvider):
+    """Megatron's own linear layers with this project's RMSNorm and attention: runs on a CPU and on any GPU."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        return SdpaAttention
+
+
+def get_backend(transformer_impl: TransformerImpl = "auto") -> BackendSpecProvider:
+    """The provider of a backend by name; ``auto`` = Transformer Engine where it can run, else local.
+
+    Raises:
+        ValueError: an unknown name, or Transformer Engine where it cannot run.
+    """
+    if transformer_impl not in ("auto", "local", "transformer_engine"):
+        raise ValueError(
+            f"transformer_impl={transformer_impl!r} is not known; choose auto, local or transformer_engine"
+        )
+    if transformer_impl == "local" or (transformer_impl == "auto" and not transformer_engine_available()):
+        return SdpaSpecProvider()
+    require_transformer_engine()
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return TESpecProvider()
+
+
+def get_midus_layer_spec(
+    block: Block,
+    *,
+    config: TransformerConfig,
+    memory: MemoryConfig | None = None,
+    index: int = 0,
+    seed: int = 0,
+    memory_backend: str = "auto",
+    backend: BackendSpecProvider | None = None,
+) -> ModuleSpec:
+    """The spec of one decoder layer.
+
+    Args:
+        block: of the plan. Kind ``memory`` makes a ``MIDUSMemoryLayer``, every other kind a ``TransformerLayer``.
+        config: of the model; ``qk_layernorm`` is read here.
+        memory: what the memory looks like; needed for kind ``memory``.
+        index: 0-based position in the decoder, part of the seed of the memory's initial values.
+        seed: of the memory's initial values.
+        memory_backend: of ``megatron_midus.ops.head_wise_memory``.
+        backend: which linear layers, norms and attention to use; ``get_backend()`` when absent.
+    """
+    backend = backend or get_backend()
+    if block.kind != "memory":
+        return _layer_spec(
+            TransformerLayer, backend, config, backend.row_parallel_linear(), get_mlp_module_spec_for_backend(backend)
+        )
+    if memory is None:
+        raise ValueError(f"block {index} is a Memory block; give its memory settings")
+    params = {"memory": memory, "layer_index": index, "seed": seed, "backend": memory_backend}
+    return _layer_spec(MIDUSMemoryLayer, backend, config, ModuleSpec(HeadWiseMemory, params=params), None)
+
+
+def _layer_spec(
+    layer: type,
+    backend: BackendSpecProvider,
+    config: TransformerConfig,
+    attention_output: type | ModuleSpec,
+    mlp: ModuleSpec | None,
+) -> ModuleSpec:
+    """A pre-norm layer. Checkpoint keys are those of the backend that fuses norm and linear layer, in both backends."""
+    fused = backend.fuse_layernorm_and_linear()
+    norm = IdentityOp if fused else backend.layer_norm(rms_norm=True)
+    qk_norm = backend.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
+    attention = ModuleSpec(
+        SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=attention_output,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=norm, self_attention=attention, self_attn_bda=get_bias_dropout_add
+    )
+    keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if mlp is not None:
+        submodules.pre_mlp_layernorm = norm
+        submodules.mlp = mlp
+        submodules.mlp_bda = get_bias_dropout_add
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    submodules.sharded_state_dict_keys_map = {} if fused else keys
+    return ModuleSpec(layer, submodules=submodules)
+
+
+def get_midus_block_spec(
+    plan: UpscalePlan,
+    config: TransformerConfig,
+    *,
+    transformer_impl: TransformerImpl = "auto",
+    memory_backend: str = "auto",
+    seed: int = 0,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+    backend: BackendSpecProvider | None = None,
+) -> TransformerBlockSubmodules:
+    """The specs of those blocks of ``plan`` that live on one pipeline stage.
+
+    Args:
+        plan: the whole model.
+        config: of the model, ``config.num_layers`` equal to ``plan.num_layers``.
+        transformer_impl: see ``get_backend``; ``backend`` overrides it.
+        memory_backend: of ``megatron_midus.ops.head_wise_memory``.
+        seed: of the memories' initial values.
+        vp_stage: virtual pipeline stage, when there are several on this rank.
+        pp_rank: pipeline rank; of this process when absent.
+    """
+    assert config.num_layers == plan.num_layers, f"config of {config.num_layers} layers, plan of {plan.num_layers}"
+    backend = backend or get_backend(transformer_impl)
+    layer_specs = [
+        get_midus_layer_spec(
+            plan.blocks[index],
+            config=config,
+            memory=plan.memory,
+            index=index,
+            seed=seed,
+            memory_backend=memory_backend,
+            backend=backend,
+        )
+        for index in local_layer_indices(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=backend.layer_norm(rms_norm=True))
+
+
+def local_layer_indices(
+    config: TransformerConfig, *, vp_stage: int | None = None, pp_rank: int | None = None
+) -> list[int]:
+    """0-based positions of the layers that one pipeline stage holds."""
+    if config.pipeline_model_parallel_layout is not None:
+        return config.pipeline_model_parallel_layout.get_layer_id_list(
+            layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
+        )
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return list(range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)))

@@ -1,0 +1,155 @@
+"""What the processes of the memory tests do. They compare with formulas written out here, head by head."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from scenarios import Layout, generator, initialize_parallel, model_config
+
+from megatron_midus.config import MemoryConfig
+from megatron_midus.memory import HeadWiseMemory
+from megatron_midus.model.config import make_transformer_config
+from megatron_midus.ops import initialize_parameter
+from megatron_midus.upscaling import make_plan
+
+LAYER = 3
+
+
+def make_memory(settings: dict[str, Any], layout: Layout, *, seed: int = 0) -> HeadWiseMemory:
+    initialize_parallel(layout)
+    memory = MemoryConfig(**{"memory_num_keys": 9, "memory_topk": 3, "memory_latent_size": 7, **settings})
+    plan = make_plan("interleave", num_layers=2, num_blocks=2, memory=memory)
+    model = model_config(plan.num_layers)
+    config = make_transformer_config(model, plan, tensor_model_parallel_size=layout.tp, sequence_parallel=layout.sp)
+    return HeadWiseMemory(
+        model.num_attention_heads * model.kv_channels,
+        model.hidden_size,
+        config=config,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        memory=memory,
+        layer_index=LAYER,
+        seed=seed,
+    )
+
+
+def start_values(settings: dict[str, Any], layout: Layout, seed: int) -> dict[str, Any]:
+    """Per parameter: this rank's start value, the slice of the global one that it must be, and its marks."""
+    module = make_memory(settings, layout, seed=seed)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    shapes = module.memory.parameter_shapes(hidden_size=24, num_attention_heads=4, kv_channels=10)
+    assert list(shapes) == [name for name, _ in module.named_parameters()]
+    found = {}
+    for name, parameter in module.named_parameters():
+        whole = initialize_parameter(
+            name, shapes[name], key_init=module.memory.memory_key_init, seed=seed, layer_index=LAYER
+        )
+        replicated = name == "values" and module.memory.memory_variant != "full"
+        axis = 1 if name == "attn_proj" else 0
+        part = whole if replicated else whole.chunk(layout.tp, axis)[rank]
+        found[name] = {
+            "equal": torch.equal(parameter.data, part),
+            "tensor_parallel": bool(getattr(parameter, "tensor_model_parallel", False)),
+            "axis": getattr(parameter, "partition_dim", None),
+            "is_value": parameter.is_memory_value,
+            "kind": parameter.memory_parameter_kind,
+        }
+    return found
+
+
+def forward_against_formula(settings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(module's output, formula's output)`` in float64, every parameter random."""
+    module = make_memory(settings, Layout()).double()
+    for name, parameter in module.named_parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator(name), dtype=torch.float64)
+    hidden = torch.randn(5, 3, 40, generator=generator("hidden"), dtype=torch.float64)  # [s, b, H*d_h]
+    output, bias = module(hidden)
+    assert bias is None
+    p = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    expected = torch.stack(
+        [torch.stack([_formula(hidden[s, b], p, module.memory) for b in range(3)]) for s in range(5)]
+    )
+    return output.detach(), expected
+
+
+def _formula(query: torch.Tensor, p: dict[str, torch.Tensor], memory: MemoryConfig) -> torch.Tensor:
+    """One token, ``[H*d_h]`` -> ``[d]``: scores of all n * n slots of every head, no product-key trick."""
+    if "attn_proj" in p:
+        query = p["attn_proj"] @ query
+    heads = p["row_keys"].shape[0]
+    total = torch.zeros(24, dtype=torch.float64)
+    parts = []
+    for h, raw in enumerate(query.view(heads, -1)):
+        q = raw
+        if "query_norm" in p:
+            q = q / math.sqrt(float((q * q).mean()) + 1e-6) * p["query_norm"][h]
+        if "log_temperature" in p:
+            q = q * math.exp(float(p["log_temperature"][h]))
+        row, col = q.chunk(2)
+        scores = ((p["row_keys"][h] @ row)[:, None] + (p["col_keys"][h] @ col)[None, :]).flatten()
+        best, slots = scores.topk(memory.memory_topk)
+        weights = {"softmax": best.softmax(0), "sigmoid": best.sigmoid(), "relu": best.relu()}
+        values = p["values"][h] if memory.memory_variant == "full" else p["values"]
+        found = weights[memory.memory_score_activation] @ values[slots]
+        if "head_proj" in p:
+            found = found @ p["head_proj"][h]
+        if "gate" in p:
+            gate = raw @ p["gate"][h]
+            found = found * gate / (1 + torch.exp(-gate))
+        if memory.memory_variant == "block":
+            total = total + found
+        parts.append(found)
+    if memory.memory_variant == "block":
+        return total
+    m = torch.cat(parts)
+    return m + m @ p["mixer"] if "mixer" in p else m
+
+
+def value_gradient(settings: dict[str, Any], layout: Layout) -> torch.Tensor:
+    """The value bank's gradient after Megatron's reduction of it, from the same tokens at every layout."""
+    module = make_memory(settings, layout)
+    for name, parameter in module.named_parameters():
+        shape = module.memory.parameter_shapes(hidden_size=24, num_attention_heads=4, kv_channels=10)[name]
+        whole = torch.randn(shape, generator=generator(name))
+        axis = None if tuple(parameter.shape) == shape else 0
+        part = whole if axis is None else whole.chunk(layout.tp, axis)[parallel_state.get_tensor_model_parallel_rank()]
+        parameter.data.copy_(part)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    hidden = torch.randn(6, 2, 40, generator=generator("hidden")).chunk(layout.tp, -1)[rank]
+    probe = torch.randn(6, 2, 24, generator=generator("probe"))
+    output, _ = module(hidden)
+    (output * (probe.chunk(layout.tp, 0)[rank] if layout.sp else probe)).sum().backward()
+    gradient = module.values.grad
+    if getattr(module.values, "average_gradients_across_tp_domain", False):
+        torch.distributed.all_reduce(
+            gradient, op=torch.distributed.ReduceOp.AVG, group=parallel_state.get_tensor_model_parallel_group()
+        )
+    return gradient
+
+
+def sharded_tensors(settings: dict[str, Any], layout: Layout) -> dict[str, tuple]:
+    """``{key: (global shape, local shape)}``."""
+    state = make_memory(settings, layout).sharded_state_dict("memory.")
+    return {value.key: (tuple(value.global_shape), tuple(value.local_shape)) for value in state.values()}
+
+
+def build_error(settings: dict[str, Any], layout: Layout) -> str:
+    """What the constructor says to heads that cannot be shared, the builder's own check out of the way."""
+    initialize_parallel(layout)
+    memory = MemoryConfig(**settings)
+    plan = make_plan("none", num_layers=1)
+    config = make_transformer_config(model_config(1), plan, tensor_model_parallel_size=layout.tp)
+    try:
+        HeadWiseMemory(
+            40,
+            24,
+            config=config,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            memory=memory,
+            layer_index=0,
+        )
+    except ValueError as error:
+        return str(error)
+    return "no error"
