@@ -1,0 +1,320 @@
+"""MidusConfig: a Llama-style decoder some of whose blocks are Memory blocks. Travels inside every exported model."""
+
+from transformers.configuration_utils import PretrainedConfig
+
+BLOCK_TYPES = ("transformer", "memory")
+CHOICES = {
+    "memory_variant": ("hive", "full", "block"),
+    "memory_query_norm": ("none", "rms"),
+    "memory_score_activation": ("softmax", "sigmoid", "relu"),
+    "memory_output_projection": ("none", "linear", "silu"),
+    "memory_key_init": ("uniform", "normal", "calibrated"),
+    "memory_attention": ("attn_prime", "full"),
+}
+# rope_type -> entries of rope_parameters that it needs beside rope_theta
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+DEFAULT_ROPE_THETA = 10000.0
+AUTO_MAP = {
+    "AutoConfig": "configuration_midus.MidusConfig",
+    "AutoModel": "modeling_midus.MidusModel",
+    "AutoModelForCausalLM": "modeling_midus.MidusForCausalLM",
+}
+
+
+def merge_rope_parameters(rope_parameters=None, rope_theta=None, rope_scaling=None):
+    """One dictionary ``{rope_type, rope_theta, ...}`` out of the new way to describe rotary embeddings and the old one.
+
+    transformers 4 keeps ``rope_theta`` and ``rope_scaling``, transformers 5 only ``rope_parameters``; a file written by
+    one and read by the other must mean the same.
+
+    Raises:
+        ValueError: the descriptions contradict each other, or the kind of scaling is not supported.
+    """
+    merged = {}
+    old = {} if rope_theta is None else {"rope_theta": float(rope_theta)}
+    for given in (rope_parameters or {}, rope_scaling or {}, old):
+        given = {"rope_type" if key == "type" else key: value for key, value in given.items() if value is not None}
+        for key, value in given.items():
+            if merged.setdefault(key, value) != value:
+                raise ValueError(
+                    f"{key}={value!r} contradicts {merged[key]!r} in rope_parameters or rope_scaling; keep one of them"
+                )
+    merged.setdefault("rope_type", "default")
+    merged["rope_theta"] = float(merged.get("rope_theta", DEFAULT_ROPE_THETA))
+    rope_type = merged["rope_type"]
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"rope_type={rope_type!r} is not supported; choose one of {list(ROPE_TYPES)}")
+    missing = [key for key in ROPE_TYPES[rope_type] if key not in merged]
+    if missing:
+        raise ValueError(f"rope_type={rope_type!r} needs {missing} in rope_parameters")
+    if merged.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor is not supported; all channels of a head rotate: remove it or set 1.0")
+    known = {"rope_type", "rope_theta", "original_max_position_embeddings", *ROPE_TYPES[rope_type]}
+    unknown = sorted(set(merged) - known)
+    if unknown:
+        raise ValueError(f"rope_type={rope_type!r} does not know {unknown}; remove them from rope_parameters")
+    return {key: merged[key] for key in ("rope_type", "rope_theta", *ROPE_TYPES[rope_type])}
+
+
+class MidusConfig(PretrainedConfig):
+    """Configuration of a MIDUS model (Memory-Infused Depth Up-Scaling, Kim et al., arXiv 2512.13751).
+
+    The fields of ``LlamaConfig`` mean what they mean there. ``num_hidden_layers`` counts all blocks, base and inserted;
+    each of them, Memory blocks too, owns one slot of the KV cache.
+
+    Args:
+        head_dim: channels of one attention head; hidden_size / num_attention_heads when absent.
+        rope_theta, rope_scaling, rope_parameters: the old and the new way to describe rotary embeddings; either will
+            do. Types ``default``, ``linear`` and ``llama3``.
+        attention_bias: whether the query, key and value projections have a bias (Qwen2).
+        attention_output_bias: whether the attention's output projection has a bias.
+        qk_norm: whether queries and keys are RMS-normalised per head before they are rotated (Qwen3).
+        sliding_window: tokens that attention looks back, its own included; ``None`` = all.
+        block_types: ``"transformer"`` or ``"memory"`` for each block in order; all ``"transformer"`` when absent.
+        memory_variant: value bank: ``hive`` (latent bank shared by the heads, one projection per head), ``full`` (a
+            bank per head) or ``block`` (one memory per block, head outputs summed).
+        memory_num_keys: sub-keys per half; a memory has that many squared slots.
+        memory_topk: slots that one head reads for one token.
+        memory_latent_size: width of the latent value bank (``hive``).
+        memory_num_heads: query slices of variant ``block``; ``num_attention_heads`` when absent.
+        memory_query_norm: ``none`` or ``rms``.
+        memory_query_temperature: whether each head has a learnt temperature.
+        memory_score_activation: ``softmax``, ``sigmoid`` or ``relu``.
+        memory_output_projection: ``none``, ``linear`` (head mixer) or ``silu`` (gate).
+        memory_key_init: how sub-keys start in a model made from scratch (``calibrated`` ones come with the weights).
+        memory_attention: ``attn_prime`` (no output projection) or ``full``.
+
+    Raises:
+        ValueError: a field is out of range or does not fit the others; one line that names the value and the remedy.
+    """
+
+    model_type = "midus"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    # Memory blocks stay whole on every rank: their attention is named mem_attn so that these patterns miss it.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    def __init__(
+        self,
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=None,
+        head_dim=None,
+        hidden_act="silu",
+        max_position_embeddings=2048,
+        initializer_range=0.02,
+        rms_norm_eps=1e-5,
+        use_cache=True,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        tie_word_embeddings=False,
+        rope_theta=None,
+        rope_scaling=None,
+        rope_parameters=None,
+        attention_bias=False,
+        attention_output_bias=False,
+        attention_dropout=0.0,
+        qk_norm=False,
+        sliding_window=None,
+        block_types=None,
+        memory_variant="hive",
+        memory_num_keys=64,
+        memory_topk=8,
+        memory_latent_size=32,
+        memory_num_heads=None,
+        memory_query_norm="none",
+        memory_query_temperature=False,
+        memory_score_activation="softmax",
+        memory_output_projection="none",
+        memory_key_init="uniform",
+        memory_attention="attn_prime",
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim = hidden_size // max(num_attention_heads, 1) if head_dim is None else head_dim
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.use_cache = use_cache
+        self.rope_parameters = merge_rope_parameters(rope_parameters, rope_theta, rope_scaling)
+        self.attention_bias = attention_bias
+        self.attention_output_bias = attention_output_bias
+        self.attention_dropout = attention_dropout
+        self.qk_norm = qk_norm
+        self.sliding_window = sliding_window
+        self.block_types = ["transformer"] * num_hidden_layers if block_types is None else list(block_types)
+        self.memory_variant = memory_variant
+        self.memory_num_keys = memory_num_keys
+        self.memory_topk = memory_topk
+        self.memory_latent_size = memory_latent_size
+        self.memory_num_heads = memory_num_heads
+        self.memory_query_norm = memory_query_norm
+        self.memory_query_temperature = memory_query_temperature
+        self.memory_score_activation = memory_score_activation
+        self.memory_output_projection = memory_output_projection
+        self.memory_key_init = memory_key_init
+        self.memory_attention = memory_attention
+        self.check()
+
+        kwargs.pop("auto_map", None)  # a hub prefix in it would make a local copy load its code from the hub
+        if kwargs.get("architectures") is None:
+            kwargs["architectures"] = ["MidusForCausalLM"]
+        # transformers 4 takes these as arguments, 5.0 as extra attributes, later 5.x as fields of its own: both ways.
+        tokens = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **tokens, **kwargs)
+        self.tie_word_embeddings = tie_word_embeddings
+        for name, value in tokens.items():
+            setattr(self, name, value)
+        self.auto_map = dict(AUTO_MAP)
+
+    # -- rotary embedding: rope_parameters is the one truth, the names of transformers 4 are views of it --------------
+    @property
+    def rope_theta(self):
+        return self.rope_parameters["rope_theta"]
+
+    @rope_theta.setter
+    def rope_theta(self, value):
+        self.rope_parameters = merge_rope_parameters({**self.rope_parameters, "rope_theta": float(value)})
+
+    @property
+    def rope_scaling(self):
+        """The entries of ``rope_parameters`` but for theta; ``None`` without scaling."""
+        scaling = {key: value for key, value in self.rope_parameters.items() if key != "rope_theta"}
+        return None if scaling["rope_type"] == "default" else scaling
+
+    @rope_scaling.setter
+    def rope_scaling(self, value):
+        self.rope_parameters = merge_rope_parameters({"rope_theta": self.rope_theta, **(value or {})})
+
+    def to_dict(self):
+        """As the base class; with rope_theta and rope_scaling for readers that know the names of transformers 4."""
+        return {**super().to_dict(), "rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+    @property
+    def num_memory_blocks(self):
+        return self.block_types.count("memory")
+
+    def num_lookup_heads(self):
+        """Heads of one memory that look something up."""
+        return self.memory_num_heads or self.num_attention_heads
+
+    def memory_query_size(self):
+        """Channels of the query of one of these heads."""
+        full = self.memory_attention == "full"
+        width = self.hidden_size if full else self.num_attention_heads * self.head_dim
+        return width // self.num_lookup_heads()
+
+    def memory_parameter_shapes(self):
+        """``{name: shape}`` of the parameters of one memory."""
+        heads, query, out = (
+            self.num_lookup_heads(),
+            self.memory_query_size(),
+            self.hidden_size // self.num_attention_heads,
+        )
+        num_keys, latent = self.memory_num_keys, self.memory_latent_size
+        shapes = {"row_keys": (heads, num_keys, query // 2), "col_keys": (heads, num_keys, query // 2)}
+        if self.memory_variant == "hive":
+            shapes.update(values=(num_keys**2, latent), head_proj=(heads, latent, out))
+        elif self.memory_variant == "full":
+            shapes.update(values=(heads, num_keys**2, out))
+        else:
+            shapes.update(values=(num_keys**2, self.hidden_size))
+        if self.memory_attention == "full":
+            shapes["attn_proj"] = (self.hidden_size, self.num_attention_heads * self.head_dim)
+        if self.memory_query_norm == "rms":
+            shapes["query_norm"] = (heads, query)
+        if self.memory_query_temperature:
+            shapes["log_temperature"] = (heads,)
+        if self.memory_output_projection == "linear":
+            shapes["mixer"] = (self.hidden_size, self.hidden_size)
+        elif self.memory_output_projection == "silu":
+            shapes["gate"] = (heads, query, out)
+        return shapes
+
+    # -- validation --------------------------------------------------------------------------------------------------
+    def check(self):
+        """Raises ``ValueError`` when the fields do not describe a model."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "memory_num_keys", "memory_latent_size"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings turn pairs of channels")
+        unknown = sorted(set(self.block_types) - set(BLOCK_TYPES))
+        if unknown:
+            raise ValueError(f"block_types has {unknown}; choose from {list(BLOCK_TYPES)}")
+        if len(self.block_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"block_types names {len(self.block_types)} blocks and num_hidden_layers={self.num_hidden_layers}; "
+                "they must agree"
+            )
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {list(choices)}")
+        self._check_memory()
+
+    def _check_memory(self):
+        if not 1 <= self.memory_topk <= self.memory_num_keys:
+            raise ValueError(
+                f"memory_topk={self.memory_topk} is out of range; choose 1 to memory_num_keys={self.memory_num_keys}"
+            )
+        if self.memory_num_heads is not None and self.memory_num_heads < 1:
+            raise ValueError(f"memory_num_heads={self.memory_num_heads} must be at least 1")
+        if self.memory_num_heads is not None and self.memory_variant != "block":
+            raise ValueError(
+                f"memory_num_heads={self.memory_num_heads} is a setting of variant block; "
+                f"variant {self.memory_variant} has one memory head per attention head"
+            )
+        if self.memory_variant == "block" and self.memory_output_projection != "none":
+            raise ValueError(
+                f"memory_output_projection={self.memory_output_projection} does not apply to variant block; choose none"
+            )
+        if not self.num_memory_blocks:
+            return
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
+                "a Memory block writes hidden_size / num_attention_heads channels per head"
+            )
+        heads, query = self.num_lookup_heads(), self.memory_query_size()
+        width = self.hidden_size if self.memory_attention == "full" else self.num_attention_heads * self.head_dim
+        if heads * query != width or query % 2:
+            raise ValueError(
+                f"memory_num_heads={heads} does not cut the query of {width} channels into even slices; "
+                "choose a divisor of half of it"
+            )
+
+
+MidusConfig.register_for_auto_class()

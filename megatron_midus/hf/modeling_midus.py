@@ -1,0 +1,593 @@
+"""MIDUS model for transformers 4.53 and later, in plain torch. Travels inside every exported model.
+
+Transformer blocks compute what ``LlamaForCausalLM`` (``Qwen2``, ``Qwen3``) computes, operation by operation. A Memory
+block is ``x + memory(attention(norm(x)))``: one norm, one attention without output projection, one head-wise
+product-key memory (Kim et al., MIDUS, arXiv 2512.13751; product keys: Lample et al., arXiv 1907.05242).
+
+Shapes: B batch, S sequence, T = B * S tokens, H attention heads, M memory heads, D channels of one memory head's query,
+N sub-keys per half (N * N slots), K top-k, L latent, O = hidden size / H.
+"""
+
+import contextlib
+import inspect
+import math
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import logging
+
+from .configuration_midus import MidusConfig
+
+logger = logging.get_logger(__name__)
+
+RMS_EPSILON = 1e-6
+# Elements of the largest temporary of a look-up (scores of all sub-keys, fp32: 64 MiB); longer inputs go in pieces.
+MAX_SCORES = 2**24
+# transformers 4 wants a list of tied tensors, 5 a mapping to their source.
+TIED_WEIGHTS = {"lm_head.weight": "model.embed_tokens.weight"}
+if int(transformers.__version__.split(".")[0]) < 5:
+    TIED_WEIGHTS = list(TIED_WEIGHTS)
+
+
+# Names of arguments that changed between versions; looked up here so that no forward pass inspects signatures.
+MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
+CACHE_TAKES_CONFIG = "config" in inspect.signature(DynamicCache).parameters
+
+
+# -- the blocks of a Llama -------------------------------------------------------------------------------------------
+class MidusRMSNorm(nn.Module):
+    def __init__(self, hidden_size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states):
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(dtype)
+
+
+def compute_inverse_frequencies(config):
+    """``[head_dim / 2]`` angles per position, fp32, made on the CPU so that every device gets the same bits."""
+    rope = config.rope_parameters
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
+    frequencies = 1.0 / (rope["rope_theta"] ** exponents)
+    if rope["rope_type"] == "linear":
+        return frequencies / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        return _llama3_frequencies(frequencies, rope)
+    return frequencies
+
+
+def _llama3_frequencies(frequencies, rope):
+    """Long wavelengths are stretched by ``factor``, short ones kept, those between interpolated (Llama 3.1)."""
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    context = rope["original_max_position_embeddings"]
+    wavelengths = 2 * math.pi / frequencies
+    stretched = torch.where(wavelengths > context / low, frequencies / factor, frequencies)
+    smooth = (context / wavelengths - low) / (high - low)
+    between = (1 - smooth) * stretched / factor + smooth * stretched
+    is_between = ~(wavelengths < context / high) * ~(wavelengths > context / low)
+    return torch.where(is_between, between, stretched)
+
+
+class MidusRotaryEmbedding(nn.Module):
+    """Cosines and sines of the positions.
+
+    The frequencies are a plain attribute: as a non-persistent buffer they would be garbage after loading on
+    transformers 5, and lose their bits to ``model.to(torch.bfloat16)``.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.frequencies_on_cpu = compute_inverse_frequencies(config)
+        self.frequencies = self.frequencies_on_cpu
+
+    @torch.no_grad()
+    def forward(self, hidden_states, position_ids):
+        if self.frequencies.device != hidden_states.device:
+            self.frequencies = self.frequencies_on_cpu.to(hidden_states.device)
+        angles = position_ids[..., None].float() * self.frequencies  # [B, S, head_dim / 2], never a matmul: no TF32
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+
+
+def rotate_half(x):
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary(query, key, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B, 1, S, head_dim]
+    return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+
+
+def repeat_kv(states, groups):
+    """``[B, G, S, D] -> [B, G * groups, S, D]``."""
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention in the open; the only implementation that returns its weights."""
+    key = repeat_kv(key, module.num_key_value_groups)
+    value = repeat_kv(value, module.num_key_value_groups)
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling  # [B, H, S, S_kv]
+    if attention_mask is not None:
+        weights = weights + attention_mask[:, :, :, : key.shape[-2]]
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class MidusAttention(nn.Module):
+    """Grouped-query attention; without ``o_proj`` it is the attention of a Memory block."""
+
+    def __init__(self, config, layer_idx, has_output_projection):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx  # physical index = slot of the KV cache
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.sliding_window = config.sliding_window
+        self.is_causal = True
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        if config.qk_norm:
+            self.q_norm = MidusRMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = MidusRMSNorm(config.head_dim, config.rms_norm_eps)
+        if has_output_projection:
+            self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_embeddings=None,
+        past_key_values=None,
+        cache_position=None,
+        **kwargs,
+    ):
+        """``[B, S, d] -> ([B, S, d or H * head_dim], attention weights or None)``."""
+        shape = hidden_states.shape[:-1]
+        query, key, value = (
+            projection(hidden_states).view(*shape, -1, self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [B, heads, S, head_dim]
+        cos, sin = position_embeddings
+        query, key = apply_rotary(query, key, cos, sin)
+        if past_key_values is not None:
+            # Static caches of transformers up to 5.0 write where cache_position says; later versions keep count.
+            place = {"sin": sin, "cos": cos, "cache_position": cache_position}
+            key, value = past_key_values.update(key, value, self.layer_idx, place)
+        implementation = self.config._attn_implementation
+        attend = eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        output = output.reshape(*shape, -1).contiguous()  # serving engines return [T, H * head_dim]
+        return (self.o_proj(output) if hasattr(self, "o_proj") else output), weights
+
+
+class MidusMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states):
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class MidusDecoderLayer(GradientCheckpointingLayer):
+    """A Transformer block."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.self_attn = MidusAttention(config, layer_idx, has_output_projection=True)
+        self.mlp = MidusMLP(config)
+        self.input_layernorm = MidusRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = MidusRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states, output_attentions=False, **kwargs):
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return (hidden_states, weights) if output_attentions else hidden_states
+
+
+# -- the Memory block ------------------------------------------------------------------------------------------------
+def select_slots(query_TMD, row_keys_MND, col_keys_MND, topk):
+    """The K best of N * N slots per token and head; slot ``(i, j)`` = ``i * N + j`` scores ``row_i . q1 + col_j . q2``.
+
+    Exact: the best K slots are among (best K rows) x (best K columns), and there only where
+    ``(rank of row) * (rank of column) <= K``.
+
+    Returns:
+        ``(slots int64 [T, M, K], scores [T, M, K])``, in fp32 at least; the scores are differentiable.
+    """
+    dtype = torch.promote_types(query_TMD.dtype, torch.float32)
+    query_MTD = query_TMD.transpose(0, 1).to(dtype)
+    best, index = [], []
+    for half, keys in zip(query_MTD.chunk(2, dim=-1), (row_keys_MND, col_keys_MND)):
+        scores_MTN = torch.bmm(half, keys.to(dtype).transpose(1, 2))
+        values, places = scores_MTN.topk(topk, dim=-1)  # [M, T, K]
+        best.append(values)
+        index.append(places)
+    with torch.no_grad():
+        rows, cols = candidate_pairs(topk, query_TMD.device)  # [P]
+        chosen = (best[0][..., rows] + best[1][..., cols]).topk(topk, dim=-1).indices  # [M, T, K], into P
+        rows, cols = rows[chosen], cols[chosen]
+        slots = index[0].gather(-1, rows) * row_keys_MND.shape[1] + index[1].gather(-1, cols)
+    scores = best[0].gather(-1, rows) + best[1].gather(-1, cols)
+    return slots.transpose(0, 1), scores.transpose(0, 1)
+
+
+def candidate_pairs(topk, device):
+    """Ranks ``(i, j)``, 0-based, with ``(i + 1) * (j + 1) <= topk``; made on the device, so nothing waits for the host."""
+    ranks = torch.arange(1, topk + 1, device=device)
+    count = sum(topk // rank for rank in range(1, topk + 1))
+    order = (ranks[:, None] * ranks).flatten().argsort(stable=True)[:count]
+    return order.div(topk, rounding_mode="floor"), order % topk
+
+
+def read_values(slots_TMK, weights_TMK, values, variant):
+    """Weighted sums of rows of the value bank: ``[T, M, width]``, for ``block`` summed over the heads, ``[T, 1, d]``."""
+    tokens, heads, topk = slots_TMK.shape
+    bags = (tokens, heads * topk) if variant == "block" else (tokens * heads, topk)
+    if variant == "full":
+        offsets = torch.arange(heads, device=slots_TMK.device) * values.shape[1]
+        slots_TMK = slots_TMK + offsets[:, None]
+    # embedding_bag never makes the [T, M, K, width] tensor of gathered rows, neither forward nor backward.
+    summed = F.embedding_bag(
+        slots_TMK.reshape(bags),
+        values.flatten(0, -2),
+        mode="sum",
+        per_sample_weights=weights_TMK.reshape(bags).to(values.dtype),
+    )
+    return summed.view(tokens, -1, values.shape[-1])
+
+
+def no_autocast(device_type):
+    """Scores and weights stay in fp32; devices without autocast (meta) have nothing to switch off."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+class MidusMemory(nn.Module):
+    """Head-wise product-key memory: each head looks up with its own attention output and its own sub-keys."""
+
+    PARAMETERS = (
+        "attn_proj", "query_norm", "log_temperature", "row_keys", "col_keys", "values", "head_proj", "mixer", "gate",
+    )  # fmt: skip
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        shapes = config.memory_parameter_shapes()
+        for name in self.PARAMETERS:
+            self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])) if name in shapes else None)
+
+    def reset_parameters(self):
+        """Start values: zero values, so that the block adds nothing at first."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name in ("values", "mixer", "log_temperature"):
+                nn.init.zeros_(parameter)
+            elif name == "query_norm":
+                nn.init.ones_(parameter)
+            elif name in ("row_keys", "col_keys"):
+                bound = parameter.shape[-1] ** -0.5
+                if self.config.memory_key_init == "normal":
+                    nn.init.normal_(parameter, std=bound / math.sqrt(3))
+                else:
+                    nn.init.uniform_(parameter, -bound, bound)
+            else:  # head_proj [M, L, O], gate [M, D, O], attn_proj [d, H * head_dim]: fan-in is axis 1
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+
+    def forward(self, attended):
+        """``[..., H * head_dim] -> [..., d]``."""
+        if self.attn_proj is not None:
+            attended = F.linear(attended, self.attn_proj)
+        raw_TMD = attended.reshape(-1, self.config.num_lookup_heads(), self.config.memory_query_size())
+        query_TMD = self.transform_query(raw_TMD)
+        piece = max(1, MAX_SCORES // (query_TMD.shape[1] * self.config.memory_num_keys))
+        output = torch.cat([self.look_up(part) for part in query_TMD.split(piece)])  # [T, M, O]; block: [T, 1, d]
+        if self.gate is not None:
+            output = output * F.silu(torch.einsum("tmd,mdo->tmo", raw_TMD, self.gate))
+        output = output.reshape(*attended.shape[:-1], -1).to(attended.dtype)
+        if self.mixer is not None:
+            output = output + output @ self.mixer
+        return output
+
+    def transform_query(self, query_TMD):
+        if self.query_norm is None and self.log_temperature is None:
+            return query_TMD
+        out = query_TMD.to(torch.promote_types(query_TMD.dtype, torch.float32))
+        if self.query_norm is not None:
+            out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + RMS_EPSILON) * self.query_norm
+        if self.log_temperature is not None:
+            out = out * self.log_temperature.to(out.dtype).exp()[:, None]
+        return out.to(query_TMD.dtype)
+
+    def look_up(self, query_TMD):
+        """``[T, M, D] -> [T, M, O]``, for ``block`` ``[T, 1, d]``."""
+        with no_autocast(query_TMD.device.type):
+            slots, scores = select_slots(query_TMD, self.row_keys, self.col_keys, self.config.memory_topk)
+            activation = self.config.memory_score_activation
+            weights = scores.softmax(-1) if activation == "softmax" else getattr(scores, activation)()
+            read = read_values(slots, weights, self.values, self.config.memory_variant)
+            if self.head_proj is not None:
+                read = torch.einsum("tml,mlo->tmo", read.to(self.head_proj.dtype), self.head_proj)
+        return read.to(query_TMD.dtype)
+
+
+class MidusMemoryLayer(GradientCheckpointingLayer):
+    """A Memory block: ``x + memory(attention(norm(x)))``."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        # Not self_attn: patterns that shard or quantize the attention of a Llama must not match.
+        self.mem_attn = MidusAttention(config, layer_idx, has_output_projection=False)
+        self.memory = MidusMemory(config)
+        self.input_layernorm = MidusRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states, output_attentions=False, **kwargs):
+        attended, weights = self.mem_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.memory(attended)
+        return (hidden_states, weights) if output_attentions else hidden_states
+
+
+# -- the models ------------------------------------------------------------------------------------------------------
+class MidusPreTrainedModel(PreTrainedModel):
+    config_class = MidusConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MidusDecoderLayer", "MidusMemoryLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _supports_flash_attn_3 = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _supports_cache_class = True
+    _supports_static_cache = True
+    _supports_quantized_cache = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config, *args, **kwargs):
+        config.check()  # fields may have been set after the configuration was made
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return True  # transformers would guess it from the wording of this file
+
+    def _init_weights(self, module):
+        # Through nn.init alone: transformers 5 guards loaded tensors by replacing these functions.
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, MidusRMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, MidusMemory):
+            module.reset_parameters()
+
+
+class MidusModel(MidusPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        layer_class = {"transformer": MidusDecoderLayer, "memory": MidusMemoryLayer}
+        self.layers = nn.ModuleList(layer_class[kind](config, i) for i, kind in enumerate(config.block_types))
+        self.norm = MidusRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = MidusRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """As ``LlamaModel``. Unknown keyword arguments go down to the attention function."""
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return_dict = config.return_dict if return_dict is None else return_dict
+        use_cache = self._use_cache(use_cache)
+        if output_attentions and config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions=True needs attn_implementation='eager', not {config._attn_implementation!r}; "
+                "load the model with it"
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, one of them")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config) if CACHE_TAKES_CONFIG else DynamicCache()
+        # Made by generate up to 5.0; later versions warn when a signature asks for it.
+        cache_position = kwargs.pop("cache_position", None)
+        if cache_position is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            cache_position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+        if position_ids is None:
+            position_ids = cache_position.unsqueeze(0)
+        attention_mask = self._attention_mask(
+            inputs_embeds, attention_mask, cache_position, past_key_values, position_ids
+        )
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        all_hidden_states, all_attentions = (), ()
+        for layer in self.layers:
+            if output_hidden_states:
+                all_hidden_states += (hidden_states,)
+            # hidden_states goes by position: re-entrant gradient checkpointing sees only positional arguments.
+            output = layer(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                cache_position=cache_position,
+                output_attentions=output_attentions,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            hidden_states = output[0] if output_attentions else output
+            if output_attentions:
+                all_attentions += (output[1],)
+        hidden_states = self.norm(hidden_states)
+        result = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=all_hidden_states + (hidden_states,) if output_hidden_states else None,
+            attentions=all_attentions if output_attentions else None,
+        )
+        return result if return_dict else result.to_tuple()
+
+    def _attention_mask(self, inputs_embeds, attention_mask, cache_position, past_key_values, position_ids):
+        arguments = {
+            "config": self.config,
+            "input_embeds": inputs_embeds,  # the name up to 5.0
+            "inputs_embeds": inputs_embeds,  # the name in later versions
+            "attention_mask": attention_mask,
+            "cache_position": cache_position,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        create_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+        return create_mask(**{name: value for name, value in arguments.items() if name in MASK_ARGUMENTS})
+
+    def _use_cache(self, use_cache):
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and self.gradient_checkpointing and self.training:
+            logger.warning_once("use_cache=True does not go with gradient checkpointing; it is off in this pass")
+            return False
+        return use_cache
+
+
+class MidusForCausalLM(MidusPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head."""
+
+    _tied_weights_keys = TIED_WEIGHTS
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = MidusModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
+
+    def get_decoder(self):
+        return self.model
+
+    def set_decoder(self, decoder):
+        self.model = decoder
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        """As ``LlamaForCausalLM``: ``labels`` ``[B, S]`` (-100 = ignored) give a loss, ``logits_to_keep`` the last n."""
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return result if return_dict else result.to_tuple()
+
+
+MidusModel.register_for_auto_class("AutoModel")
+MidusForCausalLM.register_for_auto_class("AutoModelForCausalLM")
