@@ -28,6 +28,8 @@ _ITERATION = re.compile(r"iter_(\d{7,})")
 _NOT_ASSETS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|gguf|onnx)(\.index\.json)?|modeling_.*\.py|configuration_.*\.py|midus_plan\.json|README\.md|\..*"
 )
+# transformers 5 keeps chat templates other than the default in a folder.
+_ASSET_DIRECTORIES = ("additional_chat_templates",)
 
 
 def iteration_directory(root: str | Path, iteration: int) -> Path:
@@ -92,7 +94,10 @@ def copy_assets(source: str | Path, target: str | Path, *, skip: Iterable[str] =
     target.mkdir(parents=True, exist_ok=True)
     copied = []
     for path in sorted(source.iterdir()):
-        if path.is_file() and is_asset(path.name) and path.name not in set(skip):
+        if path.is_dir() and path.name in _ASSET_DIRECTORIES:
+            shutil.copytree(path, target / path.name)
+            copied.append(path.name)
+        elif path.is_file() and is_asset(path.name) and path.name not in set(skip):
             shutil.copyfile(path, target / path.name)
             copied.append(path.name)
     return copied

@@ -66,6 +66,7 @@ class UpscalePlan:
         memory: shape and variant of the Memory blocks; ``None`` when there is none.
         policy: name of the policy that made the plan.
         source_hash: SHA-256 over the weights of the source checkpoint, ``""`` when there was none.
+        source_name: name of the source model, for the model card.
         seed: seed of the tensors that were newly initialised.
         notes: what the policy had to round, in words.
     """
@@ -75,6 +76,7 @@ class UpscalePlan:
     memory: MemoryConfig | None = None
     policy: str = "none"
     source_hash: str = ""
+    source_name: str = ""
     seed: int = 0
     notes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION

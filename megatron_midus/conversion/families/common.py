@@ -1,0 +1,123 @@
+"""What the families share: a config.json of transformers 4 or 5 read into a ModelConfig, and refusals in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron_midus.config import ModelConfig
+
+# megatron-core's rope scaling has these as constants, and only the factor as an argument.
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One architecture of transformers whose tensors bear the canonical names.
+
+    Attributes:
+        name: its ``model_type``.
+        architecture: its entry in ``architectures``.
+        defaults: what transformers assumes for an entry that ``config.json`` leaves out.
+        required: entries that must hold one value (given or assumed), because the model here has no other.
+        settings: the fields of ``ModelConfig`` that this family computes itself, from the config and its defaults.
+    """
+
+    name: str
+    architecture: str
+    defaults: Mapping[str, Any]
+    required: Mapping[str, Any]
+    settings: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
+
+
+def model_config_from(config: dict[str, Any], family: Family) -> ModelConfig:
+    """Reads ``config`` as ``family`` does."""
+    full = {**family.defaults, **config}
+    for name, wanted in family.required.items():
+        if full.get(name, wanted) != wanted:
+            raise ValueError(
+                f"{family.architecture} with {name}={full[name]} is not supported; only {name}={wanted} is"
+            )
+    _check_numbers(full)
+    heads = full["num_attention_heads"]
+    rotary_base, rope_scaling = read_rope(full)
+    return ModelConfig(
+        **{
+            "num_layers": full["num_hidden_layers"],
+            "hidden_size": full["hidden_size"],
+            "ffn_hidden_size": full["intermediate_size"],
+            "num_attention_heads": heads,
+            # null in old configs: as many as query heads.
+            "num_query_groups": full.get("num_key_value_heads") or heads,
+            "kv_channels": full.get("head_dim") or full["hidden_size"] // heads,
+            "vocab_size": full["vocab_size"],
+            "max_position_embeddings": full["max_position_embeddings"],
+            "norm_epsilon": full["rms_norm_eps"],
+            "rotary_base": rotary_base,
+            "rope_scaling": rope_scaling,
+            "tie_word_embeddings": bool(full.get("tie_word_embeddings", False)),
+            "init_method_std": full.get("initializer_range", 0.02),
+            "family": family.name,
+            "hf_dtype": hf_dtype(config) or "float32",
+            **family.settings(full),
+        }
+    )
+
+
+def _check_numbers(config: dict[str, Any]) -> None:
+    """Raises ``ValueError`` for sizes that are missing or no positive whole number."""
+    missing = [name for name in _SIZES if name not in config]
+    if missing:
+        raise ValueError(f"config.json has no entry {', '.join(missing)}")
+    for name in (*_SIZES, *_OPTIONAL_SIZES):
+        value = config.get(name)
+        if value is None and name in _OPTIONAL_SIZES:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"config.json has {name}={value!r}, which is no positive whole number")
+
+
+def read_rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """Base and scaling of the rotary embedding: ``rope_parameters`` (transformers 5) or ``rope_theta`` (4)."""
+    parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise ValueError("rope_parameters that differ between layer types are not supported; only one set is")
+    base = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if (parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor other than 1 is not supported")
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        return base, None
+    if kind != "llama3":
+        raise ValueError(f"rope scaling {kind!r} is not supported; only 'default' and 'llama3' are")
+    if not isinstance(parameters.get("factor"), (int, float)):
+        raise ValueError("rope scaling 'llama3' has no numeric factor")
+    for name, wanted in LLAMA3_ROPE.items():
+        if parameters.get(name) != wanted:
+            raise ValueError(f"rope scaling 'llama3' with {name}={parameters.get(name)} is not supported; only {wanted} is")  # fmt: skip
+    return base, {key: value for key, value in parameters.items() if key != "rope_theta"}
+
+
+def hf_dtype(config: dict[str, Any]) -> str | None:
+    """``dtype`` (transformers 5) or ``torch_dtype`` (4) of a config, ``None`` when it names none."""
+    return config.get("dtype") or config.get("torch_dtype")
+
+
+def uniform_sliding_window(config: dict[str, Any]) -> int | None:
+    """The window of models whose layers all have the same attention; ``ValueError`` for a mixture."""
+    types = set(config.get("layer_types") or ())
+    if len(types) > 1:
+        raise ValueError(f"layer_types mixes {', '.join(sorted(types))}; only one kind for all layers is supported")
+    if types:
+        return config.get("sliding_window") if types == {"sliding_attention"} else None
+    return config.get("sliding_window")

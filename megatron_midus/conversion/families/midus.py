@@ -1,0 +1,88 @@
+"""MIDUS itself: the config.json of our own exports, made from the base's and read back. In line with MidusConfig."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from megatron_midus.config import ModelConfig
+from megatron_midus.conversion.families.common import Family
+from megatron_midus.upscaling import UpscalePlan
+
+ARCHITECTURE = "MidusForCausalLM"
+MODEL_TYPE = "midus"
+AUTO_MAP = {
+    "AutoConfig": "configuration_midus.MidusConfig",
+    "AutoModel": "modeling_midus.MidusModel",
+    "AutoModelForCausalLM": "modeling_midus.MidusForCausalLM",
+}
+# Entries of the base families that MidusConfig expresses by others, or has no use for.
+_DROPPED = (
+    "layer_types",
+    "max_window_layers",
+    "mlp_bias",
+    "pretraining_tp",
+    "rope_scaling",
+    "rope_theta",
+    "use_sliding_window",
+)
+
+FAMILY = Family(
+    name=MODEL_TYPE,
+    architecture=ARCHITECTURE,
+    defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+    required={"hidden_act": "silu", "attention_output_bias": False},
+    settings=lambda config: {
+        "add_qkv_bias": bool(config.get("attention_bias", False)),
+        "qk_layernorm": bool(config.get("qk_norm", False)),
+        "sliding_window": config.get("sliding_window"),
+    },
+)
+
+
+def midus_config(base: dict[str, Any], model: ModelConfig, plan: UpscalePlan) -> dict[str, Any]:
+    """The ``config.json`` of a MIDUS model: what the base's says, and what its Memory blocks need.
+
+    Args:
+        base: the ``config.json`` of the base, or of an earlier MIDUS export.
+        model: the architecture, read from it.
+        plan: the blocks of the model.
+    """
+    assert plan.memory is not None
+    config = {key: copy.deepcopy(value) for key, value in base.items() if key not in _DROPPED}
+    rope = {"rope_type": "default", **(model.rope_scaling or {}), "rope_theta": model.rotary_base}
+    rope.pop("type", None)  # older name of rope_type
+    return {
+        **config,
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "auto_map": dict(AUTO_MAP),
+        "num_hidden_layers": plan.num_layers,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.kv_channels,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_position_embeddings,
+        "rms_norm_eps": model.norm_epsilon,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        # transformers 5 reads rope_parameters, 4 the other two.
+        "rope_parameters": rope,
+        "rope_theta": model.rotary_base,
+        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if model.rope_scaling else None,
+        "attention_bias": model.add_qkv_bias,
+        "attention_output_bias": False,
+        "qk_norm": model.qk_layernorm,
+        "sliding_window": model.sliding_window,
+        "block_types": list(plan.block_types),
+        **plan.memory.to_dict(),
+    }
+
+
+def check_plan(config: dict[str, Any], plan: UpscalePlan) -> None:
+    """Raises ``ValueError`` when a MIDUS ``config.json`` and a plan describe different models."""
+    if list(config.get("block_types") or ()) != list(plan.block_types):
+        raise ValueError(
+            "block_types of config.json and the blocks of midus_plan.json differ; they must be of one model"
+        )
+    for name, value in (plan.memory.to_dict() if plan.memory else {}).items():
+        if name in config and config[name] != value:
+            raise ValueError(f"{name} is {config[name]} in config.json and {value} in midus_plan.json; they must agree")

@@ -1,0 +1,16 @@
+"""Qwen3 (dense): Llama with a norm on every head's query and key, and a head size of its own."""
+
+from megatron_midus.conversion.families.common import Family
+
+FAMILY = Family(
+    name="qwen3",
+    architecture="Qwen3ForCausalLM",
+    defaults={
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+    },
+    required={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+    settings=lambda config: {"qk_layernorm": True},
+)

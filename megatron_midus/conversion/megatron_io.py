@@ -1,0 +1,362 @@
+"""Canonical tensors <-> Megatron-Core's torch_dist checkpoints: names, fused layouts, and streaming on one process.
+
+torch_dist is torch.distributed.checkpoint (DCP) plus ``metadata.json`` and ``common.pt``. Both directions use DCP itself,
+one tensor at a time: no process group, no device, no model, and memory for one tensor whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from megatron_midus.config import ModelConfig
+from megatron_midus.upscaling import UpscalePlan
+from megatron_midus.upscaling.tensors import (
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT_LAYER,
+    Shape,
+    TensorSource,
+    layer_name,
+    model_shapes,
+    split_name,
+)
+
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+_OUTER = {
+    EMBEDDING: "embedding.word_embeddings.weight",
+    FINAL_NORM: "decoder.final_layernorm.weight",
+    OUTPUT_LAYER: "output_layer.weight",
+}
+_VOCABULARY_KEYS = (_OUTER[EMBEDDING], _OUTER[OUTPUT_LAYER])
+# One row per tensor of a block: Megatron's name, and the canonical ones that it is made of.
+_TRANSFORMER = {
+    "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
+    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
+    "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight",),
+    "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
+}
+
+
+def _attention_names(prefix: str) -> dict[str, tuple[str, ...]]:
+    return {
+        **{
+            f"self_attention.linear_qkv.{kind}": tuple(f"{prefix}.{letter}_proj.{kind}" for letter in "qkv")
+            for kind in ("weight", "bias")
+        },
+        **{f"self_attention.{letter}_layernorm.weight": (f"{prefix}.{letter}_norm.weight",) for letter in "qk"},
+    }
+
+
+def megatron_layout(model: ModelConfig, plan: UpscalePlan) -> dict[str, tuple[str, ...]]:
+    """``{Megatron checkpoint key: canonical names that it holds}`` for every tensor of the up-scaled model."""
+    shapes = model_shapes(model, plan)
+    layout = {key: (name,) for name, key in _OUTER.items() if name in shapes}
+    for index, block in enumerate(plan.blocks):
+        prefix = f"decoder.layers.{index}."
+        if block.kind == "memory":
+            assert plan.memory is not None
+            rows = {
+                "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
+                **_attention_names("mem_attn"),
+                **_memory_names(shapes, index),
+            }
+        else:
+            rows = {**_TRANSFORMER, **_attention_names("self_attn")}
+        for key, suffixes in rows.items():
+            names = tuple(layer_name(index, suffix) for suffix in suffixes)
+            if names[0] in shapes:  # biases and head norms: only where the family has them
+                layout[prefix + key] = names
+    assert sorted(name for names in layout.values() for name in names) == sorted(shapes), "a tensor has no Megatron key"
+    return layout
+
+
+def _memory_names(shapes: dict[str, Shape], index: int) -> dict[str, tuple[str, ...]]:
+    suffixes = [suffix for layer, suffix in map(split_name, shapes) if layer == index and suffix.startswith("memory.")]
+    return {f"self_attention.linear_proj.{suffix.removeprefix('memory.')}": (suffix,) for suffix in suffixes}
+
+
+# -- layouts ---------------------------------------------------------------------------------------------------------
+def fuse(parts: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
+    """Joins canonical tensors into Megatron's one: ``[gate; up]``, or query, key and value rows per KV group.
+
+    Args:
+        parts: one tensor (handed back), two ``[ffn, h]``, or three ``[H*D, h]``, ``[G*D, h]``, ``[G*D, h]`` (biases
+            without the last axis).
+
+    Returns:
+        ``[2*ffn, h]``; ``[(H+2G)*D, h]`` with the rows ``[q .. q, k, v]`` of group 0, then those of group 1 …
+    """
+    if len(parts) != 3:
+        return torch.cat(list(parts)) if len(parts) == 2 else parts[0]
+    groups = model.num_query_groups
+    grouped = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]  # [G, rows, h]
+    return torch.cat(grouped, dim=1).reshape(-1, *parts[0].shape[1:])
+
+
+def split(fused: torch.Tensor, num_parts: int, model: ModelConfig) -> list[torch.Tensor]:
+    """Inverse of ``fuse``: ``num_parts`` contiguous tensors."""
+    if num_parts != 3:
+        return [part.contiguous() for part in fused.chunk(num_parts)]
+    groups = model.num_query_groups
+    heads_per_group = model.num_attention_heads // groups
+    sizes = [size * model.kv_channels for size in (heads_per_group, 1, 1)]
+    grouped = fused.reshape(groups, sum(sizes), *fused.shape[1:])  # [G, (H/G + 2)*D, h]
+    return [part.reshape(-1, *fused.shape[1:]).contiguous() for part in grouped.split(sizes, dim=1)]
+
+
+def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_parallel_size: int) -> int:
+    """``vocab_size`` rounded up to a multiple of ``divisible_by * tensor_parallel_size``, as Megatron does."""
+    multiple = divisible_by * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def check_parallel_sizes(
+    model: ModelConfig, plan: UpscalePlan, *, tensor_parallel_size: int, pipeline_parallel_size: int
+) -> None:
+    """Raises ``ValueError`` when the up-scaled model cannot be split over so many ranks."""
+    if tensor_parallel_size < 1 or pipeline_parallel_size < 1:
+        raise ValueError(f"parallel sizes must be at least 1, not {tensor_parallel_size} and {pipeline_parallel_size}")
+    axes = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_hidden_size}
+    if plan.memory is not None:
+        axes["memory heads"] = plan.memory.num_memory_heads(model.num_attention_heads)
+    # Query groups are split, or where there are fewer of them than ranks each is shared by a whole number of ranks.
+    groups = model.num_query_groups
+    choices = [
+        size
+        for size in range(1, model.num_attention_heads + 1)
+        if all(axis % size == 0 for axis in axes.values()) and (groups % size == 0 or size % groups == 0)
+    ]
+    if tensor_parallel_size not in choices:
+        described = ", ".join(f"{name}={size}" for name, size in {**axes, "num_query_groups": groups}.items())
+        raise ValueError(
+            f"{described} cannot be split over target_tensor_parallel_size={tensor_parallel_size}; "
+            f"choose one of {choices}"
+        )
+    if plan.num_layers % pipeline_parallel_size:
+        choices = [n for n in range(1, plan.num_layers + 1) if plan.num_layers % n == 0]
+        raise ValueError(
+            f"{plan.num_layers} layers are not divisible by target_pipeline_parallel_size={pipeline_parallel_size}; "
+            f"choose one of {choices}"
+        )
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+class _LazySavePlanner(DefaultSavePlanner):
+    """Plans with empty tensors and makes each one when it is written."""
+
+    def __init__(self, make: Callable[[str], torch.Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._make = make
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self._make(index.fqn)
+
+
+def write_model_tensors(
+    source: TensorSource,
+    directory: str | Path,
+    model: ModelConfig,
+    plan: UpscalePlan,
+    *,
+    padded_vocab: int | None = None,
+    iteration: int = 0,
+    progress: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Writes a torch_dist checkpoint that holds the model alone into the existing, empty ``directory``.
+
+    Args:
+        source: every canonical tensor of the up-scaled model.
+        model: its architecture.
+        plan: its blocks.
+        padded_vocab: rows of the embedding and output layer in the checkpoint; the rows beyond ``vocab_size`` are zero.
+        iteration: recorded in ``common.pt``.
+        progress: called with each canonical name when it is read.
+    """
+    directory = Path(directory)
+    layout = megatron_layout(model, plan)
+
+    def make(key: str) -> torch.Tensor:
+        parts = [source.read(name) for name in layout[key]]
+        for name in layout[key]:
+            progress(name)
+        tensor = fuse(parts, model).contiguous()
+        return _pad_rows(tensor, padded_vocab) if key in _VOCABULARY_KEYS else tensor
+
+    outline = {key: _outline(source, key, names, padded_vocab) for key, names in layout.items()}
+    # One file per tensor: DCP keeps all tensors of a file in memory until the file is closed.
+    writer = dcp.FileSystemWriter(directory, single_file_per_rank=False)
+    try:
+        with _quiet_dcp():
+            dcp.save(outline, storage_writer=writer, planner=_LazySavePlanner(make))
+    except CheckpointException as error:
+        # It is no Exception and hides what happened: a full disk, a source that cannot be read.
+        raise next(iter(error.failures.values()))[0] from None
+    torch.save({"iteration": iteration}, directory / "common.pt")
+    # Last: a directory without metadata.json is no checkpoint to Megatron-Core.
+    (directory / "metadata.json").write_text(json.dumps(FORMAT))
+
+
+def _outline(source: TensorSource, key: str, names: tuple[str, ...], padded_vocab: int | None) -> torch.Tensor:
+    """A tensor without data that has the shape and dtype of Megatron's tensor ``key``."""
+    dtypes = {source.dtype(name) for name in names}
+    if len(dtypes) > 1:
+        raise ValueError(f"{', '.join(names)} have different dtypes and become one tensor; choose one with --dtype")
+    rows = sum(source.shape(name)[0] for name in names)
+    if key in _VOCABULARY_KEYS and padded_vocab:
+        rows = padded_vocab
+    return torch.empty((rows, *source.shape(names[0])[1:]), dtype=dtypes.pop(), device="meta")
+
+
+def _pad_rows(tensor: torch.Tensor, rows: int | None) -> torch.Tensor:
+    if rows is None or rows == tensor.shape[0]:
+        return tensor
+    assert rows > tensor.shape[0], (rows, tensor.shape)
+    return torch.cat([tensor, tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])])
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+class _CachedReader(dcp.FileSystemReader):
+    """Reads ``.metadata`` once, not once per tensor."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)  # type: ignore[arg-type]
+        return self._metadata
+
+
+class MegatronReader:
+    """The canonical tensors of one ``iter_*`` directory, whatever parallel sizes it was saved with.
+
+    Only tensors of the model are read; optimizer, scheduler and random states are left alone. Padding rows of the
+    vocabulary are cut off.
+
+    Raises:
+        ValueError: not a torch_dist checkpoint, a missing or truncated file, or tensors that do not match the plan.
+    """
+
+    def __init__(self, directory: str | Path, model: ModelConfig, plan: UpscalePlan) -> None:
+        self.directory = Path(directory)
+        self._model = model
+        self._shapes = model_shapes(model, plan)
+        self._layout = megatron_layout(model, plan)
+        self._key_of = {name: key for key, names in self._layout.items() for name in names}
+        self._reader, self._stored = _read_metadata(self.directory)
+        self._check()
+        self._last: tuple[str, list[torch.Tensor]] = ("", [])
+
+    def _check(self) -> None:
+        for key, names in self._layout.items():
+            if key not in self._stored:
+                raise ValueError(
+                    f"{self.directory} has no tensor {key}; its midus_plan.json does not describe this checkpoint"
+                )
+            wanted = (sum(self._shapes[name][0] for name in names), *self._shapes[names[0]][1:])
+            found = tuple(self._stored[key].size)
+            rows_fit = found[0] >= wanted[0] if key in _VOCABULARY_KEYS else found[0] == wanted[0]
+            if not rows_fit or found[1:] != wanted[1:]:
+                raise ValueError(
+                    f"{self.directory}: tensor {key} has shape {list(found)}, model_config.json and midus_plan.json "
+                    f"ask for {list(wanted)}"
+                )
+        extra = sorted(
+            key
+            for key in self._stored
+            if re.match(r"(decoder|embedding|output_layer)\.", key) and key not in self._layout
+        )
+        if extra:
+            raise ValueError(
+                f"{self.directory} has tensors that its midus_plan.json does not know: {', '.join(extra[:3])}"
+            )
+
+    def names(self) -> Sequence[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> Shape:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._stored[self._key_of[name]].properties.dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        key = self._key_of[name]
+        if self._last[0] != key:
+            # Query, key and value are asked for one after the other and lie in one tensor.
+            self._last = (key, self._read_key(key))
+        return self._last[1][self._layout[key].index(name)]
+
+    def _read_key(self, key: str) -> list[torch.Tensor]:
+        stored = self._stored[key]
+        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+        with _quiet_dcp(), _corruption_named(self.directory):
+            dcp.load({key: tensor}, storage_reader=self._reader)
+        if key in _VOCABULARY_KEYS:
+            tensor = tensor[: self._model.vocab_size]
+        return split(tensor, len(self._layout[key]), self._model)
+
+
+def _read_metadata(directory: Path) -> tuple[_CachedReader, dict[str, TensorStorageMetadata]]:
+    """The DCP reader of a checkpoint and its tensors' metadata, after the cheap checks for wholeness."""
+    if not (directory / "metadata.json").is_file() or not (directory / ".metadata").is_file():
+        raise ValueError(f"{directory} is not a whole torch_dist checkpoint: metadata.json or .metadata is missing")
+    reader = _CachedReader(directory)
+    with _corruption_named(directory):
+        metadata = reader.read_metadata()
+        ends: dict[str, int] = {}
+        for info in metadata.storage_data.values():
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+    for file_name, end in ends.items():
+        path = directory / file_name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; the checkpoint is not whole")
+        if path.stat().st_size < end:
+            raise ValueError(f"{path} is truncated: {path.stat().st_size} bytes of at least {end}")
+    return reader, tensors
+
+
+@contextlib.contextmanager
+def _corruption_named(directory: Path) -> Iterator[None]:
+    """Turns the many ways in which unpickling a damaged file fails into one line."""
+    try:
+        yield
+    except (
+        CheckpointException,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        EOFError,
+        RuntimeError,
+        AttributeError,
+        KeyError,
+        UnicodeDecodeError,
+    ) as error:
+        raise ValueError(f"{directory} is corrupt: {type(error).__name__}: {str(error).strip()[:200]}") from None
+
+
+@contextlib.contextmanager
+def _quiet_dcp() -> Iterator[None]:
+    """DCP warns that there is no process group; there is none on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable|unin).*")
+        warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
+        yield

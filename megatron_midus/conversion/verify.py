@@ -1,0 +1,82 @@
+"""Is the result what was promised? Logits of base and up-scaled model, and tensors of both ends of a conversion."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from megatron_midus.upscaling.tensors import TensorSource
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitComparison:
+    """Two models on the same tokens: largest difference, share of equal most likely tokens, and bit equality."""
+
+    max_difference: float
+    sigma: float
+    argmax_agreement: float
+    bit_equal: bool
+
+    def describe(self) -> str:
+        return (
+            f"max difference {self.max_difference:.3e} (logits' sigma {self.sigma:.3e}), argmax agreement "
+            f"{100 * self.argmax_agreement:.2f} %, bit-equal {'yes' if self.bit_equal else 'no'}"
+        )
+
+
+def load_fp32(directory: str | Path) -> Any:
+    """A causal model of transformers from a local directory, in fp32 and evaluation mode."""
+    # transformers 4 knows the argument by its old name, 5 by the new one.
+    name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(directory), local_files_only=True, **{name: torch.float32}
+    )
+    return model.eval()
+
+
+def round_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Rounds every parameter to ``dtype`` and back, so that a model is compared with what was written of it."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype).to(parameter.dtype))
+
+
+def compare_logits(first: Any, second: Any, *, vocab_size: int, num_sequences: int = 3, seq_length: int = 33, seed: int = 0) -> LogitComparison:  # fmt: skip
+    """Runs both models on ``num_sequences`` random sequences of ``seq_length`` token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab_size, (num_sequences, seq_length), generator=generator)
+    with torch.no_grad():
+        one, two = (model(input_ids=ids, use_cache=False).logits for model in (first, second))
+    return LogitComparison(
+        max_difference=(one - two).abs().max().item(),
+        sigma=one.std().item(),
+        argmax_agreement=(one.argmax(-1) == two.argmax(-1)).float().mean().item(),
+        bit_equal=torch.equal(one, two),
+    )
+
+
+def first_difference(
+    wanted: TensorSource, found: TensorSource, progress: Callable[[str], None] = lambda name: None
+) -> str | None:
+    """The first tensor in which two sources differ, in words; ``None`` when all names, dtypes and values agree."""
+    if set(wanted.names()) != set(found.names()):
+        odd = sorted(set(wanted.names()) ^ set(found.names()))
+        return f"{odd[0]} is on one side only"
+    for name in wanted.names():
+        one, two = wanted.read(name), found.read(name)
+        if one.dtype != two.dtype or one.shape != two.shape:
+            return f"{name} is {one.dtype} {list(one.shape)} against {two.dtype} {list(two.shape)}"
+        if not torch.equal(one, two) and not _same_bytes(one, two):
+            return f"{name} differs by up to {(one.double() - two.double()).abs().max().item():.3e}"
+        progress(name)
+    return None
+
+
+def _same_bytes(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """NaN differs from itself, but the same bytes are the same tensor."""
+    return torch.equal(one.contiguous().view(torch.uint8), two.contiguous().view(torch.uint8))

@@ -1,0 +1,188 @@
+"""What an up-scaled model costs: parameters, FLOPs, key/value cache and memory, from its plan alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from megatron_midus.config import ModelConfig
+from megatron_midus.upscaling.plan import Block, UpscalePlan
+from megatron_midus.upscaling.tensors import block_shapes, model_shapes
+
+Train = Literal["inserted", "all"]
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def _count(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def block_parameters(model: ModelConfig, plan: UpscalePlan) -> list[int]:
+    """Parameters of each block of the up-scaled model, first to last."""
+    return [_count(block_shapes(model, plan, index)) for index in range(plan.num_layers)]
+
+
+def total_parameters(model: ModelConfig, plan: UpscalePlan) -> int:
+    """Parameters of the whole up-scaled model; a tied output layer counts once."""
+    return _count(model_shapes(model, plan))
+
+
+def trainable_parameters(model: ModelConfig, plan: UpscalePlan, train: Train) -> int:
+    """Parameters that ``--train inserted`` or ``--train all`` updates."""
+    if train == "all":
+        return total_parameters(model, plan)
+    counts = block_parameters(model, plan)
+    return sum(counts[index] for index in plan.inserted_indices)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockFlops:
+    """Forward FLOPs of one block for one token (a multiply-add is two).
+
+    Attributes:
+        weights: products of an activation with a parameter.
+        activations: products of two activations: attention scores and their sum of values.
+    """
+
+    weights: float
+    activations: float
+
+
+def _attended_tokens(model: ModelConfig, seq_length: int) -> float:
+    """Mean number of positions that a token of a causal sequence attends to, its own included."""
+    window = min(model.sliding_window or seq_length, seq_length)
+    return (window * (window + 1) / 2 + (seq_length - window) * window) / seq_length
+
+
+def memory_flops(model: ModelConfig, plan: UpscalePlan) -> float:
+    """Forward FLOPs of one head-wise memory for one token, the attention before it not included.
+
+    Sub-key scores ``2 n D`` a head, the weighted sum over k slots, and the projections that the variant has.
+    Selection is comparisons, not FLOPs.
+    """
+    assert plan.memory is not None
+    memory = plan.memory
+    shapes = memory.parameter_shapes(
+        hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads, kv_channels=model.kv_channels
+    )
+    heads = memory.num_memory_heads(model.num_attention_heads)
+    flops = 2.0 * heads * memory.memory_topk * shapes["values"][-1]
+    for name in ("row_keys", "col_keys", "head_proj", "attn_proj", "mixer", "gate"):
+        flops += 2.0 * math.prod(shapes.get(name, (0,)))
+    return flops
+
+
+def block_flops(model: ModelConfig, plan: UpscalePlan, index: int, seq_length: int) -> BlockFlops:
+    """Forward FLOPs of block ``index`` for one token of a sequence of ``seq_length`` tokens."""
+    query_width = model.num_attention_heads * model.kv_channels
+    activations = 4.0 * query_width * _attended_tokens(model, seq_length)
+    qkv = 2.0 * model.hidden_size * (query_width + 2 * model.num_query_groups * model.kv_channels)
+    if plan.blocks[index].kind == "memory":
+        return BlockFlops(weights=qkv + memory_flops(model, plan), activations=activations)
+    output = 2.0 * query_width * model.hidden_size
+    mlp = 6.0 * model.hidden_size * model.ffn_hidden_size
+    return BlockFlops(weights=qkv + output + mlp, activations=activations)
+
+
+def forward_flops_per_token(model: ModelConfig, plan: UpscalePlan, seq_length: int) -> float:
+    """FLOPs of one token's share of a forward pass over ``seq_length`` tokens, logits included.
+
+    Norms, rotary embedding, softmax and the top-k selection are left out, as is usual for this figure.
+    """
+    blocks = [block_flops(model, plan, index, seq_length) for index in range(plan.num_layers)]
+    logits = 2.0 * model.hidden_size * model.vocab_size
+    return sum(block.weights + block.activations for block in blocks) + logits
+
+
+def flops_per_token(model: ModelConfig, plan: UpscalePlan, seq_length: int, *, train: Train = "all") -> float:
+    """FLOPs of one token's share of a training step: forward and backward, no recomputation.
+
+    ``all`` is three times the forward pass. With ``inserted`` the frozen base needs no weight gradients, and no
+    gradients at all before the first inserted block.
+    """
+    if train == "all":
+        return 3.0 * forward_flops_per_token(model, plan, seq_length)
+    total = forward_flops_per_token(model, plan, seq_length)
+    if not plan.inserted_indices:
+        return total
+    for index in range(plan.inserted_indices[0], plan.num_layers):
+        block = block_flops(model, plan, index, seq_length)
+        total += block.weights + 2.0 * block.activations
+        if plan.blocks[index].inserted:
+            total += block.weights
+    return total + 2.0 * model.hidden_size * model.vocab_size
+
+
+def kv_bytes_per_token(model: ModelConfig, plan: UpscalePlan, dtype: str) -> int:
+    """Bytes of key/value cache for one token of one sequence; every block has an attention, Memory blocks too."""
+    return plan.num_layers * 2 * model.num_query_groups * model.kv_channels * BYTES[dtype]
+
+
+def training_bytes(model: ModelConfig, plan: UpscalePlan, dtype: str, *, train: Train) -> int:
+    """Bytes of weights, gradients and AdamW state of a whole model in training, without activations.
+
+    A trained parameter in 16 bits takes 18 bytes (weight 2, fp32 gradient, master weight and two moments 4 each), in
+    32 bits 16 bytes (no separate master); a frozen one takes its weight alone.
+    """
+    total = total_parameters(model, plan)
+    trained = trainable_parameters(model, plan, train)
+    per_trained = 16 if BYTES[dtype] == 4 else 18
+    return (total - trained) * BYTES[dtype] + trained * per_trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The figures of ``--dry-run``; the base's are those of the same model without the inserted blocks."""
+
+    seq_length: int
+    dtype: str
+    parameters: int
+    base_parameters: int
+    trainable_inserted: int
+    forward_flops: float
+    base_forward_flops: float
+    training_flops: float
+    kv_bytes: int
+    base_kv_bytes: int
+    weight_bytes: int
+    training_bytes_inserted: int
+    training_bytes_all: int
+
+    @property
+    def added_parameters(self) -> int:
+        return self.parameters - self.base_parameters
+
+
+def cost_of(model: ModelConfig, plan: UpscalePlan, *, seq_length: int, dtype: str) -> Cost:
+    """All figures of an up-scaled model beside its base's.
+
+    Args:
+        model: architecture of the base.
+        plan: the up-scaled model.
+        seq_length: tokens of a sequence, for the attention's share of the FLOPs.
+        dtype: ``float32``, ``bfloat16`` or ``float16``: of weights and key/value cache.
+    """
+    base = dataclasses.replace(plan, blocks=_base_blocks(plan), memory=None)
+    parameters = total_parameters(model, plan)
+    return Cost(
+        seq_length=seq_length,
+        dtype=dtype,
+        parameters=parameters,
+        base_parameters=total_parameters(model, base),
+        trainable_inserted=trainable_parameters(model, plan, "inserted"),
+        forward_flops=forward_flops_per_token(model, plan, seq_length),
+        base_forward_flops=forward_flops_per_token(model, base, seq_length),
+        training_flops=flops_per_token(model, plan, seq_length, train="inserted"),
+        kv_bytes=kv_bytes_per_token(model, plan, dtype),
+        base_kv_bytes=kv_bytes_per_token(model, base, dtype),
+        weight_bytes=parameters * BYTES[dtype],
+        training_bytes_inserted=training_bytes(model, plan, dtype, train="inserted"),
+        training_bytes_all=training_bytes(model, plan, dtype, train="all"),
+    )
+
+
+def _base_blocks(plan: UpscalePlan) -> tuple[Block, ...]:
+    """The blocks of the base alone."""
+    return tuple(Block.keep(index) for index in range(plan.num_base_layers))

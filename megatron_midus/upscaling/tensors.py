@@ -1,0 +1,119 @@
+"""Names and shapes of every tensor of a decoder, base or up-scaled, in the canonical name space of docs/architecture.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from megatron_midus.config import MemoryConfig, ModelConfig
+from megatron_midus.upscaling.plan import UpscalePlan
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+OUTPUT_LAYER = "lm_head.weight"
+ATTENTION_OUTPUT = "self_attn.o_proj.weight"
+MLP_OUTPUT = "mlp.down_proj.weight"
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+class TensorSource(Protocol):
+    """Anything that hands out named tensors one at a time: a directory on disk, or a rule that makes them."""
+
+    def names(self) -> Sequence[str]:
+        """Names of all tensors, in order."""
+
+    def shape(self, name: str) -> Shape:
+        """Shape of one tensor, without reading it."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """dtype of one tensor, without reading it."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor itself, on the CPU."""
+
+
+def split_name(name: str) -> tuple[int | None, str]:
+    """``model.layers.3.mlp.up_proj.weight`` -> ``(3, "mlp.up_proj.weight")``; ``(None, name)`` outside the layers."""
+    match = _LAYER.fullmatch(name)
+    return (int(match.group(1)), match.group(2)) if match else (None, name)
+
+
+def layer_name(index: int, suffix: str) -> str:
+    """Inverse of ``split_name``."""
+    return f"model.layers.{index}.{suffix}"
+
+
+def attention_shapes(model: ModelConfig, prefix: str) -> dict[str, Shape]:
+    """Query, key and value projections of one block and what belongs to them; no output projection."""
+    widths = {
+        "q": model.num_attention_heads * model.kv_channels,
+        "k": model.num_query_groups * model.kv_channels,
+        "v": model.num_query_groups * model.kv_channels,
+    }
+    shapes: dict[str, Shape] = {}
+    for letter, width in widths.items():
+        shapes[f"{prefix}.{letter}_proj.weight"] = (width, model.hidden_size)
+        if model.add_qkv_bias:
+            shapes[f"{prefix}.{letter}_proj.bias"] = (width,)
+    if model.qk_layernorm:
+        shapes |= {f"{prefix}.{letter}_norm.weight": (model.kv_channels,) for letter in "qk"}
+    return shapes
+
+
+def transformer_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Tensors of one Transformer block, names without the layer prefix."""
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    return {
+        "input_layernorm.weight": (hidden,),
+        **attention_shapes(model, "self_attn"),
+        ATTENTION_OUTPUT: (hidden, model.num_attention_heads * model.kv_channels),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        MLP_OUTPUT: (hidden, ffn),
+    }
+
+
+def memory_shapes(model: ModelConfig, memory: MemoryConfig) -> dict[str, Shape]:
+    """Tensors of one Memory block, names without the layer prefix."""
+    parameters = memory.parameter_shapes(
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        kv_channels=model.kv_channels,
+    )
+    return {
+        "input_layernorm.weight": (model.hidden_size,),
+        **attention_shapes(model, "mem_attn"),
+        **{f"memory.{name}": shape for name, shape in parameters.items()},
+    }
+
+
+def block_shapes(model: ModelConfig, plan: UpscalePlan, index: int) -> dict[str, Shape]:
+    """Tensors of block ``index`` of the up-scaled model, names without the layer prefix."""
+    if plan.blocks[index].kind == "memory":
+        assert plan.memory is not None
+        return memory_shapes(model, plan.memory)
+    return transformer_shapes(model)
+
+
+def model_shapes(model: ModelConfig, plan: UpscalePlan) -> dict[str, Shape]:
+    """Every tensor of the up-scaled model in order; ``lm_head.weight`` is absent when it is tied.
+
+    Args:
+        model: the architecture; its ``num_layers`` does not matter, the plan's blocks do.
+        plan: ``none`` gives the tensors of a base model.
+    """
+    shapes: dict[str, Shape] = {EMBEDDING: (model.vocab_size, model.hidden_size)}
+    for index in range(plan.num_layers):
+        shapes |= {layer_name(index, suffix): shape for suffix, shape in block_shapes(model, plan, index).items()}
+    shapes[FINAL_NORM] = (model.hidden_size,)
+    if not model.tie_word_embeddings:
+        shapes[OUTPUT_LAYER] = (model.vocab_size, model.hidden_size)
+    return shapes

@@ -1,0 +1,287 @@
+"""tools/convert_checkpoint.py there and back: every tensor equal, every file of the tokenizer equal, every misuse named."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import DictSource, load_model, logits_of, write_base, write_tokenizer
+
+from megatron_midus.config import MemoryConfig, ModelConfig
+from megatron_midus.conversion.checkpoint_layout import iteration_directory, write_latest_iteration
+from megatron_midus.conversion.directories import write_megatron_checkpoint
+from megatron_midus.conversion.families import from_hf_config
+from megatron_midus.conversion.hf_io import SafetensorsReader, read_hf_config
+from megatron_midus.conversion.megatron_io import MegatronReader
+from megatron_midus.upscaling import PLAN_FILE, UpscalePlan, make_plan
+from megatron_midus.upscaling.tensors import model_shapes
+
+TOOL = Path(__file__).parents[2] / "tools/convert_checkpoint.py"
+MEMORY = MemoryConfig(memory_num_keys=16, memory_topk=4, memory_latent_size=8)
+SETTINGS = {
+    "hive": MEMORY,
+    "full": dataclasses.replace(MEMORY, memory_variant="full", memory_query_norm="rms", memory_query_temperature=True),
+    "block": dataclasses.replace(MEMORY, memory_variant="block", memory_num_heads=2, memory_score_activation="relu"),
+    "gated": dataclasses.replace(MEMORY, memory_output_projection="silu", memory_attention="full"),
+    "mixed": dataclasses.replace(MEMORY, memory_output_projection="linear", memory_score_activation="sigmoid"),
+}
+
+
+def load_tool():
+    spec = importlib.util.spec_from_file_location("tool_convert_checkpoint", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+convert = load_tool()
+
+
+def run(load, save, to, *arguments):
+    return convert.main(["--load", str(load), "--save", str(save), "--to", to, *map(str, arguments)])
+
+
+def random_checkpoint(directory, base, policy="interleave", *, memory=MEMORY, dtype=torch.float32, **plan):
+    """A checkpoint as training leaves it: every value random, value banks too."""
+    model = from_hf_config(read_hf_config(base))
+    plan = plan or {"num_blocks": 2}
+    plan = make_plan(policy, num_layers=5, memory=memory if policy == "interleave" else None, **plan)
+    generator = torch.Generator().manual_seed(8)
+    tensors = {}
+    for name, shape in model_shapes(model, plan).items():
+        scale = 1.0 if "memory" in name else 0.3
+        tensors[name] = (torch.randn(shape, generator=generator) * scale + name.endswith("norm.weight")).to(dtype)
+    write_megatron_checkpoint(DictSource(tensors), directory, assets=base, model=model, plan=plan)
+    return tensors, model, plan
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("bases") / "tiny")
+
+
+# -- round trips -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family, tied", [("llama", False), ("llama", True), ("llama3", False), ("mistral", False), ("qwen2", True), ("qwen3", False)])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hugging_face_there_and_back(tmp_path, family, tied, dtype):
+    source = write_base(tmp_path / "source", family, dtype=dtype, tie_word_embeddings=tied)
+    run(source, tmp_path / "megatron", "megatron", "--verify")
+    run(tmp_path / "megatron", tmp_path / "hf", "hf", "--verify")
+    before, after = SafetensorsReader(source), SafetensorsReader(tmp_path / "hf")
+    assert set(before.names()) == set(after.names())
+    for name in before.names():
+        assert torch.equal(before.read(name), after.read(name)) and before.dtype(name) == after.dtype(name)
+    for path in source.iterdir():
+        if path.name not in ("model.safetensors", "README.md"):
+            assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert torch.equal(logits_of(load_model(source)), logits_of(load_model(tmp_path / "hf", trust_remote_code=False)))
+
+
+@pytest.mark.parametrize("memory", SETTINGS)
+def test_midus_there_and_back_with_random_values(tmp_path, base, memory):
+    tensors, model, plan = random_checkpoint(tmp_path / "trained", base, memory=SETTINGS[memory])
+    run(tmp_path / "trained", tmp_path / "hf", "hf", "--max-shard-size", "200KB")
+    hf = SafetensorsReader(tmp_path / "hf")
+    assert set(hf.names()) == set(tensors)
+    assert all(torch.equal(hf.read(name), tensor) for name, tensor in tensors.items())
+    result = load_model(tmp_path / "hf")
+    state = result.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
+    assert logits_of(result).isfinite().all()
+
+    run(tmp_path / "hf", tmp_path / "again", "megatron", "--target-tensor-parallel-size", "2")
+    iteration = tmp_path / "again/iter_0000000"
+    assert UpscalePlan.load(iteration) == plan
+    again = MegatronReader(iteration, ModelConfig.load(iteration), plan)
+    assert all(torch.equal(again.read(name), tensor) for name, tensor in tensors.items())
+
+    run(tmp_path / "again", tmp_path / "hf again", "hf")
+    assert (tmp_path / "hf again/config.json").read_bytes() == (tmp_path / "hf/config.json").read_bytes()
+    names = {path.name for path in (tmp_path / "hf").iterdir() if ".safetensors" not in path.name}
+    assert names <= {path.name for path in (tmp_path / "hf again").iterdir()}
+
+
+@pytest.mark.parametrize("policy", ["llama_pro", "solar", "stack", "average"])
+def test_plain_policies_there_and_back(tmp_path, base, policy):
+    tensors, model, plan = random_checkpoint(tmp_path / "trained", base, policy, num_blocks=3)
+    run(tmp_path / "trained", tmp_path / "hf", "hf")
+    result = load_model(tmp_path / "hf", trust_remote_code=False)
+    assert type(result).__name__ == "LlamaForCausalLM" and len(result.model.layers) == 8
+    assert all(torch.equal(result.state_dict()[name], tensor) for name, tensor in tensors.items())
+    run(tmp_path / "hf", tmp_path / "again", "megatron", "--verify")
+    assert UpscalePlan.load(tmp_path / "again/iter_0000000") == plan
+
+
+def test_later_iterations_and_dtypes(tmp_path, base):
+    tensors, model, plan = random_checkpoint(tmp_path / "trained", base)
+    root = tmp_path / "trained"
+    shutil.copytree(iteration_directory(root, 0), iteration_directory(root, 40))
+    write_latest_iteration(root, 40)
+    run(root, tmp_path / "latest", "hf", "--dtype", "bfloat16", "--verify")
+    assert "trained for 40 iterations" in (tmp_path / "latest/README.md").read_text()
+    reader = SafetensorsReader(tmp_path / "latest")
+    assert all(torch.equal(reader.read(name), tensor.bfloat16()) for name, tensor in tensors.items())
+    assert json.loads((tmp_path / "latest/config.json").read_text())["dtype"] == "bfloat16"
+    run(root, tmp_path / "first", "hf", "--ckpt-step", 0)
+    assert "not trained since" in (tmp_path / "first/README.md").read_text()
+    run(iteration_directory(root, 0), tmp_path / "direct", "hf")
+
+
+def test_export_takes_the_dtype_of_the_source(tmp_path):
+    """fp32 master weights in training, bf16 again in the export."""
+    source = write_base(tmp_path / "source", dtype=torch.bfloat16)
+    run(source, tmp_path / "megatron", "megatron", "--dtype", "float32")
+    iteration = tmp_path / "megatron/iter_0000000"
+    assert ModelConfig.load(iteration).hf_dtype == "float32"
+    dataclasses.replace(ModelConfig.load(iteration), hf_dtype="bfloat16").save(iteration)
+    run(tmp_path / "megatron", tmp_path / "hf", "hf")
+    before, after = SafetensorsReader(source), SafetensorsReader(tmp_path / "hf")
+    assert all(torch.equal(before.read(name), after.read(name)) for name in before.names())
+
+
+def test_generation_after_the_export(tmp_path, base):
+    from transformers import AutoTokenizer
+
+    random_checkpoint(tmp_path / "trained", base)
+    run(tmp_path / "trained", tmp_path / "hf", "hf")
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "hf"))
+    model = load_model(tmp_path / "hf")
+    ids = tokenizer("tiny texts", return_tensors="pt").input_ids
+    with torch.no_grad():
+        cached, full = (model.generate(ids, max_new_tokens=9, do_sample=False, use_cache=c) for c in (True, False))
+    assert torch.equal(cached, full) and cached.shape[1] > ids.shape[1]
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+def edit_json(name, **changes):
+    def edit(directory):
+        path = directory / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+def truncate_largest(directory):
+    path = max(directory.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def other_plan(directory):
+    make_plan("interleave", num_layers=5, num_blocks=2, memory=dataclasses.replace(MEMORY, memory_num_keys=17)).save(directory)  # fmt: skip
+
+
+def plan_of_other_layers(directory):
+    make_plan("interleave", num_layers=5, insert_after=[0, 1], memory=MEMORY).save(directory)
+
+
+WRONG_MEGATRON = [
+    (lambda i: shutil.rmtree(i.parent), [], "checkpoint directory .* does not exist"),
+    (lambda i: (i.parent / "latest_checkpointed_iteration.txt").unlink(), [], "not a Megatron checkpoint"),
+    (shutil.rmtree, [], r"iter_0000000 does not exist; .* holds iterations \[\]"),
+    (None, ["--ckpt-step", "7"], "iter_0000007 does not exist"),
+    (lambda i: (i / "model_config.json").unlink(), [], "model_config.json does not exist"),
+    (lambda i: (i / "model_config.json").write_text("{"), [], "not a valid model configuration"),
+    (edit_json("model_config.json", colour=1), [], "unknown entries"),
+    (edit_json("model_config.json", num_layers=5), [], "num_layers=5, midus_plan.json 7"),
+    (edit_json("model_config.json", ffn_hidden_size=90), [], "ffn_hidden_size is 90 in model_config.json and 88"),
+    (lambda i: (i / PLAN_FILE).unlink(), [], "midus_plan.json does not exist"),
+    (edit_json(PLAN_FILE, schema_version=9), [], "schema version 9"),
+    (other_plan, [], "ask for"),
+    (plan_of_other_layers, [], "has no tensor"),
+    (lambda i: shutil.rmtree(i / "hf_assets"), [], "hf_assets does not exist"),
+    (lambda i: write_tokenizer(i / "hf_assets", vocab_size=290), [], "263 rows"),
+    (truncate_largest, [], "is truncated"),
+    (lambda i: (i / ".metadata").unlink(), [], "not a whole torch_dist checkpoint"),
+    (None, ["--max-shard-size", "x"], "'x' is not understood"),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, base):
+    directory = tmp_path_factory.mktemp("checkpoints") / "trained"
+    random_checkpoint(directory, base)
+    return directory
+
+
+@pytest.mark.parametrize("damage, arguments, message", WRONG_MEGATRON)
+def test_wrong_checkpoints(tmp_path, checkpoint, damage, arguments, message):
+    shutil.copytree(checkpoint, tmp_path / "load")
+    if damage:
+        damage(tmp_path / "load/iter_0000000")
+    with pytest.raises(ValueError, match=message) as caught:
+        run(tmp_path / "load", tmp_path / "results/out", "hf", *arguments)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("results/*"))
+
+
+WRONG_HF = [
+    (edit_json("config.json", num_hidden_layers=6), [], "num_hidden_layers=6, midus_plan.json 7"),
+    (edit_json("config.json", memory_num_keys=8), [], "memory_num_keys is 8 in config.json and 16"),
+    (edit_json("config.json", block_types=["memory"] * 7), [], "block_types"),
+    (lambda d: (d / PLAN_FILE).unlink(), [], "midus_plan.json does not exist"),
+    (lambda d: (d / "model.safetensors").write_bytes(b"xyz"), [], "corrupt or truncated"),
+    (edit_json("config.json", architectures=["GPTX"], model_type="gptx"), [], "GPTX is not supported"),
+    (None, ["--target-tensor-parallel-size", "4"], "choose one of"),
+    (None, ["--target-pipeline-parallel-size", "3"], "7 layers"),
+    (None, ["--ckpt-step", "3"], "leave it out with --to megatron"),
+    (None, ["--make-vocab-size-divisible-by", "0"], "at least 1"),
+]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, checkpoint):
+    directory = tmp_path_factory.mktemp("exports") / "midus"
+    run(checkpoint, directory, "hf")
+    return directory
+
+
+@pytest.mark.parametrize("damage, arguments, message", WRONG_HF)
+def test_wrong_hugging_face_directories(tmp_path, exported, damage, arguments, message):
+    shutil.copytree(exported, tmp_path / "load")
+    if damage:
+        damage(tmp_path / "load")
+    with pytest.raises(ValueError, match=message) as caught:
+        run(tmp_path / "load", tmp_path / "results/out", "megatron", *arguments)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("results/*"))
+
+
+def test_the_wrong_way_round(tmp_path, base, checkpoint):
+    with pytest.raises(ValueError, match="looks like a Hugging Face directory"):
+        run(base, tmp_path / "out", "hf")
+    with pytest.raises(ValueError, match="looks like a Megatron checkpoint"):
+        run(checkpoint, tmp_path / "out", "megatron")
+    with pytest.raises(ValueError, match="would replace what is loaded"):
+        run(checkpoint / "iter_0000000", checkpoint, "hf", "--overwrite")
+
+
+def test_verify_catches_a_wrong_layout(tmp_path, base, monkeypatch):
+    """A fused tensor whose parts were swapped is found when it is read back."""
+    from megatron_midus.conversion import megatron_io
+
+    original = megatron_io.fuse
+    monkeypatch.setattr(megatron_io, "fuse", lambda parts, model: original(parts[::-1] if len(parts) == 2 else parts, model))  # fmt: skip
+    with pytest.raises(ValueError, match="gate_proj.weight differs by up to"):
+        run(base, tmp_path / "out", "megatron", "--verify")
+    assert not (tmp_path / "out").exists()
+
+
+def test_as_a_command(tmp_path, checkpoint):
+    def command(*arguments):
+        return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True)
+
+    good = command("--load", checkpoint, "--save", tmp_path / "out", "--to", "hf", "--verify")
+    assert (
+        good.returncode == 0 and "tensors are equal" in good.stdout and (tmp_path / "out/modeling_midus.py").is_file()
+    )
+    bad = command("--load", tmp_path / "nowhere", "--save", tmp_path / "no", "--to", "hf")
+    assert bad.returncode == 1 and "Traceback" not in bad.stderr and not (tmp_path / "no").exists()
+    assert bad.stderr.strip() == f"error: checkpoint directory {tmp_path / 'nowhere'} does not exist"
+    assert "any size can load it" in " ".join(convert.make_parser().format_help().split())

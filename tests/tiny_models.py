@@ -1,0 +1,124 @@
+"""Tiny Hugging Face models of random numbers with a real tokenizer, for the tests of several packages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+VOCAB = 263  # odd, and a little more than the tokenizer has
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_FAMILIES = {
+    "llama": {},
+    "llama3": {"rope_parameters": LLAMA3_ROPE},
+    "mistral": {"sliding_window": 9},
+    "qwen2": {},
+    "qwen3": {"head_dim": 12},
+}
+
+
+class DictSource:
+    """A ``TensorSource`` over a dictionary."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def names(self):
+        return list(self.tensors)
+
+    def shape(self, name):
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name):
+        return self.tensors[name].dtype
+
+    def read(self, name):
+        return self.tensors[name]
+
+
+def randomize(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
+    """Every parameter random, norms and biases too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            if name.endswith("norm.weight"):
+                parameter.add_(1.0)
+    return model
+
+
+def make_model(family: str = "llama", *, seed: int = 1, **changes) -> torch.nn.Module:
+    """A causal model of transformers: 5 layers, 6 heads of 8 channels in 2 groups."""
+    import transformers
+
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 88,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        **_FAMILIES[family],
+        **changes,
+    }
+    name = {"llama": "Llama", "llama3": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    config = getattr(transformers, f"{name}Config")(**settings)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    return randomize(model, seed).eval()
+
+
+def write_tokenizer(directory: str | Path, *, vocab_size: int = 260) -> None:
+    """A byte-level BPE tokenizer with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["a tiny text about tiny models, tokens and texts"] * 9, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    fast.save_pretrained(str(directory))
+
+
+def write_base(directory: str | Path, family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 1, **changes) -> Path:  # fmt: skip
+    """A whole Hugging Face directory: model, tokenizer, generation config, and a license to carry along."""
+    directory = Path(directory)
+    make_model(family, seed=seed, **changes).to(dtype).save_pretrained(str(directory))
+    write_tokenizer(directory)
+    (directory / "LICENSE").write_text("any use\n")
+    (directory / "README.md").write_text("# the base's own card\n")
+    return directory
+
+
+def load_model(directory: str | Path, **options) -> torch.nn.Module:
+    """A causal model in fp32, local code of the directory allowed."""
+    import transformers
+
+    name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        str(directory), **{name: torch.float32, "trust_remote_code": True, **options}
+    ).eval()
+
+
+def logits_of(model: torch.nn.Module, *, sequences: int = 2, length: int = 21, seed: int = 5) -> torch.Tensor:
+    """``[sequences, length, VOCAB]`` on random tokens."""
+    tokens = torch.randint(VOCAB, (sequences, length), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return model(input_ids=tokens, use_cache=False).logits

@@ -1,0 +1,208 @@
+"""config.json files of transformers 4 and 5 become the right ModelConfig and come back; the rest is refused by name."""
+
+import pytest
+import transformers
+from tiny_models import LLAMA3_ROPE, make_model
+
+from megatron_midus.config import MemoryConfig
+from megatron_midus.conversion.families import FAMILIES, check_model, check_plan, from_hf_config, to_hf_config
+from megatron_midus.upscaling import make_plan
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 263,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+    "torch_dtype": "bfloat16",
+}
+MEMORY = MemoryConfig(memory_num_keys=16, memory_query_norm="rms")
+PLAN = make_plan("interleave", num_layers=5, num_blocks=2, memory=MEMORY)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_reads_what_transformers_writes(tmp_path, family, tied):
+    import json
+
+    model = make_model(family, tie_word_embeddings=tied)
+    model.save_pretrained(str(tmp_path))
+    read = from_hf_config(json.loads((tmp_path / "config.json").read_text()))
+    config = model.config
+    assert (read.num_layers, read.hidden_size, read.ffn_hidden_size, read.vocab_size) == (5, 48, 88, 263)
+    assert (read.num_attention_heads, read.num_query_groups) == (6, 2)
+    assert read.kv_channels == (12 if family == "qwen3" else 8)
+    assert read.norm_epsilon == config.rms_norm_eps and read.max_position_embeddings == 128
+    assert read.rotary_base == 5000.0 and read.tie_word_embeddings is tied
+    assert read.add_qkv_bias is (family == "qwen2") and read.qk_layernorm is (family == "qwen3")
+    assert read.sliding_window == (9 if family == "mistral" else None)
+    assert (read.rope_scaling or {}).get("factor") == (8.0 if family == "llama3" else None)
+    assert read.hf_dtype == "float32" and read.family == family.removesuffix("3" if family == "llama3" else "")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5000.0},
+        {"rope_theta": 5000.0, "rope_scaling": None},
+        {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}},
+        {"rope_parameters": None, "rope_theta": 5000},
+    ],
+)
+def test_plain_rope_of_both_generations(rope):
+    model = from_hf_config({**LLAMA, **rope})
+    assert model.rotary_base == 5000.0 and model.rope_scaling is None
+
+
+@pytest.mark.parametrize("kind_key", ["rope_type", "type"])
+def test_scaled_rope_of_both_generations(kind_key):
+    scaling = {k: v for k, v in LLAMA3_ROPE.items() if k not in ("rope_theta", "rope_type")} | {kind_key: "llama3"}
+    old = from_hf_config({**LLAMA, "rope_theta": 5000.0, "rope_scaling": scaling})
+    new = from_hf_config({**LLAMA, "rope_parameters": {**scaling, "rope_theta": 5000.0}})
+    assert old.rotary_base == new.rotary_base == 5000.0
+    assert old.rope_scaling == new.rope_scaling == scaling
+
+
+def test_what_old_and_short_configs_leave_out():
+    model = from_hf_config({k: v for k, v in LLAMA.items() if k not in ("num_key_value_heads", "rms_norm_eps")})
+    assert model.num_query_groups == 6 and model.norm_epsilon == 1e-6
+    assert model.rotary_base == 10000.0 and not model.tie_word_embeddings
+    assert from_hf_config({**LLAMA, "head_dim": None}).kv_channels == 8
+    assert from_hf_config({**LLAMA, "num_key_value_heads": None}).num_query_groups == 6
+    assert from_hf_config({k: v for k, v in LLAMA.items() if k != "architectures"}).family == "llama"
+
+
+def test_defaults_are_those_of_transformers():
+    """What a config.json leaves out is filled in as transformers fills it in."""
+    for family in FAMILIES.values():
+        if family.name == "midus":
+            continue
+        theirs = transformers.AutoConfig.for_model(family.name).to_dict()
+        for name, value in family.defaults.items():
+            assert theirs[name] == value, (family.name, name)
+
+
+REFUSED = [
+    ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; supported are LlamaForCausalLM, Mist"),
+    ({"architectures": None, "model_type": "opt"}, "opt is not supported"),
+    ({"architectures": [], "model_type": None}, "none named"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+    ({"attention_bias": True}, "attention_bias=True"),
+    ({"mlp_bias": True}, "mlp_bias=True"),
+    ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
+    ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, "low_freq_factor=2.0"),
+    ({"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 8.0}}, "high_freq_factor=8.0"),
+    ({"rope_scaling": {**LLAMA3_ROPE, "original_max_position_embeddings": 64}}, "original_max_position_embeddings=64"),
+    ({"rope_scaling": {**LLAMA3_ROPE, "factor": None}}, "no numeric factor"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ between layer types"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"num_key_value_heads": 4}, "num_attention_heads=6 is not divisible by num_query_groups=4"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers=0, which is no positive whole number"),
+    ({"hidden_size": "48"}, "hidden_size='48'"),
+    ({"vocab_size": None}, "vocab_size=None"),
+    ({"head_dim": 8.0}, "head_dim=8.0"),
+    ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "use_sliding_window=True"),
+    ({"architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, "attention_bias=True"),
+    (
+        {"architectures": ["MistralForCausalLM"], "layer_types": ["full_attention", "sliding_attention"]},
+        "mixes full_attention, sliding_attention",
+    ),
+]
+
+
+@pytest.mark.parametrize("changes, message", REFUSED)
+def test_refusals(changes, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf_config({**LLAMA, **changes})
+
+
+def test_missing_entry():
+    with pytest.raises(ValueError, match="no entry hidden_size, vocab_size"):
+        from_hf_config({k: v for k, v in LLAMA.items() if k not in ("hidden_size", "vocab_size")})
+
+
+def test_plain_export_changes_what_changed_alone():
+    source = {**LLAMA, "custom_entry": {"kept": [1, 2]}, "rope_theta": 5000.0, "transformers_version": "4.40.0"}
+    plan = make_plan("llama_pro", num_layers=5, num_blocks=2)
+    exported = to_hf_config(source, from_hf_config(source), plan, dtype="float32")
+    changed = {key for key in exported if exported[key] != source.get(key)}
+    assert changed == {"num_hidden_layers", "torch_dtype"} and exported["num_hidden_layers"] == 7
+    assert set(exported) == set(source) and source["num_hidden_layers"] == 5
+
+
+def test_plain_export_without_blocks_changes_nothing():
+    source = {**LLAMA, "dtype": "bfloat16", "torch_dtype": None}
+    plan = make_plan("none", num_layers=5)
+    assert to_hf_config(source, from_hf_config(source), plan, dtype="bfloat16") == source
+
+
+def test_layer_types_follow_the_layers():
+    source = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention"] * 5}
+    plan = make_plan("stack", num_layers=5, num_blocks=3)
+    exported = to_hf_config(source, from_hf_config(source), plan, dtype="bfloat16")
+    assert exported["layer_types"] == ["full_attention"] * 8
+
+
+@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
+def test_midus_config_round_trip(family):
+    """The architecture that is read from a MIDUS config is the base's with more layers; MidusConfig agrees."""
+    from megatron_midus.hf import MidusConfig
+
+    base = make_model(family)
+    source = {**base.config.to_dict(), "architectures": [type(base).__name__], "dtype": "float32"}
+    model = from_hf_config(source)
+    exported = to_hf_config(source, model, PLAN, dtype="float32")
+    again = from_hf_config(exported)
+    assert again.family == "midus" and again.num_layers == 7
+    for name, value in model.to_dict().items():
+        if name not in ("family", "num_layers", "rope_scaling"):
+            assert getattr(again, name) == value, name
+    assert (again.rope_scaling or {}).get("factor") == (model.rope_scaling or {}).get("factor")
+    check_plan(exported, PLAN)
+
+    config = MidusConfig(**exported)
+    assert config.block_types == list(PLAN.block_types)
+    assert {name: getattr(config, name) for name in MEMORY.to_dict()} == MEMORY.to_dict()
+    assert config.to_dict()["auto_map"] == exported["auto_map"]
+    # Nothing of ours is lost or reinterpreted by the class that will read the file.
+    written = config.to_dict()
+    assert {k: written[k] for k in exported if k in written and written[k] != exported[k]} == {}
+    assert to_hf_config(exported, again, PLAN, dtype="float32") == exported
+
+
+def midus(**changes):
+    return {**to_hf_config(LLAMA, from_hf_config(LLAMA), PLAN, dtype="bfloat16"), **changes}
+
+
+@pytest.mark.parametrize(
+    "config, plan, message",
+    [
+        (LLAMA, PLAN, "num_hidden_layers=5, midus_plan.json 7"),
+        ({**LLAMA, "num_hidden_layers": 7}, PLAN, "one of config.json and midus_plan.json has Memory blocks"),
+        (midus(), make_plan("llama_pro", num_layers=5, num_blocks=2), "has Memory blocks"),
+        (midus(block_types=["memory"] * 7), PLAN, "block_types"),
+        (midus(memory_num_keys=8), PLAN, "memory_num_keys is 8 in config.json and 16"),
+    ],
+)
+def test_plan_of_another_model(config, plan, message):
+    with pytest.raises(ValueError, match=message):
+        check_plan(config, plan)
+
+
+def test_check_model():
+    model = from_hf_config(LLAMA)
+    check_model(LLAMA, model.with_num_layers(7), PLAN)
+    check_model(midus(), model.with_num_layers(7), PLAN)
+    with pytest.raises(ValueError, match="num_layers=5, midus_plan.json 7"):
+        check_model(LLAMA, model, PLAN)
+    with pytest.raises(ValueError, match="num_hidden_layers=6"):
+        check_model({**LLAMA, "num_hidden_layers": 6}, model.with_num_layers(7), PLAN)
+    with pytest.raises(ValueError, match="vocab_size is 263 in model_config.json and 999"):
+        check_model({**LLAMA, "vocab_size": 999}, model.with_num_layers(7), PLAN)

@@ -1,0 +1,198 @@
+"""Converts between Megatron checkpoints and Hugging Face directories, in both directions, tensor by tensor.
+
+Examples:
+  python tools/convert_checkpoint.py --load CHECKPOINT --save OUT --to hf
+  python tools/convert_checkpoint.py --load HF_DIR --save CHECKPOINT --to megatron --target-tensor-parallel-size 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_midus import cli
+from megatron_midus.config import ModelConfig
+from megatron_midus.conversion.checkpoint_layout import ASSETS_DIRECTORY, find_checkpoint, iteration_directory
+from megatron_midus.conversion.directories import source_config, write_hf_directory, write_megatron_checkpoint
+from megatron_midus.conversion.families import check_model, check_plan, from_hf_config
+from megatron_midus.conversion.hf_io import (
+    CastTensors,
+    SafetensorsReader,
+    dtype_name,
+    open_hf_weights,
+    parse_size,
+    read_hf_config,
+    source_hash,
+)
+from megatron_midus.conversion.megatron_io import MegatronReader, check_parallel_sizes
+from megatron_midus.conversion.tokenizer import check_tokenizer
+from megatron_midus.files import check_output_directory, staged_directory
+from megatron_midus.upscaling import PLAN_FILE, UpscalePlan
+from megatron_midus.upscaling.initialize import DTYPES, parse_dtype
+from megatron_midus.upscaling.policies import none
+from megatron_midus.upscaling.tensors import EMBEDDING, TensorSource, model_shapes
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--load",
+        required=True,
+        metavar="DIR",
+        help="what to convert: a Megatron checkpoint (its root or one iter_* directory) or a Hugging Face directory",
+    )
+    add("--save", required=True, metavar="DIR", help="output directory; made whole or not at all")
+    add("--to", required=True, choices=["hf", "megatron"], help="format of the output")
+    add("--ckpt-step", type=int, metavar="N", help="iteration of a Megatron checkpoint; the latest when absent")
+    add(
+        "--dtype",
+        choices=["auto", "keep", *DTYPES],
+        default="auto",
+        help="dtype of the written weights: auto = that of the Hugging Face model that the checkpoint came from, keep = as stored (default: auto)",
+    )
+    add("--max-shard-size", default="5GB", help="largest safetensors file, for instance 500MB (default: 5GB)")
+    add(
+        "--target-tensor-parallel-size",
+        type=int,
+        default=1,
+        help="--to megatron: tensor-parallel size of the training to come: checked, recorded, and the embedding padded for it. A checkpoint is stored unsplit, and any size can load it (default: 1)",
+    )
+    add(
+        "--target-pipeline-parallel-size",
+        type=int,
+        default=1,
+        help="--to megatron: pipeline-parallel size of the training to come: checked and recorded (default: 1)",
+    )
+    add(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        default=128,
+        help="--to megatron: rows of the embedding of each tensor-parallel rank are padded to a multiple of this (default: 128)",
+    )
+    add("--overwrite", action="store_true", help="replace the output directory when it exists")
+    add("--verify", action="store_true", help="read the output back and compare every tensor before it is kept")  # fmt: skip
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Everything about the command line that needs no model."""
+    parse_size(args.max_shard_size)
+    if args.make_vocab_size_divisible_by < 1:
+        raise ValueError("--make-vocab-size-divisible-by must be at least 1")
+    if args.to == "megatron" and args.ckpt_step is not None:
+        raise ValueError("--ckpt-step chooses an iteration of a Megatron checkpoint; leave it out with --to megatron")
+    save, load = Path(args.save).resolve(), Path(args.load).resolve()
+    if save == load or save in load.parents:
+        raise ValueError(f"--save {args.save} would replace what is loaded; choose another directory")
+    check_output_directory(args.save, overwrite=args.overwrite)
+
+
+def with_dtype(source: TensorSource, name: str) -> TensorSource:
+    """``source`` itself for ``keep``, otherwise cast to the dtype of that name."""
+    dtype = parse_dtype(name)
+    return source if dtype is None else CastTensors(source, dtype)
+
+
+def progress_bar(title: str, total: int) -> tqdm:
+    return tqdm(total=total, desc=title, unit="tensor", file=sys.stderr, leave=False, disable=None)
+
+
+def check_round_trip(wanted: TensorSource, found: TensorSource) -> None:
+    from megatron_midus.conversion.verify import first_difference
+
+    with progress_bar("verifying", len(wanted.names())) as bar:
+        difference = first_difference(wanted, found, lambda name: bar.update())
+    if difference:
+        raise ValueError(f"the written tensors are not those that were read: {difference}")
+    print(f"verified: {len(wanted.names())} tensors are equal when read back")
+
+
+def to_hf(args: argparse.Namespace) -> str:
+    directory, iteration = find_checkpoint(args.load, args.ckpt_step)
+    model, plan = ModelConfig.load(directory), UpscalePlan.load(directory)
+    assets = directory / ASSETS_DIRECTORY
+    check_model(source_config(assets, model, plan), model, plan)
+    check_tokenizer(assets, model.vocab_size)
+    dtype = model.hf_dtype if args.dtype == "auto" else args.dtype
+    source = with_dtype(MegatronReader(directory, model, plan), dtype)
+    code_files: tuple[Path, ...] = ()
+    if plan.memory_indices:
+        from megatron_midus.hf import CODE_FILES
+
+        code_files = CODE_FILES
+    with staged_directory(args.save, overwrite=args.overwrite) as target:
+        with progress_bar("writing", len(source.names())) as bar:
+            write_hf_directory(
+                source,
+                target,
+                assets=assets,
+                model=model,
+                plan=plan,
+                code_files=code_files,
+                max_shard_size=parse_size(args.max_shard_size),
+                iteration=iteration,
+                progress=lambda name: bar.update(),
+            )
+        if args.verify:
+            check_round_trip(source, SafetensorsReader(target))
+    return f"iteration {iteration}, {dtype_name(source.dtype(EMBEDDING))}"
+
+
+def read_plan(args: argparse.Namespace, model: ModelConfig) -> UpscalePlan:
+    """The plan of a Hugging Face directory; ``none`` for a model that was never up-scaled."""
+    if (Path(args.load) / PLAN_FILE).is_file() or model.family == "midus":
+        return UpscalePlan.load(args.load)
+    return dataclasses.replace(none(num_layers=model.num_layers), source_name=Path(args.load).resolve().name)
+
+
+def to_megatron(args: argparse.Namespace) -> str:
+    config = read_hf_config(args.load)
+    model = from_hf_config(config)
+    plan = read_plan(args, model)
+    check_plan(config, plan)
+    check_parallel_sizes(
+        model,
+        plan,
+        tensor_parallel_size=args.target_tensor_parallel_size,
+        pipeline_parallel_size=args.target_pipeline_parallel_size,
+    )
+    check_tokenizer(args.load, model.vocab_size)
+    shapes = model_shapes(model, plan)
+    weights = open_hf_weights(args.load, model, shapes)
+    if plan.policy == "none" and not plan.source_hash:
+        plan = dataclasses.replace(plan, source_hash=source_hash(weights, list(shapes)))
+    source = with_dtype(weights, "keep" if args.dtype == "auto" else args.dtype)
+    model = dataclasses.replace(model, hf_dtype=dtype_name(source.dtype(EMBEDDING)))
+    with staged_directory(args.save, overwrite=args.overwrite) as target:
+        with progress_bar("writing", len(shapes)) as bar:
+            write_megatron_checkpoint(
+                source,
+                target,
+                assets=args.load,
+                model=model,
+                plan=plan,
+                tensor_parallel_size=args.target_tensor_parallel_size,
+                pipeline_parallel_size=args.target_pipeline_parallel_size,
+                make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
+                progress=lambda name: bar.update(),
+            )
+        if args.verify:
+            check_round_trip(source, MegatronReader(iteration_directory(target, 0), model, plan))
+    return f"{plan.num_layers} layers, {model.hf_dtype}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    check_arguments(args)
+    summary = (to_hf if args.to == "hf" else to_megatron)(args)
+    print(f"written: {args.save} ({args.to}, {summary})")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
