@@ -1,0 +1,101 @@
+"""DataConfig: where the training tokens come from and how they are cut into samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+DEFAULT_SPLIT = "969,30,1"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Data and tokenizer"""
+
+    data_path: list[str] | None = None
+    """Prefixes P of indexed datasets (P.bin and P.idx, made by tools/preprocess_data.py), each optionally preceded by
+    its weight in the blend: 0.7 P1 0.3 P2. Without weights every dataset is read in proportion to its size. Cut into
+    train, valid and test by --split."""
+
+    split: str | None = None
+    """Shares of train, valid and test documents of --data-path, three numbers separated by commas; 969,30,1 when
+    absent."""
+
+    train_data_path: list[str] | None = None
+    """Prefixes (and weights) of the training data alone, instead of --data-path."""
+
+    valid_data_path: list[str] | None = None
+    """Prefixes (and weights) of the validation data alone."""
+
+    test_data_path: list[str] | None = None
+    """Prefixes (and weights) of the test data alone."""
+
+    data_cache_path: str | None = None
+    """Directory for the sample indices; a directory named cache beside the first dataset when absent."""
+
+    mock_data: bool = False
+    """Train on counting sequences that are made up on the fly, to try a launch without any data."""
+
+    tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"] | None = None
+    """Kind of tokenizer: HuggingFaceTokenizer reads a directory, SentencePieceTokenizer a .model file, NullTokenizer
+    knows numbers only (for --mock-data). When absent it follows from --tokenizer-model, or from the checkpoint."""
+
+    tokenizer_model: str | None = None
+    """Directory or file of the tokenizer that the data were made with; the checkpoint's own when absent."""
+
+    vocab_size: int | None = dataclasses.field(default=None, metadata={"flag": False})
+    """Ids of a NullTokenizer; the driver fills in the model's."""
+
+    seq_length: int = 1024
+    """Tokens in one sample."""
+
+    reset_position_ids: bool = False
+    """Start the positions again at 0 after every end-of-document token."""
+
+    reset_attention_mask: bool = False
+    """Keep a document of a packed sample from attending to the documents before it."""
+
+    eod_mask_loss: bool = False
+    """Leave out the loss of the prediction that follows an end-of-document token."""
+
+    num_workers: int = 2
+    """Processes that read samples ahead of training, on every data-parallel rank; 0 = read in the training process."""
+
+    dataloader_type: Literal["single", "cyclic"] = "single"
+    """single = one pass over the built samples, in their (already shuffled) order; cyclic = endless passes, shuffled
+    anew in every pass."""
+
+    def __post_init__(self) -> None:
+        per_split = [n for n in ("train_data_path", "valid_data_path", "test_data_path") if getattr(self, n)]
+        sources = [n for n in ("data_path", "mock_data") if getattr(self, n)] + per_split[:1]
+        if len(sources) > 1:
+            flags = " and ".join("--" + name.replace("_", "-") for name in sources)
+            raise ValueError(f"{flags} were given together; choose one source of data")
+        if self.split is not None and per_split:
+            flag = "--" + per_split[0].replace("_", "-")
+            raise ValueError(f"--split {self.split} divides --data-path and does not apply to {flag}; leave it out")
+        if self.seq_length < 1:
+            raise ValueError(f"seq_length={self.seq_length} must be at least 1")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must be 0 or more")
+        self.split_fractions()
+
+    @property
+    def has_data(self) -> bool:
+        """Whether any source of data was named."""
+        return bool(
+            self.data_path or self.train_data_path or self.valid_data_path or self.test_data_path or self.mock_data
+        )
+
+    def split_fractions(self) -> tuple[float, float, float]:
+        """``--split`` as three shares that sum to 1; raises ``ValueError`` when it is none."""
+        text = DEFAULT_SPLIT if self.split is None else self.split
+        try:
+            shares = [float(part) for part in text.split(",")]
+        except ValueError:
+            shares = []
+        if len(shares) not in (1, 2, 3) or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
+            raise ValueError(f"--split {text!r} is not three shares such as {DEFAULT_SPLIT}")
+        shares += [0.0] * (3 - len(shares))
+        train, valid, test = (share / sum(shares) for share in shares)
+        return train, valid, test

@@ -1,0 +1,248 @@
+"""Documents from text files: .jsonl and .txt, plain or compressed (.gz, .zst), files, directories and glob patterns.
+
+A ``.jsonl`` file holds one JSON object a line. A ``.txt`` file is one document, unless it contains the separator, by
+default a form feed, which no ordinary prose contains: blank lines are part of a text and do not end it.
+Everything is UTF-8 (a byte-order mark is dropped). Imports no Megatron.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+DEFAULT_SEPARATOR = "\f"
+TEXT_KEY = "text"
+
+_SUFFIXES = tuple(kind + packed for kind in (".jsonl", ".txt") for packed in ("", ".gz", ".zst"))
+_BOM = b"\xef\xbb\xbf"
+_CHUNK = 1 << 20
+
+
+class MalformedDocument(ValueError):
+    """One record that is no document; the message starts with ``file:line``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RawDocument:
+    """A record as it lies in the file, not decoded yet: cheap to hand to a worker process."""
+
+    path: str
+    line: int
+    """1-based line on which the record starts."""
+    content: bytes
+    is_json: bool
+
+    @property
+    def where(self) -> str:
+        return f"{self.path}:{self.line}"
+
+    def parse(self, keys: Sequence[str]) -> list[str]:
+        """The texts under ``keys``; raises :class:`MalformedDocument`."""
+        try:
+            text = self.content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise MalformedDocument(f"{self.where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        if not self.is_json:
+            return [text for _ in keys]
+        return [_text_of(value, key, self.where) for key, value in zip(keys, self._values(text, keys))]
+
+    def _values(self, text: str, keys: Sequence[str]) -> list[object]:
+        try:
+            record = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise MalformedDocument(f"{self.where}: not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise MalformedDocument(f"{self.where}: a {type(record).__name__}, not a JSON object")
+        for key in keys:
+            if key not in record:
+                there = ", ".join(map(repr, list(record)[:8])) or "none"
+                raise MalformedDocument(f"{self.where}: no key {key!r}; keys there: {there}")
+        return [record[key] for key in keys]
+
+
+def _text_of(value: object, key: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise MalformedDocument(f"{where}: {key!r} is {type(value).__name__}, not a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        # "\ud800" alone is valid JSON and no text.
+        raise MalformedDocument(f"{where}: {key!r} contains half of a surrogate pair") from None
+    return value
+
+
+def find_inputs(inputs: Sequence[str]) -> list[Path]:
+    """The files that ``inputs`` mean, in a fixed order.
+
+    Args:
+        inputs: files, directories (all ``.jsonl``/``.txt`` below them, compressed or not, sorted by path) and glob
+            patterns. Order is kept; a file that is named twice is read once.
+
+    Raises:
+        ValueError: nothing matches, or a named file has another suffix.
+    """
+    files: dict[Path, None] = {}
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(_SUFFIXES))
+            if not found:
+                raise ValueError(f"directory {name} holds no {', '.join(_SUFFIXES)} file")
+        elif path.is_file():
+            found = [path]
+        elif glob.has_magic(name):
+            found = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
+            if not found:
+                raise ValueError(f"no file matches {name}")
+        else:
+            raise ValueError(f"input {name} does not exist")
+        for file in found:
+            if not file.name.endswith(_SUFFIXES):
+                raise ValueError(f"{file} is neither JSON lines nor text; expected one of {', '.join(_SUFFIXES)}")
+            files.setdefault(file)
+    if not files:
+        raise ValueError("no input file was named")
+    return list(files)
+
+
+def read_raw(path: Path, *, separator: str = DEFAULT_SEPARATOR) -> Iterator[RawDocument]:
+    """The records of one file in order; blank lines of JSON lines are passed over.
+
+    Raises:
+        ValueError: the compressed stream is damaged or cut off, or a package to read it is missing.
+    """
+    if not separator:
+        raise ValueError("the document separator is empty")
+    is_json = ".jsonl" in path.name
+    try:
+        with _open(path) as stream:
+            yield from _read_lines(path, stream) if is_json else _read_separated(path, stream, separator.encode())
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or cut off: {error}") from None
+
+
+def read_documents(
+    inputs: Sequence[str], *, key: str = TEXT_KEY, separator: str = DEFAULT_SEPARATOR
+) -> Iterator[tuple[str, str]]:
+    """``(file:line, text)`` of every document that is not empty.
+
+    Raises:
+        ValueError: an input that does not exist, a malformed record (with ``file:line``), or no document at all.
+    """
+    any_document = False
+    for path in find_inputs(inputs):
+        for raw in read_raw(path, separator=separator):
+            (text,) = raw.parse([key])
+            if text.strip():
+                any_document = True
+                yield raw.where, text
+    if not any_document:
+        raise ValueError(f"{', '.join(inputs)}: no document with any text")
+
+
+def unescape(text: str) -> str:
+    r"""Turns the ``\n``, ``\t``, ``\f``, ``\r`` and ``\\`` of a command line into the characters they stand for."""
+    pieces = {"n": "\n", "t": "\t", "f": "\f", "r": "\r", "\\": "\\"}
+    out, characters = [], iter(text)
+    for character in characters:
+        if character == "\\":
+            following = next(characters, "")
+            if following not in pieces:
+                raise ValueError(f"the escape \\{following} in {text!r} is not known; use one of \\n \\t \\f \\r \\\\")
+            character = pieces[following]
+        out.append(character)
+    return "".join(out)
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.name.endswith(".gz"):
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.name.endswith(".zst"):
+        return _open_zstandard(path)
+    return open(path, "rb")
+
+
+def _open_zstandard(path: Path) -> BinaryIO:
+    try:
+        import zstandard
+    except ImportError:
+        raise ValueError(f"{path} needs the package zstandard: pip install zstandard") from None
+    return io.BufferedReader(_ZstandardStream(zstandard, path), _CHUNK)  # type: ignore[return-value]
+
+
+def _read_lines(path: Path, stream: BinaryIO) -> Iterator[RawDocument]:
+    for number, line in enumerate(stream, start=1):
+        content = line.removeprefix(_BOM) if number == 1 else line
+        content = content.strip()
+        if content:
+            yield RawDocument(str(path), number, content, is_json=True)
+
+
+def _read_separated(path: Path, stream: BinaryIO, separator: bytes) -> Iterator[RawDocument]:
+    """Holds one document and one chunk at a time; UTF-8 lets bytes be searched for a separator."""
+    buffer = bytearray(stream.read(_CHUNK).removeprefix(_BOM))
+    number, searched, more = 1, 0, True
+    while more:
+        start = 0
+        while (end := buffer.find(separator, max(start, searched))) >= 0:
+            content, start = bytes(buffer[start:end]), end + len(separator)
+            yield RawDocument(str(path), number, content, is_json=False)
+            number += content.count(b"\n") + separator.count(b"\n")
+        del buffer[:start]
+        # A separator may lie across two chunks, so the last bytes are searched again.
+        searched = max(0, len(buffer) - len(separator) + 1)
+        chunk = stream.read(_CHUNK)
+        buffer += chunk
+        more = bool(chunk)
+    yield RawDocument(str(path), number, bytes(buffer), is_json=False)
+
+
+class _ZstandardStream(io.RawIOBase):
+    """A .zst file that, unlike zstandard's own reader, complains when its last frame is cut off."""
+
+    def __init__(self, zstandard, path: Path) -> None:
+        self._path = path
+        self._error = zstandard.ZstdError
+        self._file = open(path, "rb")  # noqa: SIM115
+        self._make = zstandard.ZstdDecompressor().decompressobj
+        self._frame = None
+        self._pending = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._pending:
+            chunk = self._file.read(_CHUNK)
+            if not chunk:
+                if self._frame is not None:
+                    raise EOFError("the last frame is not complete")
+                return 0
+            self._pending = self._decompress(chunk)
+        count = min(len(buffer), len(self._pending))
+        buffer[:count], self._pending = self._pending[:count], self._pending[count:]
+        return count
+
+    def _decompress(self, chunk: bytes) -> bytes:
+        pieces = []
+        while chunk:
+            self._frame = self._frame or self._make()
+            try:
+                pieces.append(self._frame.decompress(chunk))
+            except self._error as error:
+                raise EOFError(str(error)) from None
+            chunk = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
