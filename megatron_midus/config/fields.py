@@ -92,7 +92,8 @@ def add_arguments(
         shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
         kwargs["help"] = text + ("" if default is None or default == [] else f" (default: {shown})")
         kwargs["default"] = argparse.SUPPRESS if suppress_defaults else default
-        aliases = [flag_name(alias) for alias in field.metadata.get("aliases", ())]
+        # An alias that begins with "--" is taken literally: Megatron spells some flags with both dashes and underscores.
+        aliases = [a if a.startswith("--") else flag_name(a) for a in field.metadata.get("aliases", ())]
         group.add_argument(flag_name(field.name), *aliases, dest=field.name, **kwargs)
 
 

@@ -58,6 +58,8 @@ class MemoryConfig:
             raise ValueError(f"memory_num_keys={self.memory_num_keys} is out of range; choose at most 46340")
         if self.memory_latent_size < 1:
             raise ValueError(f"memory_latent_size={self.memory_latent_size} must be at least 1")
+        if self.memory_num_heads is not None and self.memory_num_heads < 1:
+            raise ValueError(f"memory_num_heads={self.memory_num_heads} must be at least 1")
         if self.memory_num_heads is not None and self.memory_variant != "block":
             raise ValueError(
                 f"memory_num_heads={self.memory_num_heads} is a setting of variant block; "

@@ -1,0 +1,64 @@
+"""CompatibilityConfig: flags of Megatron launch scripts whose value the Llama-like architecture leaves no choice in."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class CompatibilityConfig:
+    """Flags of Megatron launch scripts (accepted where they say what holds anyway)"""
+
+    make_vocab_size_divisible_by: int = 128
+    """Pad the rows of the embedding to a multiple of this times --tensor-model-parallel-size."""
+
+    untie_embeddings_and_output_weights: bool = False
+    """Same as --no-tie-word-embeddings."""
+
+    group_query_attention: bool = True
+    """Attention has --num-query-groups key/value heads."""
+
+    swiglu: bool = True
+    """The MLP is gated by SiLU."""
+
+    normalization: Literal["RMSNorm"] = "RMSNorm"
+    """The norm of every block."""
+
+    position_embedding_type: Literal["rope"] = "rope"
+    """Positions are rotary."""
+
+    disable_bias_linear: bool = True
+    """Projections have no bias; those of queries, keys and values follow the checkpoint."""
+
+    attention_dropout: float = 0.0
+    """Dropout of attention weights."""
+
+    hidden_dropout: float = 0.0
+    """Dropout of the residual stream."""
+
+    use_mcore_models: bool = True
+    """The model is built from Megatron-Core."""
+
+    ckpt_format: Literal["torch_dist"] = "torch_dist"
+    """Format of checkpoints."""
+
+    masked_softmax_fusion: bool = False
+    """Fused masked softmax of the local backend."""
+
+    gradient_accumulation_fusion: bool = False
+    """Fused accumulation of weight gradients."""
+
+    rope_fusion: bool = False
+    """Fused rotary embedding."""
+
+    def __post_init__(self) -> None:
+        if self.make_vocab_size_divisible_by < 1:
+            raise ValueError(f"make_vocab_size_divisible_by={self.make_vocab_size_divisible_by} must be at least 1")
+        free = ("make_vocab_size_divisible_by", "untie_embeddings_and_output_weights")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in free and value != field.default:
+                raise ValueError(
+                    f"{field.name}={value} is not available here, only {field.default}; leave the flag out"
+                )

@@ -1,0 +1,125 @@
+"""TrainingConfig: how long, how much at a time, what is trained, in which precision, when to evaluate and to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Training"""
+
+    train_iters: int | None = None
+    """Optimizer steps in total, the ones of earlier runs included. Give this or --train-samples."""
+
+    train_samples: int | None = None
+    """Sequences in total, the ones of earlier runs included. Give this or --train-iters."""
+
+    micro_batch_size: int = 1
+    """Sequences per forward pass of one model replica."""
+
+    global_batch_size: int | None = None
+    """Sequences per optimizer step over all replicas; micro-batch-size * data-parallel size when absent. The rest is
+    accumulated: micro-batches = global / (micro * data-parallel)."""
+
+    rampup_batch_size: list[int] | None = None
+    """Batch size ramp-up: START INCREMENT SAMPLES, the three numbers in sequences."""
+
+    decrease_batch_size_if_needed: bool = False
+    """Round the global batch size down to a multiple of micro-batch-size * data-parallel size instead of refusing."""
+
+    train: Literal["inserted", "all"] | None = None
+    """What learns: the blocks that up-scaling inserted, with the base frozen, or every parameter. When absent, what the
+    plan's policy is made for: inserted for interleave, llama_pro and average, all for the others. Another value on
+    resume drops the optimizer state, which is of other parameters."""
+
+    bf16: bool = False
+    """Compute in bfloat16 with float32 master weights."""
+
+    fp16: bool = False
+    """Compute in float16 with float32 master weights and dynamic loss scaling."""
+
+    seed: int = 1234
+    """Seed of Python, NumPy, torch, fresh weights and the data order."""
+
+    calculate_per_token_loss: bool = False
+    """Average the gradient over the tokens of the global batch instead of over its micro-batches."""
+
+    eval_interval: int = 1000
+    """Steps between evaluations on the validation split; 0 = none."""
+
+    eval_iters: int = 100
+    """Global batches of the validation split per evaluation, the same ones every time; 0 = no evaluation."""
+
+    full_validation: bool = False
+    """Evaluate on the whole validation split instead of on --eval-iters batches."""
+
+    eval_at_start: bool = False
+    """Evaluate before the first step as well."""
+
+    skip_train: bool = False
+    """Only evaluate the checkpoint that --load names."""
+
+    exit_interval: int | None = None
+    """Save and exit after a step that this number divides."""
+
+    exit_duration_in_mins: float | None = None
+    """Save and exit after so many minutes of training."""
+
+    exit_signal_handler: bool = True
+    """On SIGTERM finish the step, save and exit with 0."""
+
+    check_for_nan_in_loss_and_grad: bool = True
+    """Refuse a loss that is NaN or infinite before the optimizer sees it."""
+
+    rerun_mode: Literal["disabled", "validate_results", "report_determinism_stats"] = "validate_results"
+    """What a refused loss leads to: disabled = stop; validate_results = compute the step again, save and exit with 16
+    when it repeats or 17 when it does not; report_determinism_stats = compute every step twice and report."""
+
+    manual_gc: bool = False
+    """Collect Python's garbage at the same step on every rank instead of whenever Python likes."""
+
+    manual_gc_interval: int = 100
+    """Steps between collections under --manual-gc; 0 = never."""
+
+    empty_unused_memory_level: Literal[0, 1, 2] = 0
+    """Give cached GPU memory back: 1 = before the optimizer step, 2 = after it as well."""
+
+    def __post_init__(self) -> None:
+        if (self.train_iters is None) == (self.train_samples is None) and not self.skip_train:
+            raise ValueError(
+                f"train_iters={self.train_iters} and train_samples={self.train_samples}: give exactly one of "
+                "--train-iters and --train-samples"
+            )
+        for name in ("train_iters", "train_samples", "micro_batch_size", "global_batch_size", "exit_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        for name in ("eval_interval", "eval_iters", "manual_gc_interval"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 (never) or more")
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 exclude each other; give one of --bf16 and --fp16")
+        self._check_rampup()
+
+    def _check_rampup(self) -> None:
+        if self.rampup_batch_size is None:
+            return
+        if len(self.rampup_batch_size) != 3:
+            raise ValueError(
+                f"rampup_batch_size={self.rampup_batch_size} needs three numbers: "
+                "start batch size, increment, ramp-up samples"
+            )
+        if self.train_samples is None:
+            raise ValueError("rampup_batch_size counts samples; give --train-samples instead of --train-iters")
+        start, increment, samples = self.rampup_batch_size
+        if start < 1 or increment < 1 or samples < 1:
+            raise ValueError(f"rampup_batch_size={self.rampup_batch_size}: every number must be at least 1")
+        if self.global_batch_size is None:
+            raise ValueError("rampup_batch_size needs --global-batch-size, the size that it ends with")
+        if self.global_batch_size <= start or (self.global_batch_size - start) % increment:
+            raise ValueError(
+                f"rampup_batch_size: the way from {start} to global_batch_size={self.global_batch_size} is not a "
+                f"positive multiple of the increment {increment}"
+            )

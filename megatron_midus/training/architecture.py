@@ -1,0 +1,204 @@
+"""Which model is trained and where its weights come from: a checkpoint's own files, or flags for training from scratch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_midus.config import ModelConfig
+from megatron_midus.config.checkpoint import CheckpointConfig
+from megatron_midus.conversion.checkpoint_layout import ASSETS_DIRECTORY, find_checkpoint, read_latest_iteration
+from megatron_midus.data.tokenizer import Tokenizer, build_tokenizer, check_tokenizer_fits
+from megatron_midus.training.arguments import Arguments
+from megatron_midus.upscaling import UpscalePlan, make_plan
+
+# Policies whose base stays useful frozen; solar and stack break the function of the base, so everything must learn.
+_FROZEN_BASE_POLICIES = ("interleave", "llama_pro", "average")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a run begins.
+
+    Attributes:
+        directory: the ``iter_*`` directory whose weights are loaded; ``None`` = fresh weights.
+        iteration: the iteration that the directory stands for.
+        resume: whether its training state (iteration, optimizer, schedule, random numbers) counts, too.
+    """
+
+    directory: Path | None
+    iteration: int = 0
+    resume: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """The model of this run.
+
+    Attributes:
+        model: the decoder with all its blocks.
+        plan: what each block is.
+        train: the resolved ``--train``.
+        assets: directory of Hugging Face files, or file of a SentencePiece model, that travels into every checkpoint.
+        assets_left_out: files of that directory that do not, because they describe another model.
+    """
+
+    model: ModelConfig
+    plan: UpscalePlan
+    train: Literal["inserted", "all"]
+    assets: Path | None
+    assets_left_out: tuple[str, ...] = ()
+
+
+def find_source(checkpoint: CheckpointConfig) -> Source:
+    """Resolves ``--load``, ``--ckpt-step``, ``--pretrained-checkpoint``, ``--finetune``.
+
+    Raises:
+        ValueError: a directory that does not exist or holds no checkpoint where one is needed.
+    """
+    if checkpoint.load is not None and _holds_checkpoint(checkpoint):
+        directory, iteration = find_checkpoint(checkpoint.load, checkpoint.ckpt_step)
+        return Source(directory, iteration, resume=not checkpoint.finetune)
+    if checkpoint.pretrained_checkpoint is not None:
+        directory, iteration = find_checkpoint(checkpoint.pretrained_checkpoint)
+        return Source(directory, iteration)
+    return Source(None)
+
+
+def _holds_checkpoint(checkpoint: CheckpointConfig) -> bool:
+    """Whether ``--load`` is to be loaded; false for a directory that the first run is yet to fill."""
+    assert checkpoint.load is not None
+    root = Path(checkpoint.load)
+    must_exist = checkpoint.exit_on_missing_checkpoint or checkpoint.finetune or checkpoint.ckpt_step is not None
+    if not root.exists():
+        same = checkpoint.save is not None and Path(checkpoint.save).absolute() == root.absolute()
+        if must_exist or not (same or checkpoint.pretrained_checkpoint):
+            raise ValueError(
+                f"checkpoint directory {root} does not exist; give an existing one to --load, or the directory of "
+                "--save to begin a run there"
+            )
+        return False
+    if root.is_dir() and not must_exist and read_latest_iteration(root) is None:
+        # Staging leftovers of a killed first save do not make a checkpoint.
+        return any(not path.name.startswith(".") for path in root.iterdir())
+    return True
+
+
+def resolve_architecture(arguments: Arguments, source: Source, *, tokenizer_vocab_size: int | None) -> Architecture:
+    """The model, from the files beside the weights, or from flags when there are no weights.
+
+    Args:
+        tokenizer_vocab_size: rows of the embedding of a model from scratch when ``--vocab-size`` is absent.
+
+    Raises:
+        ValueError: flags that contradict the checkpoint (both values are named), or flags that are missing.
+    """
+    if source.directory is None:
+        _check_flags_from_scratch(arguments)
+        return _from_flags(arguments, tokenizer_vocab_size)
+    model, plan = ModelConfig.load(source.directory), UpscalePlan.load(source.directory)
+    if model.num_layers != plan.num_layers:
+        raise ValueError(
+            f"{source.directory}: the plan has {plan.num_layers} blocks and model_config.json says "
+            f"num_layers={model.num_layers}; they do not belong together"
+        )
+    _check_flags(arguments.architecture, model.to_dict(), source.directory)
+    _check_flags(arguments.memory, plan.memory.to_dict() if plan.memory else {}, source.directory)
+    _check_other_plans(arguments.checkpoint, plan, source.directory)
+    assets = source.directory / ASSETS_DIRECTORY
+    return Architecture(model, plan, _resolve_train(arguments, plan), assets if assets.is_dir() else None)
+
+
+def _check_flags(given: dict[str, Any], stored: dict[str, Any], directory: Path) -> None:
+    for name, value in given.items():
+        if name not in stored:
+            raise ValueError(f"{name}={value} was given, but {directory} has no Memory blocks; leave the flag out")
+        if value != stored[name]:
+            raise ValueError(
+                f"{name}={value} contradicts {directory}, which has {name}={stored[name]}; leave the flag out"
+            )
+
+
+def _check_other_plans(checkpoint: CheckpointConfig, plan: UpscalePlan, directory: Path) -> None:
+    """Neither ``--save`` nor ``--pretrained-checkpoint`` may belong to another model."""
+    for flag, root in (("--save", checkpoint.save), ("--pretrained-checkpoint", checkpoint.pretrained_checkpoint)):
+        if root is None or not Path(root).is_dir() or read_latest_iteration(root) is None:
+            continue
+        other = find_checkpoint(root)[0]
+        difference = plan.difference(UpscalePlan.load(other))
+        if difference is not None:
+            raise ValueError(
+                f"the plan of {directory} differs from that of {flag} {other}: {difference}; choose another directory"
+            )
+
+
+def _resolve_train(arguments: Arguments, plan: UpscalePlan) -> Literal["inserted", "all"]:
+    train = arguments.training.train
+    if train is None:
+        return "inserted" if plan.policy in _FROZEN_BASE_POLICIES and plan.inserted_indices else "all"
+    if train == "inserted" and not plan.inserted_indices:
+        raise ValueError(f"train=inserted, but policy {plan.policy} inserted no block; use --train all")
+    return train
+
+
+def _from_flags(arguments: Arguments, tokenizer_vocab_size: int | None) -> Architecture:
+    given = dict(arguments.architecture)
+    hidden_size, heads = given["hidden_size"], given["num_attention_heads"]
+    given.setdefault("num_query_groups", heads)
+    given.setdefault("kv_channels", hidden_size // heads)
+    # A gated MLP has three matrices instead of two; 2/3 keeps the 4 * hidden_size of a plain one, as Megatron does.
+    given.setdefault("ffn_hidden_size", int(4 * hidden_size * 2 / 3 / 64) * 64 or 64)
+    given.setdefault("max_position_embeddings", arguments.data.seq_length)
+    if "vocab_size" not in given:
+        assert tokenizer_vocab_size is not None
+        given["vocab_size"] = tokenizer_vocab_size
+    model = ModelConfig(**given)
+    plan = make_plan("none", num_layers=model.num_layers)
+    return Architecture(model, plan, _resolve_train(arguments, plan), None)
+
+
+def _check_flags_from_scratch(arguments: Arguments) -> None:
+    """What must be given, and what must not, when there is no checkpoint."""
+    given = arguments.architecture
+    missing = [n for n in ("num_layers", "hidden_size", "num_attention_heads") if n not in given]
+    if missing:
+        flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise ValueError(
+            f"there is no checkpoint to load, and {flags} is missing to train from scratch; give it, or --load DIR"
+        )
+    if arguments.memory:
+        flags = ", ".join(f"{name}={value}" for name, value in arguments.memory.items())
+        raise ValueError(f"{flags}: a model from scratch has no Memory blocks; train it, then use tools/upscale.py")
+    hidden_size, heads = given["hidden_size"], given["num_attention_heads"]
+    if heads < 1 or (hidden_size % heads and "kv_channels" not in given):
+        raise ValueError(
+            f"hidden_size={hidden_size} is not divisible by num_attention_heads={heads}; give --kv-channels"
+        )
+
+
+def resolve_model(arguments: Arguments, source: Source) -> tuple[Tokenizer, Architecture]:
+    """Tokenizer and model, each of which may decide about the other.
+
+    Raises:
+        ValueError: see ``resolve_architecture``; a tokenizer that is missing or too large for the embedding.
+    """
+    data = arguments.data
+    if source.directory is not None:
+        architecture = resolve_architecture(arguments, source, tokenizer_vocab_size=None)
+        tokenizer = build_tokenizer(
+            dataclasses.replace(data, vocab_size=architecture.model.vocab_size), default_directory=architecture.assets
+        )
+    else:
+        _check_flags_from_scratch(arguments)
+        tokenizer = build_tokenizer(dataclasses.replace(data, vocab_size=arguments.architecture.get("vocab_size")))
+        architecture = resolve_architecture(arguments, source, tokenizer_vocab_size=tokenizer.vocab_size)
+        has_files = data.tokenizer_model is not None and Path(data.tokenizer_model).exists()
+        architecture = dataclasses.replace(
+            architecture,
+            assets=Path(data.tokenizer_model) if has_files and data.tokenizer_model else None,
+            # The directory of a whole model describes that one; export writes these from ours.
+            assets_left_out=("config.json", "generation_config.json"),
+        )
+    check_tokenizer_fits(tokenizer, architecture.model.vocab_size)
+    return tokenizer, architecture

@@ -1,0 +1,112 @@
+"""The driver's command line: one flag per field of the configuration dataclasses. Imports neither torch nor Megatron."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_midus.config import MemoryConfig, ModelConfig
+from megatron_midus.config.checkpoint import CheckpointConfig
+from megatron_midus.config.compatibility import CompatibilityConfig
+from megatron_midus.config.data import DataConfig
+from megatron_midus.config.fields import add_arguments, from_namespace
+from megatron_midus.config.optimizer import OptimizerSettings
+from megatron_midus.config.parallel import ParallelConfig
+from megatron_midus.config.telemetry import LoggingConfig
+from megatron_midus.config.training import TrainingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Everything that the command line says.
+
+    Attributes:
+        architecture: fields of ``ModelConfig`` that were given, and no others.
+        memory: fields of ``MemoryConfig`` that were given, and no others.
+    """
+
+    training: TrainingConfig
+    optimizer: OptimizerSettings
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+    data: DataConfig
+    compatibility: CompatibilityConfig
+    architecture: dict[str, Any]
+    memory: dict[str, Any]
+
+
+_GROUPS: dict[str, type] = {
+    "training": TrainingConfig,
+    "optimizer": OptimizerSettings,
+    "parallel": ParallelConfig,
+    "checkpoint": CheckpointConfig,
+    "logging": LoggingConfig,
+    "data": DataConfig,
+    "compatibility": CompatibilityConfig,
+}
+_ARCHITECTURE_TITLE = "Architecture (read from the checkpoint; for training from scratch, or to be checked)"
+_MEMORY_TITLE = "Memory blocks (read from the checkpoint's plan; checked against it when given)"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser behind ``pretrain_midus.py --help``."""
+    parser = argparse.ArgumentParser(
+        prog="pretrain_midus.py",
+        description="Continue the pre-training of an up-scaled model, or train a Llama-like model from scratch. "
+        "Run it under torchrun, or as one process with python.",
+        allow_abbrev=False,
+    )
+    for group in _GROUPS.values():
+        add_arguments(parser, group)
+    add_arguments(parser, ModelConfig, title=_ARCHITECTURE_TITLE, suppress_defaults=True)
+    add_arguments(parser, MemoryConfig, title=_MEMORY_TITLE, suppress_defaults=True)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+    """Parses the command line; raises ``ValueError`` for values that do not fit each other."""
+    namespace = build_parser().parse_args(argv)
+    groups: dict[str, Any] = {name: from_namespace(cls, namespace) for name, cls in _GROUPS.items()}
+    architecture = _given(ModelConfig, namespace)
+    if groups["compatibility"].untie_embeddings_and_output_weights:
+        if architecture.get("tie_word_embeddings"):
+            raise ValueError(
+                "--untie-embeddings-and-output-weights and --tie-word-embeddings contradict each other; give one"
+            )
+        architecture["tie_word_embeddings"] = False
+    arguments = Arguments(**groups, architecture=architecture, memory=_given(MemoryConfig, namespace))
+    _check(arguments)
+    return arguments
+
+
+def _given(cls: type, namespace: argparse.Namespace) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(cls) if f.metadata.get("flag", True)]
+    return {name: getattr(namespace, name) for name in names if hasattr(namespace, name)}
+
+
+def _check(arguments: Arguments) -> None:
+    """What no single group can check. The checks that need the number of processes are in ``checks.py``."""
+    training, optimizer, parallel = arguments.training, arguments.optimizer, arguments.parallel
+    if not training.skip_train and optimizer.lr is None:
+        raise ValueError("no learning rate was given; give --lr")
+    if training.skip_train and not (arguments.checkpoint.load or arguments.checkpoint.pretrained_checkpoint):
+        raise ValueError("skip_train evaluates a checkpoint; give --load DIR")
+    if training.train_samples is not None and (optimizer.lr_decay_iters or optimizer.lr_warmup_iters):
+        raise ValueError(
+            "--train-samples counts samples; give --lr-decay-samples and --lr-warmup-samples, not the -iters flags"
+        )
+    if training.train_iters is not None and (optimizer.lr_decay_samples or optimizer.lr_warmup_samples):
+        raise ValueError(
+            "--train-iters counts steps; give --lr-decay-iters and --lr-warmup-iters, not the -samples flags"
+        )
+    if optimizer.lr_decay_style == "WSD":
+        unit = "iters" if training.train_iters is not None else "samples"
+        if getattr(optimizer, f"lr_wsd_decay_{unit}") is None:
+            raise ValueError(f"lr_decay_style=WSD needs --lr-wsd-decay-{unit}, the length of its last phase")
+    if not arguments.data.has_data:
+        raise ValueError("no data were named; give --data-path, --train-data-path or --mock-data")
+    if training.fp16 and parallel.distributed_backend == "gloo":
+        raise ValueError("fp16 needs a GPU; use --bf16 or neither with --distributed-backend gloo")

@@ -1,0 +1,214 @@
+"""From arguments to the parts of a run: process groups, model, data. Everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.rerun_state_machine import RerunDataIterator
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_midus import data as midus_data
+from megatron_midus.config.data import DataConfig
+from megatron_midus.config.parallel import ParallelConfig
+from megatron_midus.data.tokenizer import Tokenizer
+from megatron_midus.model.builder import build_model, freeze
+from megatron_midus.model.checkpoint import load_weights
+from megatron_midus.model.config import make_transformer_config
+from megatron_midus.training.architecture import Architecture, Source
+from megatron_midus.training.arguments import Arguments
+from megatron_midus.training.checkpointing import readable
+from megatron_midus.training.checks import num_virtual_stages
+
+
+def initialize_model_parallel(parallel: ParallelConfig, seed: int, num_layers: int) -> None:
+    """Makes the process groups and seeds every generator, differently per pipeline stage."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_virtual_stages(parallel, num_layers),
+        context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    # As Megatron does: the same on all ranks of a stage, so that tensor-parallel ranks draw the same full matrices.
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(stage_seed)
+    numpy.random.seed(stage_seed % 2**32)
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+
+
+def transformer_config(arguments: Arguments, architecture: Architecture, timers: Any = None) -> TransformerConfig:
+    """Megatron-Core's view of model, layout and precision."""
+    parallel, training = arguments.parallel, arguments.training
+    return make_transformer_config(
+        architecture.model,
+        architecture.plan,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_virtual_stages(parallel, architecture.plan.num_layers),
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        bf16=training.bf16,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method,
+        recompute_num_layers=parallel.recompute_num_layers,
+        deterministic=parallel.deterministic_mode,
+        calculate_per_token_loss=training.calculate_per_token_loss,
+        timers=timers,
+        barrier_with_L1_time=arguments.logging.barrier_with_L1_time,
+        **({"fp16": True} if training.fp16 else {}),
+    )
+
+
+def build_model_chunks(
+    arguments: Arguments, architecture: Architecture, config: TransformerConfig, source: Source
+) -> list[torch.nn.Module]:
+    """This rank's part of the model, with the weights of ``source``, frozen where ``--train`` says so, on its device.
+
+    Weights are loaded before the optimizer copies them, so that its master weights need no second look.
+    """
+    stages = num_virtual_stages(arguments.parallel, architecture.plan.num_layers)
+    chunks: list[torch.nn.Module] = []
+    for vp_stage in [None] if stages is None else list(range(stages)):
+        chunk = build_model(
+            config,
+            model=architecture.model,
+            plan=architecture.plan,
+            sequence_length=arguments.data.seq_length,
+            transformer_impl=arguments.parallel.transformer_impl,
+            make_vocab_size_divisible_by=arguments.compatibility.make_vocab_size_divisible_by,
+            memory_backend=arguments.parallel.memory_backend,
+            seed=arguments.training.seed,
+            vp_stage=vp_stage,
+        )
+        for parameter in chunk.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        chunks.append(chunk.cuda())
+    if source.directory is not None:
+        with readable(source.directory):
+            load_weights(chunks, source.directory)
+    freeze(chunks, architecture.plan, architecture.train)
+    return chunks
+
+
+def wrap_model_chunks(
+    chunks: Sequence[torch.nn.Module], arguments: Arguments, config: TransformerConfig
+) -> list[torch.nn.Module]:
+    """Adds 16-bit casting where asked for and, to train, gradient buffers with their data-parallel reduction."""
+    parallel, training = arguments.parallel, arguments.training
+    if training.bf16 or training.fp16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    if training.skip_train:
+        return list(chunks)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=parallel.accumulate_allreduce_grads_in_fp32,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        bucket_size=parallel.ddp_bucket_size,
+        average_in_collective=parallel.ddp_average_in_collective,
+        check_for_nan_in_grad=training.check_for_nan_in_loss_and_grad,
+    )
+    # Later chunks are too small for buckets to overlap anything.
+    return [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def connect(
+    config: TransformerConfig,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    parallel: ParallelConfig,
+) -> None:
+    """Tells the schedules when to reduce gradients, gather parameters and scale losses."""
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        config.no_sync_func = [chunk.no_sync for chunk in chunks]
+        config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+    if parallel.overlap_param_gather:
+        config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+    if len(chunks) == 1:
+        for name in ("no_sync_func", "grad_sync_func", "param_sync_func"):
+            functions = getattr(config, name)
+            if functions is not None:
+                setattr(config, name, functions[0])
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+def build_datasets(
+    data: DataConfig, tokenizer: Tokenizer, *, num_samples: Sequence[int | None], seed: int
+) -> tuple[Any, Any, Any]:
+    """Train, validation and test samples; ``None`` on ranks that read nothing."""
+
+    def is_built() -> bool:
+        # Global rank 0 writes the sample cache, whatever it reads later.
+        return torch.distributed.get_rank() == 0 or (
+            parallel_state.get_tensor_model_parallel_rank() == 0
+            and midus_data.needs_data(
+                is_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
+                is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+                reset_attention_mask=data.reset_attention_mask,
+            )
+        )
+
+    return midus_data.build_train_valid_test_datasets(
+        data, tokenizer, num_samples=num_samples, seed=seed, is_built_on_rank=is_built
+    )
+
+
+def build_iterators(
+    dataset: Any,
+    arguments: Arguments,
+    *,
+    num_chunks: int,
+    consumed_samples: int,
+    is_training: bool,
+) -> RerunDataIterator | list[RerunDataIterator | None] | None:
+    """An iterator per model chunk over this rank's micro-batches; ``None`` where nothing is read.
+
+    Args:
+        dataset: from ``build_datasets``.
+        consumed_samples: samples of the whole run so far.
+        is_training: training follows ``--dataloader-type``; evaluation reads every sample once, in order.
+    """
+    data = arguments.data
+    reset_mask = data.reset_attention_mask
+
+    def one(chunk: int) -> RerunDataIterator | None:
+        stage = None if num_chunks == 1 else chunk
+        wanted = midus_data.needs_data(
+            is_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            reset_attention_mask=reset_mask,
+        )
+        if not wanted or dataset is None or parallel_state.get_tensor_model_parallel_rank() != 0:
+            return None
+        loader = midus_data.build_data_loader(
+            dataset,
+            consumed_samples=consumed_samples,
+            micro_batch_size=arguments.training.micro_batch_size,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            num_workers=data.num_workers,
+            dataloader_type=data.dataloader_type if is_training else "single",
+            seed=arguments.training.seed,
+        )
+        return RerunDataIterator(iter(loader))
+
+    iterators = [one(chunk) for chunk in range(num_chunks)]
+    return iterators[0] if num_chunks == 1 else iterators

@@ -1,0 +1,321 @@
+"""Training state in checkpoints: what is saved beside the weights, and how a run finds its way back into it.
+
+Every layout of processes reads what any other wrote, but for the states of the random number generators.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pickle
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_midus.config.optimizer import OptimizerSettings
+from megatron_midus.model.checkpoint import sharded_state_dict
+from megatron_midus.training.messages import warn_rank_0
+
+_TRAINING_STATE = "training_state"
+_SCHEDULE = "opt_param_scheduler"
+_LAYOUT = "parallel_layout"
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is. Everything that decides which sample and which learning rate come next."""
+
+    iteration: int = 0
+    consumed_train_samples: int = 0
+    floating_point_operations: float = 0.0
+
+
+def optimizer_metadata() -> dict[str, Any]:
+    """How Megatron-Core is to lay optimizer state out: so that any layout of processes can read it.
+
+    The value that Megatron-Core assumes when the key is absent does not load.
+    """
+    return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def parallel_layout() -> dict[str, int]:
+    """The layout that decides whether saved random number states fit this run."""
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+    }
+
+
+def training_state(
+    model_chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    scheduler: OptimizerParamScheduler | None,
+    progress: Progress,
+    *,
+    train: str,
+    with_rng: bool,
+) -> dict[str, Any]:
+    """What a checkpoint holds.
+
+    Args:
+        model_chunks: of this rank, in DDP or not.
+        optimizer, scheduler: ``None`` = leave them out.
+        progress: where the run is.
+        train: the resolved ``--train``, because optimizer state of other parameters cannot be resumed.
+        with_rng: include the random number states.
+    """
+    model_state = sharded_state_dict(model_chunks)
+    state: dict[str, Any] = {
+        **model_state,
+        _TRAINING_STATE: {
+            **dataclasses.asdict(progress),
+            "train": train,
+            "has_optimizer": optimizer is not None,
+            "distributed_optimizer": optimizer is not None and _is_distributed(optimizer),
+            "has_rng": with_rng,
+        },
+        "iteration": progress.iteration,
+        "consumed_samples": progress.consumed_train_samples,
+        _LAYOUT: parallel_layout(),
+    }
+    if optimizer is not None and scheduler is not None:
+        synchronize_steps(optimizer)
+        if not getattr(optimizer, "is_stub_optimizer", False):
+            state["optimizer"] = optimizer.sharded_state_dict(dict(model_state), metadata=optimizer_metadata())
+        state[_SCHEDULE] = scheduler.state_dict()
+    if with_rng:
+        state["rng_state"] = _rng_state()
+    return state
+
+
+def synchronize_steps(optimizer: MegatronOptimizer) -> None:
+    """Gives every group the step count that groups with parameters have, on all ranks.
+
+    An Adam that counts steps per group leaves groups without parameters at 0. On a pipeline stage without trainable
+    parameters all groups are empty, and groups are stored by rank 0 alone: the count would restart on resume.
+    """
+    counts = [group["step"] for group in optimizer.param_groups if "step" in group]
+    highest = torch.tensor([max((int(c) for c in counts), default=0)], dtype=torch.int64, device="cuda")
+    torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
+    if not int(highest):
+        return
+    for group in optimizer.param_groups:
+        step = group.get("step")
+        if isinstance(step, torch.Tensor):
+            step.fill_(int(highest))
+        else:
+            group["step"] = int(highest)
+
+
+def _rng_state(*, is_loading: bool = False) -> ShardedObject:
+    """Random number states of this rank; one per tensor- and pipeline-parallel and data-parallel rank."""
+    state = (
+        None
+        if is_loading
+        else [
+            {
+                "python": random.getstate(),
+                "numpy": numpy.random.get_state(),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(),
+                "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+            }
+        ]
+    )
+    layout = parallel_layout()
+    rank = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+    return ShardedObject("rng_state", state, (layout["pipeline"], layout["tensor"], layout["data"]), rank)
+
+
+def _restore_rng(states: list[dict[str, Any]]) -> None:
+    state = states[0]
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+def read_common_state(directory: Path) -> dict[str, Any]:
+    """The part of a checkpoint that every rank has alike; raises ``ValueError`` when it cannot be read."""
+    with readable(directory):
+        return dist_checkpointing.load_common_state_dict(str(directory))
+
+
+@contextlib.contextmanager
+def readable(directory: Path) -> Iterator[None]:
+    """Turns what broken files raise into one line."""
+    try:
+        yield
+    # It depends on where a file was cut: pickle, zip reader, torch's or Megatron's own exception.
+    except (CheckpointingException, CheckpointException, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{directory} cannot be read as a checkpoint ({reason}); choose another by --ckpt-step"
+        ) from None
+
+
+def read_progress(common: dict[str, Any]) -> Progress:
+    """Where the run of a checkpoint was; the beginning for a checkpoint without training state."""
+    stored = common.get(_TRAINING_STATE)
+    if stored is None:
+        return Progress()
+    return Progress(**{field.name: stored[field.name] for field in dataclasses.fields(Progress)})
+
+
+def load_training_state(
+    directory: Path,
+    model_chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    *,
+    settings: OptimizerSettings,
+    train: str,
+    load_optim: bool,
+    load_rng: bool,
+) -> Progress:
+    """Restores everything but the weights, and returns where the run is. Collective over all ranks.
+
+    A checkpoint without training state (as up-scaling and conversion write it) begins a run at iteration 0.
+
+    Raises:
+        ValueError: optimizer state that is absent or of another set of parameters without a flag that says to go on,
+            or a schedule that differs from the flags.
+    """
+    common = read_common_state(directory)
+    stored = common.get(_TRAINING_STATE)
+    progress = read_progress(common)
+    if stored is None:
+        return progress
+    if load_optim and _has_matching_optimizer(stored, optimizer, train, directory):
+        _load_optimizer(directory, common, model_chunks, optimizer)
+        _load_schedule(common, optimizer, scheduler, settings, directory)
+    else:
+        # The schedule goes on where the run is, though the moments begin anew.
+        scheduler.step(increment=progress.consumed_train_samples)
+    if load_rng and stored["has_rng"]:
+        _load_rng(directory, common)
+    return progress
+
+
+def _is_distributed(optimizer: MegatronOptimizer) -> bool:
+    """Whether ``--use-distributed-optimizer`` made it."""
+    return any(isinstance(o, DistributedOptimizer) for o in getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _has_matching_optimizer(stored: dict[str, Any], optimizer: MegatronOptimizer, train: str, directory: Path) -> bool:
+    if stored["train"] != train:
+        warn_rank_0(
+            f"{directory} was trained with --train {stored['train']} and this run trains {train}: the optimizer state "
+            "is of other parameters and is DROPPED. Iteration, samples and learning-rate schedule continue; give "
+            "--finetune to begin a new schedule with a warm-up"
+        )
+        return False
+    if not stored["has_optimizer"]:
+        raise ValueError(
+            f"{directory} holds no optimizer state (it was saved with --no-save-optim); give --no-load-optim to go on "
+            "with fresh moments, or --finetune to begin a new run"
+        )
+    is_stub = getattr(optimizer, "is_stub_optimizer", False)
+    if not is_stub and stored["distributed_optimizer"] != _is_distributed(optimizer):
+        was, remedy = ("with", "give it") if stored["distributed_optimizer"] else ("without", "leave it out")
+        raise ValueError(
+            f"the optimizer state of {directory} was saved {was} --use-distributed-optimizer, which lays it out in "
+            f"another way; {remedy} here as well, or give --no-load-optim to go on with fresh moments"
+        )
+    return True
+
+
+def _load_optimizer(
+    directory: Path, common: dict[str, Any], model_chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer
+) -> None:
+    if getattr(optimizer, "is_stub_optimizer", False):
+        return
+    fresh = [{key: group.get(key) for key in _GROUP_SETTINGS} for group in optimizer.param_groups]
+    model_state = sharded_state_dict(model_chunks)
+    wanted = {"optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=optimizer_metadata())}
+    _check_groups(common, optimizer, directory)
+    with readable(directory):
+        loaded = dist_checkpointing.load(wanted, str(directory))
+    optimizer.load_state_dict(loaded["optimizer"])
+    for group, settings in zip(optimizer.param_groups, fresh):
+        group.update({key: value for key, value in settings.items() if value is not None})
+
+
+# Settings of this run, not state: a checkpoint's groups bring their own, and would win over the flags without a word.
+_GROUP_SETTINGS = (
+    "betas",
+    "eps",
+    "momentum",
+    "max_lr",
+    "min_lr",
+    "default_config",
+    "is_memory_values",
+    "bias_correction",
+)
+
+
+def _check_groups(common: dict[str, Any], optimizer: MegatronOptimizer, directory: Path) -> None:
+    """Names the setting when the groups of the checkpoint are others than this run's."""
+    stored = common["optimizer"]
+    stored = stored.get("optimizer", stored)
+    for name, flag in (("lr_mult", "--value-lr-mult"), ("wd_mult", "--value-weight-decay")):
+        theirs = {g[name] for g in stored["param_groups"]}
+        ours = {g[name] for g in optimizer.param_groups}
+        if theirs != ours:
+            raise ValueError(
+                f"{flag}: the optimizer of {directory} has groups of {name} {sorted(theirs)}, this run {sorted(ours)}; "
+                f"give the {flag} of that run, or --no-load-optim"
+            )
+
+
+def _load_schedule(
+    common: dict[str, Any],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    settings: OptimizerSettings,
+    directory: Path,
+) -> None:
+    stored = common[_SCHEDULE]
+    free = settings.override_opt_param_scheduler or settings.use_checkpoint_opt_param_scheduler
+    if not free:
+        mine = scheduler.state_dict()
+        for name in sorted(set(mine) - {"num_steps"}):
+            if name in stored and mine[name] != stored[name]:
+                raise ValueError(
+                    f"the schedule of {directory} has {name}={stored[name]}, the flags say {mine[name]}; give the same "
+                    "flags, --override-opt_param-scheduler (flags win) or --use-checkpoint-opt_param-scheduler"
+                )
+    if settings.use_checkpoint_opt_param_scheduler:
+        for group in optimizer.param_groups:
+            group["max_lr"] = stored["max_lr"] * group.get("lr_mult", 1.0)
+            group["min_lr"] = stored["min_lr"] * group.get("lr_mult", 1.0)
+    scheduler.load_state_dict(stored)
+
+
+def _load_rng(directory: Path, common: dict[str, Any]) -> None:
+    if common.get(_LAYOUT) != parallel_layout():
+        warn_rank_0(
+            f"{directory} was saved by another layout of processes ({common.get(_LAYOUT)}), so the random number "
+            "states are not loaded"
+        )
+        return
+    with readable(directory):
+        loaded = dist_checkpointing.load({"rng_state": _rng_state(is_loading=True)}, str(directory))
+    _restore_rng(loaded["rng_state"])

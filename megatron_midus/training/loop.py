@@ -1,0 +1,348 @@
+"""The training loop: steps, log, evaluations, checkpoints, and every reason to stop."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from megatron.core.num_microbatches_calculator import (
+    get_current_running_global_batch_size,
+    update_num_microbatches,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.timers import Timers
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_midus.training.architecture import Architecture
+from megatron_midus.training.arguments import Arguments
+from megatron_midus.training.build import build_iterators
+from megatron_midus.training.checkpoint_writer import CheckpointWriter
+from megatron_midus.training.checkpointing import Progress, training_state
+from megatron_midus.training.checks import Layout
+from megatron_midus.training.messages import print_rank_0, warn_rank_0
+from megatron_midus.training.optimizer import learning_rates
+from megatron_midus.training.signals import TerminationSignal
+from megatron_midus.training.step import (
+    BatchShape,
+    StepResult,
+    evaluate,
+    make_forward_step,
+    parameter_norm,
+    train_step,
+)
+from megatron_midus.training.telemetry import StepReport, Telemetry
+
+Split = Literal["validation", "test"]
+
+# Names that Megatron-Core gives to the parts of a step; those of higher levels than asked for are not measured.
+_TIMERS = [
+    "forward-backward",
+    "all-grads-sync",
+    "non-tensor-parallel-grads-all-reduce",
+    "embedding-grads-all-reduce",
+    "params-all-gather",
+    "optimizer-copy-to-main-grad",
+    "optimizer-unscale-and-check-inf",
+    "optimizer-clip-main-grad",
+    "optimizer-count-zeros",
+    "optimizer-inner-step",
+    "optimizer-copy-main-to-model-params",
+    "forward-compute",
+    "backward-compute",
+    "forward-recv",
+    "forward-send",
+    "backward-recv",
+    "backward-send",
+    "forward-send-backward-recv",
+    "backward-send-forward-recv",
+    "forward-backward-send-forward-backward-recv",
+]
+
+
+class Trainer:
+    """A run, ready to go.
+
+    Args:
+        arguments: of the command line.
+        architecture: the model that is trained.
+        layout: processes and batch sizes.
+        config: Megatron-Core's, with its callbacks set.
+        model_chunks: of this rank, wrapped.
+        optimizer, scheduler: of the trainable parameters; ``None`` to evaluate only.
+        progress: where the run is; advanced as it goes.
+        datasets: train, validation and test, ``None`` where this rank reads nothing.
+        eod: id of the end-of-document token.
+        telemetry: the log.
+        signal: tells that the process is to end.
+        timers: Megatron-Core's.
+        train_iters: steps of the whole run.
+    """
+
+    def __init__(
+        self,
+        *,
+        arguments: Arguments,
+        architecture: Architecture,
+        layout: Layout,
+        config: TransformerConfig,
+        model_chunks: Sequence[torch.nn.Module],
+        optimizer: MegatronOptimizer | None,
+        scheduler: OptimizerParamScheduler | None,
+        progress: Progress,
+        datasets: tuple[Any, Any, Any],
+        eod: int,
+        telemetry: Telemetry,
+        signal: TerminationSignal,
+        timers: Timers,
+        train_iters: int,
+    ) -> None:
+        self.arguments = arguments
+        self.architecture = architecture
+        self.layout = layout
+        self.config = config
+        self.model_chunks = list(model_chunks)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.progress = progress
+        self.datasets = datasets
+        self.telemetry = telemetry
+        self.signal = signal
+        self.timers = timers
+        self.train_iters = train_iters
+        training = arguments.training
+        self.shape = BatchShape(
+            training.micro_batch_size, arguments.data.seq_length, arguments.data.reset_attention_mask, eod
+        )
+        self.forward_step = make_forward_step(self.shape, check_loss=training.check_for_nan_in_loss_and_grad)
+        self.writer: CheckpointWriter | None = None
+        if arguments.checkpoint.save is not None:
+            self.writer = CheckpointWriter(
+                arguments.checkpoint.save,
+                architecture,
+                is_async=arguments.checkpoint.async_save,
+                keep_last=arguments.checkpoint.keep_last,
+            )
+        self._start = time.monotonic()
+        self._gathers_ahead = arguments.parallel.overlap_param_gather
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+    def run(self) -> int:
+        """Trains to the end or to a reason to stop; returns the exit code."""
+        if self.arguments.training.skip_train:
+            self._evaluate("validation")
+            self._evaluate("test")
+            return 0
+        if self.arguments.training.eval_at_start:
+            self._evaluate("validation")
+        code = self._train()
+        if self.writer is not None:
+            self.writer.finalize(blocking=True)
+        if code is not None:
+            return code
+        if self.arguments.training.eval_interval:
+            if not self._due_evaluation():
+                self._evaluate("validation")
+            self._evaluate("test")
+        return 0
+
+    def _train(self) -> int | None:
+        """Steps until the run is complete (``None``) or has to stop (the exit code)."""
+        if self.progress.iteration >= self.train_iters:
+            print_rank_0(f"nothing to train: iteration {self.progress.iteration} of {self.train_iters} is done")
+            return None
+        iterator = self._training_iterator()
+        if self.arguments.training.manual_gc:
+            gc.disable()
+            gc.collect()
+        while self.progress.iteration < self.train_iters:
+            if self.writer is not None:
+                self.writer.finalize()
+            result, samples = self._step(iterator)
+            if result.exit_code is not None:
+                if result.save_before_exit:
+                    self._save()
+                print_rank_0(f"the step after iteration {self.progress.iteration} was refused; exit {result.exit_code}")
+                return result.exit_code
+            self._advance(result, samples)
+            if self._after_step():
+                return 0
+        return None
+
+    def _after_step(self) -> bool:
+        """Evaluates and saves where that is due; whether the run has to stop here."""
+        iteration, training = self.progress.iteration, self.arguments.training
+        if self._due_evaluation():
+            self._evaluate("validation")
+        reason = self._reason_to_stop()
+        interval = self.arguments.checkpoint.save_interval
+        if reason is not None or iteration == self.train_iters or (interval and iteration % interval == 0):
+            self._save()
+        if training.manual_gc and training.manual_gc_interval and iteration % training.manual_gc_interval == 0:
+            gc.collect()
+        if reason is not None:
+            print_rank_0(f"exiting after iteration {iteration}: {reason}")
+        return reason is not None
+
+    def _training_iterator(self) -> Any:
+        return build_iterators(
+            self.datasets[0],
+            self.arguments,
+            num_chunks=len(self.model_chunks),
+            consumed_samples=self.progress.consumed_train_samples,
+            is_training=True,
+        )
+
+    def _step(self, iterator: Any) -> tuple[StepResult, int]:
+        training = self.arguments.training
+        assert self.optimizer is not None and self.scheduler is not None
+        update_num_microbatches(self.progress.consumed_train_samples, consistency_check=True)
+        samples = get_current_running_global_batch_size()
+        result = train_step(
+            self.forward_step,
+            iterator,
+            self.model_chunks,
+            self.optimizer,
+            self.scheduler,
+            self.shape,
+            self.arguments.optimizer,
+            samples=samples,
+            check_loss=training.check_for_nan_in_loss_and_grad,
+            empty_cache_level=training.empty_unused_memory_level,
+        )
+        return result, samples
+
+    def _advance(self, result: StepResult, samples: int) -> None:
+        """Counts the step and reports it."""
+        progress = self.progress
+        assert self.optimizer is not None
+        progress.iteration += 1
+        progress.consumed_train_samples += samples
+        progress.floating_point_operations += self.telemetry.flops_per_token * samples * self.arguments.data.seq_length
+        logging = self.arguments.logging
+        learning_rate, value_learning_rate = learning_rates(self.optimizer)
+        due = progress.iteration % logging.log_interval == 0
+        self.telemetry.step(
+            StepReport(
+                iteration=progress.iteration,
+                consumed_samples=progress.consumed_train_samples,
+                batch_size=samples,
+                loss=result.loss,
+                skipped=result.skipped,
+                grad_norm=result.grad_norm,
+                learning_rate=learning_rate,
+                value_learning_rate=value_learning_rate,
+                loss_scale=self.optimizer.get_loss_scale().item() if self.arguments.training.fp16 else None,
+                num_zeros=result.num_zeros,
+                params_norm=parameter_norm(self.model_chunks) if logging.log_params_norm and due else None,
+            )
+        )
+        if due and logging.timing_log_level > 0:
+            self.timers.log(_TIMERS, normalizer=logging.log_interval, reset=True)
+
+    # -- stopping ------------------------------------------------------------------------------------------------
+    def _reason_to_stop(self) -> str | None:
+        training = self.arguments.training
+        if training.exit_signal_handler and self.signal.received_anywhere():
+            return "SIGTERM was received"
+        if training.exit_duration_in_mins is not None and self._agree(
+            time.monotonic() - self._start > training.exit_duration_in_mins * 60
+        ):
+            return f"it ran for more than {training.exit_duration_in_mins:g} minutes"
+        if training.exit_interval is not None and self.progress.iteration % training.exit_interval == 0:
+            return f"--exit-interval {training.exit_interval}"
+        return None
+
+    @staticmethod
+    def _agree(flag: bool) -> bool:
+        """Whether any rank says so; clocks differ."""
+        value = torch.tensor([int(flag)], dtype=torch.int32, device="cuda")
+        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+        return bool(value.item())
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+    def _save(self) -> None:
+        if self.writer is None:
+            return
+        start = time.perf_counter()
+        self._synchronise_parameters()
+        checkpoint = self.arguments.checkpoint
+        state = training_state(
+            self.model_chunks,
+            self.optimizer if checkpoint.save_optim else None,
+            self.scheduler if checkpoint.save_optim else None,
+            self.progress,
+            train=self.architecture.train,
+            with_rng=checkpoint.save_rng,
+        )
+        self.writer.save(self.progress.iteration, state)
+        seconds = time.perf_counter() - start
+        print_rank_0(
+            f"  {'began to save' if checkpoint.async_save else 'saved'} a checkpoint of iteration "
+            f"{self.progress.iteration} to {checkpoint.save} ({seconds:.1f} s)"
+        )
+        self.telemetry.pause(seconds)
+
+    def _synchronise_parameters(self) -> None:
+        """Under overlapped gathering the newest parameters may still lie scattered over ranks."""
+        if self._gathers_ahead:
+            for chunk in self.model_chunks:
+                chunk.start_param_sync(force_sync=True)
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+    def _due_evaluation(self) -> bool:
+        interval = self.arguments.training.eval_interval
+        return bool(interval) and self.progress.iteration % interval == 0
+
+    def _evaluate(self, split: Split) -> None:
+        """Evaluates on a split, if it is there, and reports it."""
+        num_batches, num_microbatches = self._evaluation_batches(split)
+        if not num_batches:
+            return
+        start = time.perf_counter()
+        # The same samples every time, so that evaluations compare.
+        iterator = build_iterators(
+            self._dataset(split),
+            self.arguments,
+            num_chunks=len(self.model_chunks),
+            consumed_samples=0,
+            is_training=False,
+        )
+        loss = evaluate(
+            self.forward_step,
+            iterator,
+            self.model_chunks,
+            self.shape,
+            num_batches=num_batches,
+            num_microbatches=num_microbatches,
+        )
+        if loss is not None:
+            self.telemetry.evaluation(
+                iteration=self.progress.iteration,
+                consumed_samples=self.progress.consumed_train_samples,
+                split=split,
+                loss=loss,
+            )
+        self.telemetry.pause(time.perf_counter() - start)
+
+    def _dataset(self, split: Split) -> Any:
+        return self.datasets[1 if split == "validation" else 2]
+
+    def _evaluation_batches(self, split: Split) -> tuple[int, int]:
+        """Batches of an evaluation and micro-batches in each, the same on all ranks; no batches without the split."""
+        training, dataset = self.arguments.training, self._dataset(split)
+        # Rank 0 always has the datasets that there are.
+        length = torch.tensor([len(dataset) if dataset is not None else 0], dtype=torch.int64, device="cuda")
+        torch.distributed.broadcast(length, 0)
+        step = training.micro_batch_size * self.layout.data_parallel_size
+        num_microbatches = self.layout.global_batch_size // step
+        if training.full_validation and len(self.model_chunks) == 1:
+            # Small batches leave the fewest samples over.
+            num_microbatches = 1
+        available = int(length) // (step * num_microbatches)
+        if int(length) and not available:
+            warn_rank_0(f"the {split} split has {int(length)} samples, less than a batch, and is left out")
+        return (available if training.full_validation else min(available, training.eval_iters)), num_microbatches

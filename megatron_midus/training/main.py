@@ -1,0 +1,77 @@
+"""The driver from command line to exit code. Heavy imports wait until the arguments are known to be good."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megatron_midus import cli
+from megatron_midus.training.architecture import find_source, resolve_model
+from megatron_midus.training.arguments import Arguments, parse_arguments
+from megatron_midus.training.checks import check_environment, num_virtual_stages, resolve_layout
+from megatron_midus.training.schedule import schedule_lengths
+
+# What rank 0 needs to report a mistake that all ranks made, before the others would repeat it.
+_SECONDS_FOR_RANK_0 = 10.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains as the command line says; returns the exit code.
+
+    Raises:
+        ValueError: a user's mistake, in one line.
+    """
+    arguments = parse_arguments(argv)
+    check_environment(arguments)
+    layout = resolve_layout(arguments, int(os.environ.get("WORLD_SIZE", "1")))
+    if not arguments.training.skip_train:
+        schedule_lengths(arguments.optimizer, arguments.training, layout.global_batch_size)
+    source = find_source(arguments.checkpoint)
+    tokenizer, architecture = resolve_model(arguments, source)
+    num_virtual_stages(arguments.parallel, architecture.plan.num_layers)
+    _prepare_environment(arguments)
+    from megatron_midus import platform
+
+    if arguments.parallel.distributed_backend == "gloo":
+        # Before Megatron is imported: parts of it look at torch.cuda while they are.
+        platform.activate_cpu_mapping()
+    from megatron_midus.training.pretrain import pretrain
+
+    return pretrain(arguments, layout=layout, source=source, architecture=architecture, tokenizer=tokenizer)
+
+
+def _prepare_environment(arguments: Arguments) -> None:
+    """What libraries read once, when they are imported."""
+    # Announcements on every rank of what a CPU does not have, and of what libraries plan for their future.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if arguments.parallel.distributed_backend == "nccl":
+        # Kernels of tensor parallelism and their communication start in the order they are queued.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if arguments.parallel.deterministic_mode:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+
+
+def run() -> NoReturn:
+    """``main`` with the exit codes and the one-line errors of all tools, said once and not by every rank."""
+    cli.run(_main_of_rank)
+
+
+def _main_of_rank() -> int:
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        return main()
+    except (ValueError, OSError):
+        if rank > 0:
+            # Mistakes are mostly everybody's. Rank 0 says so and the launcher ends us; otherwise we speak after a while.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(_SECONDS_FOR_RANK_0)
+        raise
+    finally:
+        sys.stdout.flush()

@@ -1,0 +1,194 @@
+"""Builds a run from its arguments and starts the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import torch
+from megatron.core.num_microbatches_calculator import (
+    get_current_running_global_batch_size,
+    init_num_microbatches_calculator,
+    update_num_microbatches,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_machine
+from megatron.core.timers import Timers
+
+from megatron_midus import platform
+from megatron_midus.conversion.checkpoint_layout import read_latest_iteration
+from megatron_midus.data.tokenizer import Tokenizer
+from megatron_midus.training import build
+from megatron_midus.training.architecture import Architecture, Source
+from megatron_midus.training.arguments import Arguments
+from megatron_midus.training.checkpointing import Progress, load_training_state, read_common_state, read_progress
+from megatron_midus.training.checks import Layout
+from megatron_midus.training.loop import Trainer
+from megatron_midus.training.messages import is_last_rank, print_rank_0, rank, warn_rank_0
+from megatron_midus.training.optimizer import build_optimizer, build_scheduler
+from megatron_midus.training.signals import TerminationSignal
+from megatron_midus.training.summary import describe_groups, describe_run
+from megatron_midus.training.telemetry import Telemetry
+from megatron_midus.upscaling.cost import flops_per_token
+
+
+def pretrain(
+    arguments: Arguments, *, layout: Layout, source: Source, architecture: Architecture, tokenizer: Tokenizer
+) -> int:
+    """Trains; returns the exit code. Raises ``ValueError`` for a user's mistake, if possible before any work."""
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    signal = TerminationSignal()
+    if arguments.training.exit_signal_handler:
+        signal.install()
+    parallel = arguments.parallel
+    platform.initialize_distributed(parallel.distributed_backend, timeout_minutes=parallel.distributed_timeout_minutes)
+    _warn_about_save(arguments, source)
+    build.initialize_model_parallel(parallel, arguments.training.seed, architecture.plan.num_layers)
+    trainer = _build_trainer(arguments, source, architecture, tokenizer, layout, signal)
+    try:
+        code = trainer.run()
+    finally:
+        trainer.telemetry.close()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return code
+
+
+def _build_trainer(
+    arguments: Arguments,
+    source: Source,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    layout: Layout,
+    signal: TerminationSignal,
+) -> Trainer:
+    training = arguments.training
+    timers = Timers(arguments.logging.timing_log_level, arguments.logging.timing_log_option)
+    initialize_rerun_state_machine(mode=RerunMode(training.rerun_mode))
+    init_num_microbatches_calculator(
+        rank(),
+        training.rampup_batch_size,
+        layout.global_batch_size,
+        training.micro_batch_size,
+        layout.data_parallel_size,
+        training.decrease_batch_size_if_needed,
+    )
+    config = build.transformer_config(arguments, architecture, timers)
+    chunks = build.build_model_chunks(arguments, architecture, config, source)
+    print_rank_0(describe_run(arguments, architecture, layout, source))
+    chunks = build.wrap_model_chunks(chunks, arguments, config)
+    optimizer = scheduler = None
+    if not training.skip_train:
+        optimizer = build_optimizer(
+            chunks,
+            arguments.optimizer,
+            training,
+            arguments.parallel,
+            timers=timers,
+            log_num_zeros=arguments.logging.log_num_zeros_in_grad,
+        )
+        scheduler = build_scheduler(optimizer, arguments.optimizer, training, layout.global_batch_size)
+        build.connect(config, chunks, optimizer, arguments.parallel)
+        print_rank_0(describe_groups(optimizer))
+    progress = _restore(arguments, source, architecture, chunks, optimizer, scheduler)
+    train_iters = _train_iters(arguments, layout)
+    datasets = build.build_datasets(
+        arguments.data, tokenizer, num_samples=_num_samples(arguments, layout, train_iters), seed=training.seed
+    )
+    telemetry = Telemetry(
+        arguments.logging,
+        train_iters=train_iters,
+        flops_per_token=flops_per_token(
+            architecture.model, architecture.plan, arguments.data.seq_length, train=architecture.train
+        ),
+        seq_length=arguments.data.seq_length,
+        world_size=layout.world_size,
+        first_iteration=progress.iteration,
+        is_writer=is_last_rank(),
+        run_settings=dataclasses.asdict(arguments),
+        save_directory=arguments.checkpoint.save,
+    )
+    return Trainer(
+        arguments=arguments,
+        architecture=architecture,
+        layout=layout,
+        config=config,
+        model_chunks=chunks,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        progress=progress,
+        datasets=datasets,
+        eod=tokenizer.eod,
+        telemetry=telemetry,
+        signal=signal,
+        timers=timers,
+        train_iters=train_iters,
+    )
+
+
+def _restore(
+    arguments: Arguments,
+    source: Source,
+    architecture: Architecture,
+    chunks: list[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    scheduler: OptimizerParamScheduler | None,
+) -> Progress:
+    """Where the run goes on, with the optimizer as it was there."""
+    if source.directory is None or not source.resume:
+        return Progress()
+    if optimizer is None or scheduler is None:
+        return read_progress(read_common_state(source.directory))
+    progress = load_training_state(
+        source.directory,
+        chunks,
+        optimizer,
+        scheduler,
+        settings=arguments.optimizer,
+        train=architecture.train,
+        load_optim=arguments.checkpoint.load_optim,
+        load_rng=arguments.checkpoint.load_rng,
+    )
+    if progress.iteration:
+        print_rank_0(f"resuming after iteration {progress.iteration}, {progress.consumed_train_samples} samples")
+    return progress
+
+
+def _warn_about_save(arguments: Arguments, source: Source) -> None:
+    """Checkpoints that lie in ``--save`` and are not what this run goes on from will be written over."""
+    save = arguments.checkpoint.save
+    if save is None or not Path(save).is_dir() or read_latest_iteration(save) is None:
+        return
+    if source.directory is None or source.directory.absolute().parent != Path(save).absolute():
+        warn_rank_0(f"{save} holds checkpoints up to iteration {read_latest_iteration(save)} that this run overwrites")
+
+
+def _train_iters(arguments: Arguments, layout: Layout) -> int:
+    """Steps of the whole run; with ``--train-samples`` the ramp-up is walked through."""
+    training = arguments.training
+    if training.train_samples is None:
+        return training.train_iters or 0
+    if training.rampup_batch_size is None:
+        return training.train_samples // layout.global_batch_size
+    consumed = iterations = 0
+    while True:
+        update_num_microbatches(consumed, consistency_check=False)
+        step = get_current_running_global_batch_size()
+        if consumed + step > training.train_samples:
+            break
+        consumed += step
+        iterations += 1
+    update_num_microbatches(0, consistency_check=False)
+    return iterations
+
+
+def _num_samples(arguments: Arguments, layout: Layout, train_iters: int) -> tuple[int | None, int | None, int | None]:
+    """Samples of train, validation and test that the run will ask for."""
+    training = arguments.training
+    train = training.train_samples or train_iters * layout.global_batch_size
+    if training.full_validation:
+        return train, None, None
+    evaluated = training.eval_iters * layout.global_batch_size
+    return train, evaluated, evaluated

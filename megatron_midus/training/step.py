@@ -1,0 +1,237 @@
+"""One step of training or evaluation: forward and backward over the micro-batches, then the optimizer.
+
+Shapes: ``b`` samples of a micro-batch, ``s`` tokens of a sample (``s / cp`` under context parallel).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, get_rerun_state_machine
+from megatron.core.utils import get_attr_wrapped_model
+
+from megatron_midus import platform
+from megatron_midus.config.optimizer import OptimizerSettings
+from megatron_midus.data import get_batch
+from megatron_midus.training.optimizer import optimizer_step
+
+DataIterator = RerunDataIterator | list[RerunDataIterator | None] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """What is alike in all micro-batches of a run."""
+
+    micro_batch_size: int
+    seq_length: int
+    reset_attention_mask: bool
+    eod: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """Outcome of a training step.
+
+    Attributes:
+        loss: mean over the tokens of the global batch, nats; ``None`` off the last pipeline stage.
+        exit_code: not ``None`` when the loss was refused: the run must end with it, without the optimizer's step.
+        save_before_exit: whether a checkpoint of the state before this step is wanted then.
+    """
+
+    loss: float | None
+    skipped: bool = False
+    grad_norm: float | None = None
+    num_zeros: int | None = None
+    exit_code: int | None = None
+    save_before_exit: bool = False
+
+
+def make_forward_step(shape: BatchShape, *, check_loss: bool) -> Callable[..., tuple[torch.Tensor, Callable]]:
+    """The function that Megatron-Core's schedules call for every micro-batch."""
+
+    def forward_step(iterator: Iterator | None, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        batch = get_batch(
+            iterator,
+            micro_batch_size=shape.micro_batch_size,
+            seq_length=shape.seq_length,
+            is_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            is_last_stage=is_last,
+            device=platform.device(),
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            cp_group=parallel_state.get_context_parallel_group(),
+            reset_attention_mask=shape.reset_attention_mask,
+            eod=shape.eod,
+        )
+        output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+        return output, functools.partial(loss_function, batch["loss_mask"], check_loss)
+
+    return forward_step
+
+
+def loss_function(
+    loss_mask: torch.Tensor | None, check_loss: bool, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the losses that count, their number, and both for the log.
+
+    Args:
+        loss_mask: ``[b, s]``, 0 where a prediction does not count.
+        losses: ``[b, s]``, nats.
+    """
+    assert loss_mask is not None
+    total = (losses.float() * loss_mask).sum()
+    if check_loss and torch.is_grad_enabled():
+        validate = get_rerun_state_machine().validate_result
+        for name, is_bad in (("nan", torch.isnan), ("infinite", torch.isinf)):
+            validate(result=total, rejection_func=is_bad, message=f"{name} loss", tolerance=0.0, fatal=True)
+    num_tokens = loss_mask.sum().to(torch.int)
+    # A copy: the schedule divides the total in place by tokens and micro-batches.
+    report = torch.stack([total.detach().clone(), num_tokens.to(total.dtype)])
+    return total, num_tokens, {"lm loss": report}
+
+
+def train_step(
+    forward_step: Callable,
+    iterator: DataIterator,
+    model_chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    shape: BatchShape,
+    settings: OptimizerSettings,
+    *,
+    samples: int,
+    check_loss: bool,
+    empty_cache_level: int = 0,
+) -> StepResult:
+    """One optimizer step on the next global batch of ``samples`` samples."""
+    rerun = get_rerun_state_machine()
+    is_first = not rerun.first_iteration_complete
+    reports: list[dict[str, torch.Tensor]] = []
+    while rerun.should_run_forward_backward(iterator):
+        for chunk in model_chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        reports = _forward_backward(forward_step, iterator, model_chunks, shape)
+    save, leave, code = rerun.should_checkpoint_and_exit()
+    if leave:
+        return StepResult(loss=None, exit_code=code, save_before_exit=save)
+    if empty_cache_level >= 1:
+        torch.cuda.empty_cache()
+    loss = mean_loss(reports)
+    if check_loss and is_first and loss is not None and not math.isfinite(loss):
+        # The rerun machine lets the first step pass, because it could not save a checkpoint yet.
+        raise ValueError(f"the loss of the first step is {loss}; check the checkpoint, the data and the precision")
+    updated, grad_norm, num_zeros = _reduce(*optimizer_step(optimizer, settings))
+    if updated:
+        scheduler.step(increment=samples)
+    if empty_cache_level >= 2:
+        torch.cuda.empty_cache()
+    return StepResult(loss=loss, skipped=not updated, grad_norm=grad_norm, num_zeros=num_zeros)
+
+
+def _forward_backward(
+    forward_step: Callable, iterator: DataIterator, model_chunks: Sequence[torch.nn.Module], shape: BatchShape
+) -> list[dict[str, torch.Tensor]]:
+    try:
+        return _run_schedule(forward_step, iterator, model_chunks, shape, get_num_microbatches(), False)
+    except RuntimeError as error:
+        # What the rerun machine says when it is disabled.
+        if "Unexpected result" not in str(error):
+            raise
+        raise ValueError(f"training diverged: {error}; lower --lr, or check the data and the precision") from None
+
+
+def _run_schedule(
+    forward_step: Callable,
+    iterator: DataIterator,
+    model_chunks: Sequence[torch.nn.Module],
+    shape: BatchShape,
+    num_microbatches: int,
+    forward_only: bool,
+) -> list[dict[str, torch.Tensor]]:
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterator,
+        model=list(model_chunks),
+        num_microbatches=num_microbatches,
+        seq_length=shape.seq_length,
+        micro_batch_size=shape.micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def mean_loss(reports: list[dict[str, torch.Tensor]]) -> float | None:
+    """Loss per token over the micro-batches of all data-parallel ranks; ``None`` off the last pipeline stage."""
+    if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        return None
+    total = torch.stack([report["lm loss"] for report in reports]).double().sum(dim=0)
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    # No token that counts in the whole batch: the loss is 0, as the schedule's clamp makes the gradient.
+    return float(total[0] / total[1].clamp(min=1))
+
+
+def _reduce(updated: bool, grad_norm: float | None, num_zeros: int | None) -> tuple[bool, float | None, int | None]:
+    """Makes all ranks of a replica agree: a stage without trainable parameters knows no norm."""
+    known = torch.tensor(
+        [float(updated), -1.0 if grad_norm is None else float(grad_norm), -1.0 if num_zeros is None else num_zeros],
+        dtype=torch.float64,
+        device="cuda",
+    )
+    group = parallel_state.get_model_parallel_group()
+    if group.size() > 1:
+        succeeded = known[:1].clone()
+        torch.distributed.all_reduce(succeeded, op=torch.distributed.ReduceOp.MIN, group=group)
+        torch.distributed.all_reduce(known, op=torch.distributed.ReduceOp.MAX, group=group)
+        known[0] = succeeded[0]
+    flag, norm, zeros = known.tolist()
+    # Written so that a NaN norm is reported as one.
+    return bool(flag), None if norm < 0 else norm, None if zeros < 0 else int(zeros)
+
+
+@torch.no_grad()
+def evaluate(
+    forward_step: Callable,
+    iterator: DataIterator,
+    model_chunks: Sequence[torch.nn.Module],
+    shape: BatchShape,
+    *,
+    num_batches: int,
+    num_microbatches: int,
+) -> float | None:
+    """Mean loss per token over ``num_batches`` global batches; ``None`` off the last pipeline stage."""
+    rerun = get_rerun_state_machine()
+    mode = rerun.get_mode()
+    rerun.set_mode(RerunMode.DISABLED)
+    for chunk in model_chunks:
+        chunk.eval()
+    reports: list[dict[str, torch.Tensor]] = []
+    for _ in range(num_batches):
+        reports += _run_schedule(forward_step, iterator, model_chunks, shape, num_microbatches, True)
+    for chunk in model_chunks:
+        chunk.train()
+    rerun.set_mode(mode)
+    return mean_loss(reports)
+
+
+def parameter_norm(model_chunks: Sequence[torch.nn.Module]) -> float:
+    """L2 norm of all parameters, the ones that several ranks hold alike counted once. Collective."""
+    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+    from megatron.core.transformer.module import param_is_not_shared
+
+    squares = torch.zeros(1, dtype=torch.float64, device="cuda")
+    for chunk in model_chunks:
+        for parameter in chunk.parameters():
+            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
+                squares += parameter.detach().double().square().sum()
+    torch.distributed.all_reduce(squares, group=parallel_state.get_model_parallel_group())
+    return float(squares.sqrt())

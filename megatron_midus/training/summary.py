@@ -1,0 +1,64 @@
+"""What a run says about itself before it starts: model, layout, what learns, and at which rate."""
+
+from __future__ import annotations
+
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_midus.training.architecture import Architecture, Source
+from megatron_midus.training.arguments import Arguments
+from megatron_midus.training.checks import Layout
+from megatron_midus.upscaling.cost import total_parameters, trainable_parameters
+
+
+def describe_run(arguments: Arguments, architecture: Architecture, layout: Layout, source: Source) -> str:
+    """A few lines: where the weights come from, the blocks, the parameters, the processes and batches."""
+    model, plan = architecture.model, architecture.plan
+    total = total_parameters(model, plan)
+    trained = trainable_parameters(model, plan, architecture.train)
+    precision = "bf16" if arguments.training.bf16 else "fp16" if arguments.training.fp16 else "fp32"
+    parallel = arguments.parallel
+    replica_step = arguments.training.micro_batch_size * layout.data_parallel_size
+    lines = [
+        f"weights: {source.directory if source.directory is not None else 'fresh'}",
+        f"model: {plan.num_layers} blocks ({describe_blocks(architecture)}), hidden {model.hidden_size}, "
+        f"{model.num_attention_heads} heads in {model.num_query_groups} groups of {model.kv_channels} channels, "
+        f"vocabulary {model.vocab_size}",
+        f"parameters: {total:,} in total, {trained:,} trainable ({100 * trained / total:.1f} %, "
+        f"--train {architecture.train})",
+        f"processes: {layout.world_size} = tensor {parallel.tensor_model_parallel_size} * pipeline "
+        f"{parallel.pipeline_model_parallel_size} * context {parallel.context_parallel_size} * data "
+        f"{layout.data_parallel_size}{', sequence parallel' if parallel.sequence_parallel else ''}"
+        f"{', distributed optimizer' if parallel.use_distributed_optimizer else ''}, {precision}, "
+        f"{parallel.distributed_backend}",
+        f"batch: {layout.global_batch_size} samples of {arguments.data.seq_length} tokens "
+        f"({max(1, layout.global_batch_size // replica_step)} micro-batches of {arguments.training.micro_batch_size})",
+    ]
+    lines += [f"note: {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def describe_blocks(architecture: Architecture) -> str:
+    """``6 base, 3 memory after 1, 3, 5`` …: kinds, counts and where the inserted ones are."""
+    plan = architecture.plan
+    inserted = plan.inserted_indices
+    kept = plan.num_layers - len(inserted)
+    if not inserted:
+        return f"{kept} base"
+    kinds = sorted({plan.blocks[i].kind for i in inserted})
+    positions = ", ".join(map(str, inserted))
+    return f"{kept} base, {len(inserted)} {'/'.join(kinds)} at {positions}"
+
+
+def describe_groups(optimizer: MegatronOptimizer) -> str:
+    """One line per parameter group: how many tensors, which learning rate, which weight decay."""
+    lines = []
+    for group in optimizer.param_groups:
+        if not group["params"]:
+            continue
+        name = "memory values" if group.get("is_memory_values") else "matrices" if group["wd_mult"] else "norms, biases"
+        elements = sum(p.numel() for p in group["params"])
+        lines.append(
+            f"group {name}: {len(group['params'])} tensors, {elements:,} elements on this rank, max lr "
+            f"{group['max_lr']:g}, min lr {group['min_lr']:g}, weight decay {group['weight_decay']:g}"
+        )
+    return "\n".join(lines) or "no trainable parameters on this rank"

@@ -1,0 +1,239 @@
+"""Stopping and going on: a resumed run prints the losses of the run that was never stopped, digit for digit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from driver import TINY_MODEL, TINY_RUN, Run, train
+from upscaled import read_weights, write_upscaled
+
+# The schedule is made for eight steps; --exit-interval ends a run in the middle of it.
+STEPS = "--train-iters 8 --lr-warmup-iters 2 --lr-decay-style cosine"
+
+
+@pytest.fixture(scope="module")
+def upscaled(tmp_path_factory):
+    return write_upscaled(tmp_path_factory.mktemp("upscaled") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def whole(upscaled) -> Run:
+    """Eight steps without a stop."""
+    return train(*TINY_RUN, STEPS, "--load", upscaled).check()
+
+
+def after(run: Run, iteration: int) -> dict[int, str]:
+    return {i: loss for i, loss in run.losses.items() if i > iteration}
+
+
+def test_resume_is_exact(upscaled, whole, tmp_path):
+    first = train(*TINY_RUN, STEPS, "--exit-interval 3 --load", upscaled, "--save", tmp_path).check()
+    assert list(first.losses) == [1, 2, 3]
+    second = train(*TINY_RUN, STEPS, "--load", tmp_path, "--save", tmp_path).check()
+    assert second.losses == after(whole, 3)
+    assert [line["learning rate"] for line in second.lines] == [line["learning rate"] for line in whole.lines[3:]]
+    assert [line["grad norm"] for line in second.lines] == [line["grad norm"] for line in whole.lines[3:]]
+
+
+LAYOUTS = {
+    "tp2": ("--tensor-model-parallel-size 2", 2),
+    "dp2-distributed-optimizer": ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", 2),
+    "pp3": ("--pipeline-model-parallel-size 3", 3),
+    "bf16": ("--bf16", 1),
+    "train-all": ("--train all", 1),
+    "async": ("--async-save", 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resume_is_exact_at_every_layout(layout, upscaled, tmp_path):
+    flags, processes = LAYOUTS[layout]
+    whole = train(*TINY_RUN, STEPS, flags, "--load", upscaled, processes=processes).check()
+    stop = "--exit-interval 3"
+    train(*TINY_RUN, STEPS, flags, stop, "--load", upscaled, "--save", tmp_path, processes=processes).check()
+    second = train(*TINY_RUN, STEPS, flags, "--load", tmp_path, processes=processes).check()
+    assert second.losses == after(whole, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("there", ["--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 3"])
+def test_resume_at_another_layout_continues_the_curve(there, upscaled, whole, tmp_path):
+    """Saved by two ranks of a distributed optimizer, continued by others."""
+    distributed = "--use-distributed-optimizer"
+    train(*TINY_RUN, STEPS, distributed, "--exit-interval 3 --load", upscaled, "--save", tmp_path, processes=2).check()
+    second = train(*TINY_RUN, STEPS, distributed, there, "--load", tmp_path, processes=int(there[-1])).check()
+    assert "another layout of processes" in second.err
+    # fp32 sums over other numbers of ranks, and Adam's amplification of it, over five steps.
+    for iteration, loss in after(whole, 3).items():
+        assert float(second.losses[iteration]) == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "second"), [("--use-distributed-optimizer", ""), ("", "--use-distributed-optimizer")]
+)
+def test_the_other_kind_of_optimizer_is_refused(first, second, upscaled, tmp_path):
+    train(*TINY_RUN, STEPS, first, "--exit-interval 3 --load", upscaled, "--save", tmp_path).check()
+    assert "--use-distributed-optimizer" in train(*TINY_RUN, STEPS, second, "--load", tmp_path).error
+    train(*TINY_RUN, STEPS, second, "--no-load-optim --load", tmp_path).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_runs_resume_exactly(processes, upscaled, tmp_path):
+    layout = f"--tensor-model-parallel-size {processes}"
+    whole = train(*TINY_RUN, STEPS, layout, "--load", upscaled, processes=processes).check()
+
+    def kill_after_a_checkpoint(ranks, output):
+        if (tmp_path / "latest_checkpointed_iteration.txt").exists():
+            for process in ranks:
+                process.kill()
+
+    save = f"--save-interval 2 --save {tmp_path}"
+    killed = train(
+        *TINY_RUN, STEPS, layout, save, "--load", upscaled, processes=processes, while_running=kill_after_a_checkpoint
+    )
+    assert set(killed.codes) == {-signal.SIGKILL}
+    iteration = int((tmp_path / "latest_checkpointed_iteration.txt").read_text())
+    second = train(*TINY_RUN, STEPS, layout, save, "--load", tmp_path, processes=processes).check()
+    assert second.losses == after(whole, iteration) != {}
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_and_exits_with_0(processes, upscaled, tmp_path):
+    told = []
+
+    def tell_one_rank(ranks, output):
+        if not told and "] iteration " in output():
+            os.kill(ranks[-1].pid, signal.SIGTERM)
+            told.append(time.monotonic())
+
+    layout = f"--tensor-model-parallel-size {processes}"
+    many = "--train-iters 100000 --lr-warmup-iters 2"
+    run = train(
+        *TINY_RUN,
+        many,
+        layout,
+        "--load",
+        upscaled,
+        "--save",
+        tmp_path,
+        processes=processes,
+        while_running=tell_one_rank,
+    ).check()
+    last = max(run.losses)
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == f"{last}\n"
+    assert f"exiting after iteration {last}: SIGTERM was received" in run.out
+
+
+def test_checkpoints_carry_plan_architecture_and_assets(upscaled, tmp_path):
+    assets = upscaled / "iter_0000000" / "hf_assets"
+    assets.mkdir(exist_ok=True)
+    (assets / "tokenizer.json").write_bytes(b"\x00 not touched \xff")
+    train(*TINY_RUN, "--train-iters 2 --save-interval 1 --load", upscaled, "--save", tmp_path).check()
+    for iteration in ("iter_0000001", "iter_0000002"):
+        for name in ("midus_plan.json", "model_config.json", "hf_assets/tokenizer.json"):
+            assert (tmp_path / iteration / name).read_bytes() == (upscaled / "iter_0000000" / name).read_bytes()
+
+
+def test_keep_last_deletes_older_checkpoints(upscaled, tmp_path):
+    """Also the one that the run began with, whose assets must have travelled on by then."""
+    flags = "--train-iters 6 --save-interval 1 --keep-last 2 --save"
+    train(*TINY_RUN, flags, tmp_path, "--exit-interval 1 --load", upscaled).check()
+    (tmp_path / "iter_0000001" / "hf_assets").mkdir(exist_ok=True)
+    (tmp_path / "iter_0000001" / "hf_assets" / "config.json").write_text("{}")
+    train(*TINY_RUN, flags, tmp_path, "--exit-interval 5 --load", tmp_path).check()
+    assert (tmp_path / "iter_0000005" / "hf_assets" / "config.json").read_text() == "{}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "iter_0000004",
+        "iter_0000005",
+        "latest_checkpointed_iteration.txt",
+    ]
+
+
+def test_load_equal_to_an_empty_save_begins_from_scratch_and_then_resumes(tmp_path):
+    root = tmp_path / "run"
+    flags = [*TINY_RUN, *TINY_MODEL, STEPS, "--load", root, "--save", root]
+    first = train(*flags, "--exit-interval 2").check()
+    second = train(*flags, "--exit-interval 4").check()
+    assert list(first.losses) == [1, 2] and list(second.losses) == [3, 4]
+    assert "weights: fresh" in first.out and "weights: fresh" not in second.out
+    third = train(*flags, "--ckpt-step 2 --exit-interval 4").check()
+    assert third.losses == second.losses
+
+
+def test_stage_switch_drops_the_optimizer_and_says_so(upscaled, tmp_path):
+    train(*TINY_RUN, STEPS, "--train inserted --exit-interval 2 --load", upscaled, "--save", tmp_path).check()
+    second = train(*TINY_RUN, STEPS, "--train all --exit-interval 4 --load", tmp_path).check()
+    assert "optimizer state is of other parameters and is DROPPED" in second.err
+    assert list(second.losses) == [3, 4]
+    # The schedule went on: cosine from step 2 of 8.
+    assert second.lines[0]["learning rate"] == "9.330127E-04"
+
+
+def test_finetune_takes_only_the_weights(upscaled, tmp_path):
+    train(*TINY_RUN, STEPS, "--exit-interval 2 --load", upscaled, "--save", tmp_path).check()
+    run = train(*TINY_RUN, STEPS, "--exit-interval 1 --finetune --load", tmp_path).check()
+    assert list(run.losses) == [1] and run.lines[0]["consumed samples"] == "4"
+
+
+def test_pretrained_checkpoint_begins_a_run_and_is_left_alone_afterwards(upscaled, tmp_path):
+    root = tmp_path / "run"
+    flags = [*TINY_RUN, STEPS, "--pretrained-checkpoint", upscaled, "--load", root, "--save", root]
+    first = train(*flags, "--exit-interval 2").check()
+    second = train(*flags, "--exit-interval 4").check()
+    assert list(first.losses) == [1, 2] and list(second.losses) == [3, 4]
+
+
+def test_a_schedule_that_differs_is_refused_or_overridden(upscaled, tmp_path):
+    train(*TINY_RUN, STEPS, "--exit-interval 2 --load", upscaled, "--save", tmp_path).check()
+    other = STEPS.replace("cosine", "constant")
+    run = train(*TINY_RUN, other, "--lr 2e-3 --load", tmp_path)
+    assert "lr_decay_style=cosine, the flags say constant" in run.error
+    run = train(*TINY_RUN, other, "--lr 2e-3 --override-opt_param-scheduler --exit-interval 3 --load", tmp_path)
+    assert run.check().lines[0]["learning rate"] == "2.000000E-03"
+    run = train(*TINY_RUN, other, "--lr 2e-3 --use-checkpoint-opt_param-scheduler --exit-interval 3 --load", tmp_path)
+    assert run.check().lines[0]["learning rate"] == "9.330127E-04"
+    run = train(*TINY_RUN, STEPS, "--value-lr-mult 3 --load", tmp_path)
+    assert "--value-lr-mult" in run.error and "[1.0, 10.0]" in run.error and "[1.0, 3.0]" in run.error
+
+
+def test_a_checkpoint_without_optimizer_is_refused_until_told(upscaled, tmp_path):
+    train(*TINY_RUN, STEPS, "--exit-interval 2 --no-save-optim --load", upscaled, "--save", tmp_path).check()
+    assert "holds no optimizer state" in train(*TINY_RUN, STEPS, "--load", tmp_path).error
+    run = train(*TINY_RUN, STEPS, "--no-load-optim --no-load-rng --exit-interval 4 --load", tmp_path).check()
+    assert list(run.losses) == [3, 4]
+
+
+@pytest.mark.parametrize("damage", ["common.pt", ".metadata", "__0_0.distcp"])
+def test_a_damaged_checkpoint_is_one_line(damage, upscaled, tmp_path):
+    train(*TINY_RUN, STEPS, "--exit-interval 1 --load", upscaled, "--save", tmp_path).check()
+    path = tmp_path / "iter_0000001" / damage
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert str(tmp_path) in train(*TINY_RUN, STEPS, "--load", tmp_path).error
+
+
+def test_nothing_is_trained_or_saved_beyond_the_end(upscaled, tmp_path):
+    train(*TINY_RUN, "--train-iters 2 --load", upscaled, "--save", tmp_path).check()
+    before = (tmp_path / "iter_0000002" / "common.pt").stat().st_mtime_ns
+    run = train(*TINY_RUN, "--train-iters 2 --load", tmp_path, "--save", tmp_path).check()
+    assert "nothing to train: iteration 2 of 2 is done" in run.out and run.lines == []
+    assert (tmp_path / "iter_0000002" / "common.pt").stat().st_mtime_ns == before
+
+
+def test_a_loss_that_is_nan_ends_the_run_without_touching_the_checkpoint(upscaled, tmp_path):
+    """An enormous learning rate overflows fp32 within a few steps."""
+    flags = "--train-iters 20 --lr 1e30 --clip-grad 0 --train all --load"
+    run = train(*TINY_RUN, flags, upscaled, "--save", tmp_path)
+    assert run.codes == [16], run.err  # Megatron-Core's "repeats: resume to disambiguate"
+    saved = int((tmp_path / "latest_checkpointed_iteration.txt").read_text())
+    assert saved == max(run.losses) >= 1
+    assert all(torch.isfinite(weight).all() for weight in read_weights(tmp_path, saved).values())
+    run = train(*TINY_RUN, flags, upscaled, "--rerun-mode disabled")
+    assert "training diverged" in run.error

@@ -1,0 +1,78 @@
+"""Writes an up-scaled checkpoint of the tiny model with random weights, values included, as tools/upscale.py would."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+from megatron_midus.config import MemoryConfig, ModelConfig
+from megatron_midus.conversion.checkpoint_layout import iteration_directory, write_latest_iteration
+from megatron_midus.upscaling import UpscalePlan, make_plan
+
+BASE = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=101,
+    max_position_embeddings=64,
+)
+MEMORY = MemoryConfig(memory_num_keys=7, memory_topk=3, memory_latent_size=8, memory_query_norm="rms")
+
+
+def write_upscaled(
+    directory: Path,
+    *,
+    base: ModelConfig = BASE,
+    memory: MemoryConfig = MEMORY,
+    insert_after: tuple[int, ...] = (0,),
+) -> Path:
+    """Makes ``directory/iter_0000000`` and returns ``directory``."""
+    plan = make_plan("interleave", num_layers=base.num_layers, insert_after=insert_after, memory=memory)
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_write, args=(directory, base, plan))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return directory
+
+
+def _write(directory: Path, base: ModelConfig, plan: UpscalePlan) -> None:
+    import torch
+    from megatron.core import parallel_state, tensor_parallel
+
+    from megatron_midus.model.builder import build_model, make_transformer_config
+    from megatron_midus.model.checkpoint import save_weights
+    from megatron_midus.platform import initialize_distributed
+
+    initialize_distributed("gloo")
+    parallel_state.initialize_model_parallel()
+    torch.manual_seed(7)
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    model = base.with_num_layers(plan.num_layers)
+    chunk = build_model(make_transformer_config(model, plan), model=model, plan=plan, sequence_length=32)
+    for name, parameter in chunk.named_parameters():
+        if name.endswith((".values", ".query_norm")):
+            torch.nn.init.normal_(parameter, std=0.1)
+    target = iteration_directory(directory, 0)
+    target.mkdir(parents=True)
+    save_weights([chunk], target)
+    plan.save(target)
+    model.save(target)
+    write_latest_iteration(directory, 0)
+    torch.distributed.destroy_process_group()
+
+
+def read_weights(root: Path, iteration: int) -> dict:
+    """Model tensors of a checkpoint by key, whole, as fp32 torch tensors."""
+    import torch
+    from torch.distributed import checkpoint
+
+    reader = checkpoint.FileSystemReader(str(iteration_directory(root, iteration)))
+    stored = reader.read_metadata().state_dict_metadata
+    names = [name for name in stored if name.startswith(("embedding.", "decoder.", "output_layer."))]
+    weights = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
+    checkpoint.load(weights, storage_reader=reader, no_dist=True)
+    return {name: weight.float() for name, weight in weights.items()}
