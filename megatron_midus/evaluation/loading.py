@@ -1,0 +1,135 @@
+"""A causal language model from a Hugging Face directory, with every way in which that fails said in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_midus.evaluation.parameters import check_safetensors
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """``config.json`` of ``directory``; raises ``ValueError`` when there is none."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"model directory {directory} does not exist")
+    path = directory / "config.json"
+    if not path.is_file():
+        hint = ""
+        if (directory / "latest_checkpointed_iteration.txt").is_file() or (directory / "model_config.json").is_file():
+            hint = "; it looks like a Megatron checkpoint: export it with tools/convert_checkpoint.py --to hf"
+        raise ValueError(f"{directory} holds no config.json, so it is not a Hugging Face model{hint}")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return config
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or a GPU if there is one; raises ``ValueError`` for one that is not here."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    # torch has no common error: RuntimeError, AssertionError (no CUDA in this build), NotImplementedError …
+    except Exception:
+        raise ValueError(f"device {name!r} is not available here; choose cpu" + _cuda_devices()) from None
+    return device
+
+
+def _cuda_devices() -> str:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return "".join(f", cuda:{index}" for index in range(count))
+
+
+def load_model(
+    directory: str | Path,
+    *,
+    dtype: Dtype = "auto",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> Any:
+    """Loads a model for evaluation.
+
+    Args:
+        directory: a local Hugging Face directory. A model of type ``midus`` is loaded by the classes of this package,
+            not by the files that lie in the directory.
+        dtype: of the weights; ``auto`` = float32 on a CPU, the checkpoint's own elsewhere.
+        device: where to.
+        trust_remote_code: run the modeling code of a directory of another unknown type.
+
+    Returns:
+        A transformers model in evaluation mode.
+
+    Raises:
+        ValueError: no such directory, damaged or missing weights, an architecture that is not known.
+    """
+    config = read_config(directory)
+    check_safetensors(directory)
+    import transformers
+
+    import megatron_midus.hf
+
+    megatron_midus.hf.register()
+    device = torch.device(device)
+    if dtype == "auto":
+        weights_dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
+    else:
+        weights_dtype = getattr(torch, dtype)
+    # Renamed in transformers 4.56; later versions warn about the old name.
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    dtype_argument = "dtype" if version >= (4, 56) else "torch_dtype"
+    # Registered classes win only when remote code is not asked for.
+    is_ours = config.get("model_type") == "midus"
+    if config.get("auto_map") and not is_ours and not trust_remote_code:
+        raise ValueError(f"{directory} carries its own modeling code; give --trust-remote-code to run it")
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            **{dtype_argument: weights_dtype},
+            local_files_only=True,
+            trust_remote_code=trust_remote_code and not is_ours,
+            output_loading_info=True,
+        )
+    # Whatever transformers raises on a damaged directory: KeyError, OSError, ValueError, RuntimeError, SafetensorError.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{directory} cannot be loaded as a causal language model: {reason}") from error
+    _check_loaded(directory, info)
+    return model.to(device).eval()
+
+
+def _check_loaded(directory: str | Path, info: dict[str, Any]) -> None:
+    """transformers fills what a checkpoint lacks with random numbers and only warns."""
+    missing = sorted(info.get("missing_keys") or [])
+    mismatched = sorted(str(entry) for entry in info.get("mismatched_keys") or [])
+    if missing:
+        raise ValueError(f"the weights in {directory} lack {len(missing)} tensors, the first is {missing[0]}")
+    if mismatched:
+        raise ValueError(f"{len(mismatched)} tensors in {directory} do not fit its config.json: {mismatched[0]}")
+
+
+def check_context(model: Any, seq_length: int, *, name: str) -> str | None:
+    """A note when ``seq_length`` is longer than what the model was made for; ``ValueError`` when it cannot run at all."""
+    config = model.config
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is None or seq_length <= longest:
+        return None
+    is_rotary = any(getattr(config, entry, None) for entry in ("rope_theta", "rope_parameters", "rope_scaling"))
+    if not is_rotary:
+        raise ValueError(f"seq_length={seq_length} exceeds the {longest} positions of {name}; choose at most {longest}")
+    return f"{name} was made for {longest} tokens; its figures at seq_length={seq_length} are outside of that"
+
+
+def num_embeddings(model: Any) -> int:
+    """Rows of the input embedding."""
+    return model.get_input_embeddings().weight.shape[0]

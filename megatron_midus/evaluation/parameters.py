@@ -1,0 +1,116 @@
+"""Parameters of a model directory: total, inserted by up-scaling; from safetensors headers and the plan, no weights read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+from megatron_midus.upscaling import PLAN_FILE, UpscalePlan
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCounts:
+    """Counts of scalars; a tied output layer counts once."""
+
+    total: int
+    """All parameters."""
+    added: int
+    """Those of the blocks that up-scaling inserted; 0 without a plan."""
+    trainable: int
+    """What continual pre-training changes: the inserted blocks (``--train inserted``), or all where nothing was
+    inserted."""
+
+
+def count_parameters(directory: str | Path, model: Any = None) -> ParameterCounts:
+    """Counts the parameters of a model directory.
+
+    Args:
+        directory: a Hugging Face directory; ``midus_plan.json`` in it says which blocks were inserted.
+        model: the loaded model, needed only for weights that are not safetensors.
+
+    Raises:
+        ValueError: damaged safetensors, a damaged plan, or neither safetensors nor a model.
+    """
+    directory = Path(directory)
+    sizes = {name: math.prod(shape) for name, shape in read_safetensors_shapes(directory).items()}
+    if sizes and _is_tied(directory):
+        sizes.pop("lm_head.weight", None)
+    if not sizes:
+        if model is None:
+            raise ValueError(f"{directory} holds no safetensors, and no model was given to count in")
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    total = sum(sizes.values())
+    inserted: set[int] = set()
+    if (directory / PLAN_FILE).is_file():
+        inserted = set(UpscalePlan.load(directory).inserted_indices)
+    added = sum(size for name, size in sizes.items() if (m := _LAYER.search(name)) and int(m.group(1)) in inserted)
+    return ParameterCounts(total=total, added=added, trainable=added or total)
+
+
+def _is_tied(directory: Path) -> bool:
+    path = directory / "config.json"
+    return path.is_file() and bool(json.loads(path.read_text()).get("tie_word_embeddings"))
+
+
+def check_safetensors(directory: str | Path) -> None:
+    """Raises ``ValueError`` when a safetensors file of ``directory`` is missing, truncated or not one."""
+    read_safetensors_shapes(directory)
+
+
+def read_safetensors_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
+    """``{name: shape}`` over all shards, by their headers; empty when there are no safetensors.
+
+    Raises:
+        ValueError: a shard of the index is missing, is cut off, or its header is not readable.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in _shards(Path(directory)):
+        header = _read_header(path)
+        shapes.update({name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"})
+    return shapes
+
+
+def _shards(directory: Path) -> list[Path]:
+    index = directory / _INDEX_FILE
+    if not index.is_file():
+        return sorted(directory.glob("model*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} is not a safetensors index: {type(error).__name__} {error}") from None
+    for name in names:
+        if not (directory / name).is_file():
+            raise ValueError(
+                f"{directory / name} does not exist, although {_INDEX_FILE} lists it; copy the model again"
+            )
+    return [directory / name for name in names]
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """The JSON header; the length of the file must be what it says."""
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > size - 8:
+            raise ValueError(f"{path} is not a safetensors file, or cut off in its header; copy the model again")
+        try:
+            header = json.loads(stream.read(length))
+            expected = (
+                8
+                + length
+                + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            )
+        except (ValueError, KeyError, AttributeError, TypeError, IndexError):
+            raise ValueError(f"{path} is not a safetensors file: its header is damaged; copy the model again") from None
+    if size != expected:
+        raise ValueError(f"{path} has {size} bytes, its header says {expected}; it is damaged, copy the model again")
+    return header

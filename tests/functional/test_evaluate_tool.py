@@ -1,0 +1,210 @@
+"""tools/evaluate.py on a base and its up-scaled twin side by side, and every way to ask it for nonsense."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import write_base, write_tokenizer
+
+from megatron_midus.upscaling import UpscalePlan
+
+TOOLS = Path(__file__).parents[2] / "tools"
+MEMORY = ["--memory-num-keys", "16", "--memory-topk", "4", "--memory-latent-size", "8"]
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+evaluate = load_tool("evaluate")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("bases") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def midus(tmp_path_factory, base):
+    """The base with two Memory blocks, as they are before training."""
+    directory = tmp_path_factory.mktemp("midus") / "midus"
+    load_tool("upscale").main(
+        ["--hf-model", str(base), "--save", str(directory), "--save-format", "hf", "--num-blocks", "2", *MEMORY]
+    )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data")
+    (directory / "prose.txt").write_text("A tiny text about tiny models.\n\nIt speaks of tokens.\n" * 9)
+    rows = [{"text": f"text {i} about models ü"} for i in range(20)]
+    (directory / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def run(models, data, *more):
+    evaluate.main(
+        [
+            "--model",
+            *map(str, models),
+            "--data",
+            *map(str, data),
+            "--seq-length",
+            "32",
+            "--device",
+            "cpu",
+            *map(str, more),
+        ]
+    )
+
+
+def test_base_and_twin_side_by_side(base, midus, data, tmp_path, capsys):
+    files = [data / "prose.txt", data / "lines.jsonl"]
+    outputs = ["--json", tmp_path / "out.json", "--markdown", tmp_path / "out.md"]
+    run([base, midus], files, *outputs, "--generate", "a tiny", "--generate-tokens", 5)
+    report = json.loads((tmp_path / "out.json").read_text())
+    first, second = report["models"]
+    assert report["same_tokenizer"] and [m["name"] for m in report["models"]] == ["tiny", "midus"]
+    for name in ("prose.txt", "lines.jsonl"):
+        # Before training the twin is the base, bit for bit.
+        assert first["results"][name]["nats"] == second["results"][name]["nats"]
+        assert first["results"][name]["loss"] > 1
+    assert first["results"]["prose.txt"]["bytes"] == (data / "prose.txt").stat().st_size
+    assert first["results"]["lines.jsonl"]["documents"] == 20
+    assert first["generations"] == second["generations"] and list(first["generations"]) == ["a tiny"]
+
+    inserted = UpscalePlan.load(midus).inserted_indices
+    tensors = load_file(midus / "model.safetensors")
+    added = sum(t.numel() for n, t in tensors.items() if any(f"layers.{i}." in n for i in inserted))
+    assert second["parameters"] == {
+        "total": sum(t.numel() for t in tensors.values()),
+        "added": added,
+        "trainable": added,
+    }
+    assert first["parameters"]["added"] == 0 < added
+    assert first["parameters"]["total"] == second["parameters"]["total"] - added
+
+    printed = capsys.readouterr().out
+    assert f"{first['results']['prose.txt']['perplexity']:,.3f}" in printed and "prompt: 'a tiny'" in printed
+    assert (tmp_path / "out.md").read_text().count("| midus |") == 2
+
+
+def test_trained_values_count(base, midus, data, tmp_path):
+    trained = tmp_path / "trained"
+    shutil.copytree(midus, trained)
+    tensors = load_file(trained / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if name.endswith("memory.values"):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    save_file(tensors, trained / "model.safetensors", metadata={"format": "pt"})
+    run([base, trained], [data / "prose.txt"], "--json", tmp_path / "out.json")
+    losses = [m["results"]["prose.txt"]["loss"] for m in json.loads((tmp_path / "out.json").read_text())["models"]]
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_code_in_our_own_exports_is_not_run(midus, data, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(midus, copy)
+    (copy / "modeling_midus.py").write_text("raise SystemExit('ran')\n")
+    (copy / "configuration_midus.py").write_text("raise SystemExit('ran')\n")
+    run([copy], [data / "lines.jsonl"], "--trust-remote-code")
+
+
+def test_other_tokenizer_and_long_windows_get_notes(base, data, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    write_tokenizer(other, vocab_size=258)
+    run([base, other], [data / "lines.jsonl"], "--max-tokens", 60, "--seq-length", 200, "--json", tmp_path / "out.json")
+    printed = capsys.readouterr().out
+    assert "compare bits per byte" in printed and "was made for 128 tokens" in printed
+    first, second = (m["results"]["lines.jsonl"] for m in json.loads((tmp_path / "out.json").read_text())["models"])
+    # The bound is in tokens of the first model; both read the same text.
+    assert first["bytes"] == second["bytes"] and first["tokens"] - first["documents"] <= 60
+    assert first["tokens"] != second["tokens"]
+
+
+@pytest.mark.parametrize("more", [["--mode", "document"], ["--stride", "8"], ["--add-bos"], ["--dtype", "bfloat16"]])
+def test_settings_change_the_figures(base, data, tmp_path, more):
+    run([base], [data / "lines.jsonl"], "--json", tmp_path / "a.json")
+    run([base], [data / "lines.jsonl"], "--json", tmp_path / "b.json", *more)
+    a, b = (json.loads((tmp_path / f"{n}.json").read_text())["models"][0]["results"]["lines.jsonl"] for n in "ab")
+    assert a["tokens"] == b["tokens"] and a["nats"] != b["nats"]
+
+
+def truncate(directory):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def grow_tokenizer(directory):
+    write_tokenizer(directory, vocab_size=280)
+
+
+BROKEN = {
+    "corrupt safetensors": (truncate, "model.safetensors has .* it is damaged"),
+    "tokenizer too large": (grow_tokenizer, "the embedding of .* has only 263 rows"),
+    "no tokenizer": (
+        lambda d: [(d / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")],
+        "holds no tokenizer",
+    ),
+    "no config": (lambda d: (d / "config.json").unlink(), "holds no config.json"),
+    "broken plan": (lambda d: (d / "midus_plan.json").write_text("{"), "midus_plan.json is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("damage, message", BROKEN.values(), ids=BROKEN.keys())
+def test_broken_models(base, data, tmp_path, damage, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    damage(copy)
+    with pytest.raises(ValueError, match=message) as error:
+        run([base, copy], [data / "lines.jsonl"], "--json", tmp_path / "out.json")
+    assert "\n" not in str(error.value) and not (tmp_path / "out.json").exists()
+
+
+MISTAKES = {
+    "no model": (["--model", "nowhere"], "model directory nowhere does not exist"),
+    "no data": (["--data", "nowhere.txt"], "input nowhere.txt does not exist"),
+    "window": (["--seq-length", "0"], "seq_length=0 must be at least 1"),
+    "stride": (["--stride", "33"], "stride=33 is out of range"),
+    "batch": (["--batch-size", "0"], "batch_size=0"),
+    "bound": (["--max-tokens", "0"], "max_tokens=0"),
+    "device": (["--device", "toaster"], "device 'toaster' is not available"),
+    "key": (["--json-key", "body"], r"lines\.jsonl:1: no key 'body'"),
+    "generation": (["--generate", "x", "--generate-tokens", "0"], "max_new_tokens=0"),
+}
+
+
+@pytest.mark.parametrize("more, message", MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes(base, data, more, message):
+    with pytest.raises(ValueError, match=message):
+        run([base], [data / "lines.jsonl"], *more)
+
+
+@pytest.mark.parametrize("content", ["", "  \n\n", "\f \f"])
+def test_empty_data(base, tmp_path, content):
+    (tmp_path / "empty.txt").write_text(content)
+    with pytest.raises(ValueError, match="no document with any text"):
+        run([base], [tmp_path / "empty.txt"])
+
+
+def test_as_a_program(base, data, tmp_path):
+    command = [sys.executable, str(TOOLS / "evaluate.py"), "--model", str(base), "--data"]
+    done = subprocess.run([*command, str(data / "prose.txt")], capture_output=True, text=True)
+    assert done.returncode == 0 and "bits/byte" in done.stdout, done.stderr
+    done = subprocess.run([*command, str(tmp_path / "none.txt")], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.strip() == f"error: input {tmp_path / 'none.txt'} does not exist"
