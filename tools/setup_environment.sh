@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Makes (once) and enters the Python environment of this project: `source tools/setup_environment.sh [extra,extra]`.
+#
+# MIDUS_VENV    where it lies (default: .venv in the repository); a path of your own shares it between clones
+# MIDUS_PYTHON  interpreter to make it with, 3.10 or newer (default: python3)
+# Set MIDUS_VENV=none to use the Python that is on PATH, for example inside the Docker image.
+
+_midus_fail() { printf 'error: %s\n' "$*" >&2; return 1; }
+
+_midus_setup() {
+    local root extras venv python stamp log
+    root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
+    extras="${1:-}"
+    venv="${MIDUS_VENV:-$root/.venv}"
+    python="${MIDUS_PYTHON:-python3}"
+    export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+    [ "$venv" = none ] && return 0
+
+    command -v "$python" >/dev/null || { _midus_fail "$python was not found; install Python 3.10 or newer"; return 1; }
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        { _midus_fail "$("$python" --version) is too old; set MIDUS_PYTHON to Python 3.10 or newer"; return 1; }
+    if [ ! -x "$venv/bin/python" ]; then
+        "$python" -m venv "$venv" ||
+            { rm -rf "$venv"; _midus_fail "$python cannot make a virtual environment; on Debian: apt install python3-venv"; return 1; }
+    fi
+    # shellcheck disable=SC1091
+    source "$venv/bin/activate" || return 1
+
+    # Installed once per content of the two files that say what to install, and per set of extras.
+    stamp="$venv/.midus-$(cat "$root/setup.py" "$root/constraints.txt" | cksum | tr ' ' '-')-${extras//,/-}"
+    [ -e "$stamp" ] && return 0
+    log="$venv/install.log"
+    printf 'Installing the Python environment into %s (once, a few minutes; log: %s)\n' "$venv" "$log"
+    {
+        # torch first: with it in place nothing later chooses another build of it.
+        pip install --disable-pip-version-check -c "$root/constraints.txt" setuptools torch &&
+            pip install --disable-pip-version-check -c "$root/constraints.txt" --no-build-isolation -e "$root${extras:+[$extras]}"
+    } >"$log" 2>&1 || { tail -n 15 "$log" >&2; _midus_fail "the installation failed; see $log"; return 1; }
+    touch "$stamp"
+}
+
+_midus_setup "$@"
