@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -18,45 +17,17 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 _PRELOAD = ["megatron_midus.training.pretrain"]
 
 # d = 32, T = 32: a step takes some 20 ms.
 TINY_MODEL = [
-    "--num-layers",
-    "2",
-    "--hidden-size",
-    "32",
-    "--ffn-hidden-size",
-    "64",
-    "--num-attention-heads",
-    "4",
-    "--num-query-groups",
-    "2",
-    "--vocab-size",
-    "101",
+    "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --vocab-size 101"
 ]
 TINY_RUN = [
-    "--distributed-backend",
-    "gloo",
-    "--mock-data",
-    "--num-workers",
-    "0",
-    "--seq-length",
-    "32",
-    "--micro-batch-size",
-    "2",
-    "--global-batch-size",
-    "4",
-    "--lr",
-    "1e-3",
-    "--log-interval",
-    "1",
-    "--eval-interval",
-    "0",
-    "--eval-iters",
-    "0",
-    "--make-vocab-size-divisible-by",
-    "1",
+    "--distributed-backend gloo --mock-data --num-workers 0 --seq-length 32 --micro-batch-size 2 --global-batch-size 4",
+    "--lr 1e-3 --log-interval 1 --eval-interval 0 --eval-iters 0 --make-vocab-size-divisible-by 1",
 ]
 
 _FIELD = re.compile(r"([a-zA-Z/() ]+): +(\S+)")
@@ -126,7 +97,16 @@ def train(
     words = [word for argument in arguments for word in str(argument).split()]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+    # As torchrun does, the launcher holds the store. A port that was merely seen to be free may be taken by the time
+    # that rank 0 would listen on it.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(processes),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
     with tempfile.TemporaryDirectory() as directory:
         ranks = [
             context.Process(target=_work, args=(rank, environment, directory, words, processes > 1))
@@ -164,8 +144,6 @@ def _work(rank: int, environment: dict[str, str], directory: str, words: list[st
         os.dup2(os.open(f"{directory}/{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["pretrain_midus.py", *words]
-    import torch
-
     torch.set_num_threads(1)
     _start_result_queue_by_fork()
     from megatron_midus.training.main import run
@@ -183,9 +161,3 @@ def _start_result_queue_by_fork() -> None:
 
     assert filesystem_async._results_queue is None
     filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
