@@ -5,6 +5,7 @@ Importing Megatron takes seconds. A fork server imports it once; every process o
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 
 import torch
@@ -81,6 +83,13 @@ class Run:
         return self
 
 
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """Where processes come from that have Megatron already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
 def train(
     *arguments: str | Path,
     processes: int = 1,
@@ -95,8 +104,7 @@ def train(
         while_running: called again and again with the processes and a function that returns the output so far.
     """
     words = [word for argument in arguments for word in str(argument).split()]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = fork_server()
     # As torchrun does, the launcher holds the store. A port that was merely seen to be free may be taken by the time
     # that rank 0 would listen on it.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -160,4 +168,12 @@ def _start_result_queue_by_fork() -> None:
         from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     assert filesystem_async._results_queue is None
-    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(_die_with_the_parent)
+    filesystem_async._results_queue = manager.Queue()
+
+
+def _die_with_the_parent() -> None:
+    """Ranks are killed in some tests; what they started must not outlive them."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
+
+from driver import fork_server
 
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.conversion.checkpoint_layout import iteration_directory, write_latest_iteration
@@ -31,8 +32,7 @@ def write_upscaled(
 ) -> Path:
     """Makes ``directory/iter_0000000`` and returns ``directory``."""
     plan = make_plan("interleave", num_layers=base.num_layers, insert_after=insert_after, memory=memory)
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_write, args=(directory, base, plan))
+    process = fork_server().Process(target=_write, args=(directory, base, plan))
     process.start()
     process.join()
     assert process.exitcode == 0
