@@ -79,7 +79,7 @@ run() { # says what is run, as it could be typed
 launch() {
     local gpus="${GPUS_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}"
     [ "$gpus" -gt 0 ] || { echo "error: no GPU found; set GPUS_PER_NODE, or try --tiny on a CPU" >&2; exit 1; }
-    # After SIGTERM torchrun kills what has not ended in 30 seconds; a checkpoint may take longer (torch 2.9 and newer read this).
+    # After SIGTERM torchrun kills what has not ended in 30 seconds; a checkpoint may take longer. Older releases of torch ignore this.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-540}"
     # exec: signals of a scheduler reach torchrun itself, not a shell that keeps them.
     run exec torchrun --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$gpus" \
