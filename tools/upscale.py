@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--policy",
         choices=POLICIES,
         default="interleave",
-        help="where blocks are inserted and what they are: interleave = Memory blocks (MIDUS); llama_pro = copies with zeroed outputs; solar, stack = repeated layers; average = means of neighbours; none = the base as it is (default: interleave)",
+        help="where blocks are inserted and what they are: interleave = Memory blocks (MIDUS); llama_pro = copies with zeroed outputs; solar, stack = repeated layers; average = means of neighbours; opt_deus = means of neighbours aligned by optimal transport, outputs zeroed (opt_deus_literal: scaled as in the paper's program); control = nothing inserted, those layers of the base trained instead; none = the base as it is (default: interleave)",
     )
     add("--num-blocks", type=int, metavar="N", help="blocks to insert, spread evenly by the policy")
     add(

@@ -30,9 +30,9 @@ class TrainingConfig:
     """Round the global batch size down to a multiple of micro-batch-size * data-parallel size instead of refusing."""
 
     train: Literal["inserted", "all"] | None = None
-    """What learns: the blocks that up-scaling inserted, with the base frozen, or every parameter. When absent, what the
-    plan's policy is made for: inserted for interleave, llama_pro and average, all for the others. Another value on
-    resume drops the optimizer state, which is of other parameters."""
+    """What learns: the blocks that up-scaling inserted (the chosen layers of policy control), with the base frozen, or
+    every parameter. When absent, what the plan's policy is made for: all for none, solar and stack, inserted for the
+    others. Another value on resume drops the optimizer state, which is of other parameters."""
 
     bf16: bool = False
     """Compute in bfloat16 with float32 master weights."""

@@ -25,8 +25,8 @@ class ParameterCounts:
     added: int
     """Those of the blocks that up-scaling inserted; 0 without a plan."""
     trainable: int
-    """What continual pre-training changes: the inserted blocks (``--train inserted``), or all where nothing was
-    inserted."""
+    """What ``--train inserted`` changes: the inserted blocks, or the chosen layers of policy ``control``; all where there
+    are none."""
 
 
 def count_parameters(directory: str | Path, model: Any = None) -> ParameterCounts:
@@ -48,11 +48,16 @@ def count_parameters(directory: str | Path, model: Any = None) -> ParameterCount
             raise ValueError(f"{directory} holds no safetensors, and no model was given to count in")
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = sum(sizes.values())
-    inserted: set[int] = set()
-    if (directory / PLAN_FILE).is_file():
-        inserted = set(UpscalePlan.load(directory).inserted_indices)
-    added = sum(size for name, size in sizes.items() if (m := _LAYER.search(name)) and int(m.group(1)) in inserted)
-    return ParameterCounts(total=total, added=added, trainable=added or total)
+    if not (directory / PLAN_FILE).is_file():
+        return ParameterCounts(total=total, added=0, trainable=total)
+    plan = UpscalePlan.load(directory)
+    trainable = _in_layers(sizes, plan.inserted_indices)
+    return ParameterCounts(total=total, added=_in_layers(sizes, plan.added_indices), trainable=trainable or total)
+
+
+def _in_layers(sizes: dict[str, int], layers: tuple[int, ...]) -> int:
+    """Scalars of the tensors that belong to ``layers``."""
+    return sum(size for name, size in sizes.items() if (m := _LAYER.search(name)) and int(m.group(1)) in layers)
 
 
 def _is_tied(directory: Path) -> bool:

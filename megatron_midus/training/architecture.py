@@ -14,7 +14,7 @@ from megatron_midus.training.arguments import Arguments
 from megatron_midus.upscaling import UpscalePlan, make_plan
 
 # Policies whose base stays useful frozen; solar and stack break the function of the base, so everything must learn.
-_FROZEN_BASE_POLICIES = ("interleave", "llama_pro", "average")
+_FROZEN_BASE_POLICIES = ("interleave", "control", "llama_pro", "average", "opt_deus", "opt_deus_literal")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,7 @@ def describe_blocks(architecture: Architecture) -> str:
     kept = plan.num_layers - len(inserted)
     if not inserted:
         return f"{kept} base"
-    kinds = sorted({plan.blocks[i].kind for i in inserted})
+    kinds = sorted({plan.blocks[i].kind for i in inserted} - {"keep"}) or ["trained"]
     positions = ", ".join(map(str, inserted))
     return f"{kept} base, {len(inserted)} {'/'.join(kinds)} at {positions}"
 

@@ -18,6 +18,7 @@ from megatron_midus.upscaling.tensors import (
     model_shapes,
     split_name,
 )
+from megatron_midus.upscaling.transport import LayerFusion, Scale
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,6 +66,7 @@ class UpscaledTensors:
         self._dtype = parse_dtype(dtype)
         self._calibrated = dict(calibrated or {})
         self._shapes = model_shapes(model, plan)
+        self._fused: tuple[int, LayerFusion] | None = None
 
     def names(self) -> Sequence[str]:
         return list(self._shapes)
@@ -93,13 +95,25 @@ class UpscaledTensors:
     def _read_block(self, block: Block, index: int, suffix: str) -> torch.Tensor:
         if block.init == "memory":
             return self._read_memory_block(block, index, suffix)
+        if block.init in ("transport", "transport_literal") and suffix not in (ATTENTION_OUTPUT, MLP_OUTPUT):
+            return self._fusion(index).tensor(suffix)
         sources = [self._base.read(layer_name(source, suffix)) for source in block.source]
         if block.init == "mean":
             # fp32: the mean of two bf16 values is not always one that bf16 addition finds.
             return torch.stack([tensor.float() for tensor in sources]).mean(dim=0).to(sources[0].dtype)
-        if block.init == "zero_output" and suffix in (ATTENTION_OUTPUT, MLP_OUTPUT):
+        if block.init != "exact" and suffix in (ATTENTION_OUTPUT, MLP_OUTPUT):
             return torch.zeros_like(sources[0])
         return sources[0] if block.kind == "keep" else sources[0].clone()
+
+    def _fusion(self, index: int) -> LayerFusion:
+        """Of one block at a time: tensors are asked for block by block, and a transport plan is large."""
+        if self._fused is None or self._fused[0] != index:
+            block = self._plan.blocks[index]
+            first, second = block.source
+            scale: Scale = "literal" if block.init == "transport_literal" else "normalised"
+            read = lambda layer, suffix: self._base.read(layer_name(layer, suffix))  # noqa: E731
+            self._fused = (index, LayerFusion(read, first, second, scale))
+        return self._fused[1]
 
     def _read_memory_block(self, block: Block, index: int, suffix: str) -> torch.Tensor:
         if _copies_base(suffix):

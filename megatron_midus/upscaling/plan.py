@@ -13,7 +13,15 @@ PLAN_FILE = "midus_plan.json"
 SCHEMA_VERSION = 1
 
 BlockKind = Literal["keep", "copy", "blend", "memory"]
-BlockInit = Literal["exact", "zero_output", "mean", "memory"]
+BlockInit = Literal["exact", "zero_output", "mean", "transport", "transport_literal", "memory"]
+
+# What the tensors of a kind of block may be filled with.
+INITS: dict[str, tuple[str, ...]] = {
+    "keep": ("exact",),
+    "copy": ("exact", "zero_output"),
+    "blend": ("mean", "transport", "transport_literal"),
+    "memory": ("memory",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +33,10 @@ class Block:
             layers, ``memory`` = a Memory block whose norm and attention are copied from a base layer.
         source: 0-based index of the base layer; two indices for ``blend``.
         init: how its tensors are filled: ``exact`` copy, ``zero_output`` (copy with attention and MLP output
-            projections zeroed), ``mean`` of two layers, ``memory``.
-        inserted: whether the block is an addition to the base. ``--train inserted`` trains these alone.
+            projections zeroed), ``mean`` of two layers, ``transport`` (mean after alignment by optimal transport, outputs
+            zeroed; ``transport_literal`` as the paper's program scales it), ``memory``.
+        inserted: whether ``--train inserted`` trains the block: what was added to the base, and the layers of the base
+            that ``control`` chose.
     """
 
     kind: BlockKind
@@ -39,12 +49,16 @@ class Block:
         return cls("keep", (source,), "exact", False)
 
     @classmethod
+    def control(cls, source: int) -> Block:
+        return cls("keep", (source,), "exact", True)
+
+    @classmethod
     def copy(cls, source: int, *, zero_output: bool = False) -> Block:
         return cls("copy", (source,), "zero_output" if zero_output else "exact", True)
 
     @classmethod
-    def blend(cls, first: int, second: int) -> Block:
-        return cls("blend", (first, second), "mean", True)
+    def blend(cls, first: int, second: int, init: BlockInit = "mean") -> Block:
+        return cls("blend", (first, second), init, True)
 
     @classmethod
     def memory(cls, source: int) -> Block:
@@ -53,7 +67,8 @@ class Block:
     def describe(self) -> str:
         """``memory(3)``, ``keep(0)``, ``copy(5, zero_output)`` …"""
         source = ", ".join(map(str, self.source))
-        return f"{self.kind}({source}{', zero_output' if self.init == 'zero_output' else ''})"
+        how = "" if self.init == INITS[self.kind][0] else f", {self.init}"
+        return f"{self.kind}({source}{how}{', trained' if self.kind == 'keep' and self.inserted else ''})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,13 +107,11 @@ class UpscalePlan:
                         f"block {index}: source layer {source} does not exist; the base has layers "
                         f"0 to {self.num_base_layers - 1}"
                     )
-            allowed = {"keep": {"exact"}, "copy": {"exact", "zero_output"}, "blend": {"mean"}, "memory": {"memory"}}
-            if block.kind not in allowed:
-                raise ValueError(f"block {index}: unknown kind {block.kind!r}; choose one of {sorted(allowed)}")
-            if block.init not in allowed[block.kind]:
+            if block.kind not in INITS:
+                raise ValueError(f"block {index}: unknown kind {block.kind!r}; choose one of {sorted(INITS)}")
+            if block.init not in INITS[block.kind]:
                 raise ValueError(
-                    f"block {index}: init {block.init!r} does not fit {block.kind}; "
-                    f"choose one of {sorted(allowed[block.kind])}"
+                    f"block {index}: init {block.init!r} does not fit {block.kind}; choose one of {INITS[block.kind]}"
                 )
         if self.memory_indices and self.memory is None:
             raise ValueError(
@@ -118,15 +131,20 @@ class UpscalePlan:
 
     @property
     def inserted_indices(self) -> tuple[int, ...]:
-        """0-based positions of the blocks that are not the base's own."""
+        """0-based positions of the blocks that ``--train inserted`` trains."""
         return tuple(i for i, block in enumerate(self.blocks) if block.inserted)
+
+    @property
+    def added_indices(self) -> tuple[int, ...]:
+        """0-based positions of the blocks that the base does not have."""
+        return tuple(i for i, block in enumerate(self.blocks) if block.inserted and block.kind != "keep")
 
     @property
     def is_identity(self) -> bool:
         """Whether the up-scaled model computes the base's function before any training."""
         kept = [block.source[0] for block in self.blocks if block.kind == "keep"]
         added = [block for block in self.blocks if block.kind != "keep"]
-        return kept == list(range(self.num_base_layers)) and all(b.init in ("zero_output", "memory") for b in added)
+        return kept == list(range(self.num_base_layers)) and all(b.init not in ("exact", "mean") for b in added)
 
     @property
     def block_types(self) -> tuple[str, ...]:

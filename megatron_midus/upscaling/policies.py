@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from megatron_midus.config import MemoryConfig
 from megatron_midus.upscaling.plan import Block, UpscalePlan
@@ -35,12 +36,7 @@ def insertion_points(*, num_layers: int, num_blocks: int) -> tuple[tuple[int, ..
 
 def _insert(num_layers: int, after: Sequence[int], new_block: Callable[[int], Block], **plan: object) -> UpscalePlan:
     """A plan that keeps every base layer and puts ``new_block(i)`` behind each layer ``i`` of ``after``."""
-    for index in after:
-        if not 0 <= index < num_layers:
-            raise ValueError(f"cannot insert after layer {index}; the base has layers 0 to {num_layers - 1}")
-    duplicates = sorted({i for i in after if list(after).count(i) > 1})
-    if duplicates:
-        raise ValueError(f"layers {duplicates} are named more than once; a block is inserted once after a layer")
+    _check_points(num_layers, after)
     chosen = set(after)
     blocks: list[Block] = []
     for index in range(num_layers):
@@ -48,6 +44,15 @@ def _insert(num_layers: int, after: Sequence[int], new_block: Callable[[int], Bl
         if index in chosen:
             blocks.append(new_block(index))
     return UpscalePlan(num_base_layers=num_layers, blocks=tuple(blocks), **plan)  # type: ignore[arg-type]
+
+
+def _check_points(num_layers: int, after: Sequence[int]) -> None:
+    for index in after:
+        if not 0 <= index < num_layers:
+            raise ValueError(f"cannot insert after layer {index}; the base has layers 0 to {num_layers - 1}")
+    duplicates = sorted({i for i in after if list(after).count(i) > 1})
+    if duplicates:
+        raise ValueError(f"layers {duplicates} are named more than once; a block is inserted once after a layer")
 
 
 def _points(num_layers: int, num_blocks: int | None, insert_after: Sequence[int] | None, policy: str):
@@ -84,6 +89,16 @@ def llama_pro(
     """Copies with zeroed output projections, spread evenly (Wu et al. 2024, arXiv 2401.02415)."""
     points, notes = _points(num_layers, num_blocks, insert_after, "llama_pro")
     return _insert(num_layers, points, lambda i: Block.copy(i, zero_output=True), policy="llama_pro", notes=notes)
+
+
+def control(
+    *, num_layers: int, num_blocks: int | None = None, insert_after: Sequence[int] | None = None
+) -> UpscalePlan:
+    """No block is added; the layers behind which others would insert one are trained instead, the rest is frozen."""
+    points, notes = _points(num_layers, num_blocks, insert_after, "control")
+    _check_points(num_layers, points)
+    blocks = tuple(Block.control(i) if i in points else Block.keep(i) for i in range(num_layers))
+    return UpscalePlan(num_base_layers=num_layers, blocks=blocks, policy="control", notes=notes)
 
 
 def solar(*, num_layers: int, num_blocks: int) -> UpscalePlan:
@@ -123,25 +138,52 @@ def stack(*, num_layers: int, num_blocks: int) -> UpscalePlan:
     return UpscalePlan(num_base_layers=num_layers, blocks=tuple(blocks), policy="stack", notes=notes)
 
 
-def average(
-    *, num_layers: int, num_blocks: int | None = None, insert_after: Sequence[int] | None = None
-) -> UpscalePlan:
+def average(*, num_layers: int, **where: Any) -> UpscalePlan:
     """Between layers ``i`` and ``i + 1`` a block that is the mean of every tensor of both. Not an identity."""
+    return _between(num_layers, Block.blend, policy="average", **where)
+
+
+def opt_deus(*, num_layers: int, **where: Any) -> UpscalePlan:
+    """As ``average``, after aligning ``i`` to ``i + 1`` by optimal transport; outputs zeroed (arXiv 2508.08011)."""
+    return _between(num_layers, lambda i, j: Block.blend(i, j, "transport"), policy="opt_deus", **where)
+
+
+def opt_deus_literal(*, num_layers: int, **where: Any) -> UpscalePlan:
+    """``opt_deus`` with the transport plan unscaled, as in the paper's program (see ``upscaling/transport.py``)."""
+    return _between(num_layers, lambda i, j: Block.blend(i, j, "transport_literal"), policy="opt_deus_literal", **where)
+
+
+def _between(
+    num_layers: int,
+    new_block: Callable[[int, int], Block],
+    *,
+    policy: str,
+    num_blocks: int | None = None,
+    insert_after: Sequence[int] | None = None,
+) -> UpscalePlan:
+    """A plan with ``new_block(i, i + 1)`` between chosen neighbours."""
     if num_layers < 2:
-        raise ValueError(f"average needs two neighbouring layers; the base has {num_layers}")
+        raise ValueError(f"{policy} needs two neighbouring layers; the base has {num_layers}")
     notes: tuple[str, ...] = ()
     if insert_after is None and num_blocks is not None:
         # The last layer has no successor, so the points are spread over the L - 1 gaps.
         points, note = insertion_points(num_layers=num_layers - 1, num_blocks=num_blocks)
         notes = (note,) if note else ()
     else:
-        points, _ = _points(num_layers, num_blocks, insert_after, "average")
+        points, _ = _points(num_layers, num_blocks, insert_after, policy)
     if num_layers - 1 in points:
-        raise ValueError(f"average cannot insert after layer {num_layers - 1}, which has no next layer")
-    return _insert(num_layers, points, lambda i: Block.blend(i, i + 1), policy="average", notes=notes)
+        raise ValueError(f"{policy} cannot insert after layer {num_layers - 1}, which has no next layer")
+    return _insert(num_layers, points, lambda i: new_block(i, i + 1), policy=policy, notes=notes)
 
 
-POLICIES = ("none", "interleave", "llama_pro", "solar", "stack", "average")
+_BEHIND_A_LAYER = {
+    "control": control,
+    "llama_pro": llama_pro,
+    "average": average,
+    "opt_deus": opt_deus,
+    "opt_deus_literal": opt_deus_literal,
+}
+POLICIES = ("none", "interleave", "solar", "stack", *_BEHIND_A_LAYER)
 
 
 def make_plan(
@@ -164,10 +206,8 @@ def make_plan(
         if memory is None:
             raise ValueError("policy interleave needs memory settings")
         return interleave(num_layers=num_layers, memory=memory, num_blocks=num_blocks, insert_after=insert_after)
-    if policy == "llama_pro":
-        return llama_pro(num_layers=num_layers, num_blocks=num_blocks, insert_after=insert_after)
-    if policy == "average":
-        return average(num_layers=num_layers, num_blocks=num_blocks, insert_after=insert_after)
+    if policy in _BEHIND_A_LAYER:
+        return _BEHIND_A_LAYER[policy](num_layers=num_layers, num_blocks=num_blocks, insert_after=insert_after)
     if policy in ("solar", "stack"):
         if insert_after is not None or num_blocks is None:
             raise ValueError(f"policy {policy} places its blocks itself; give num_blocks and no insert_after")

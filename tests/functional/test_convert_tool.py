@@ -108,12 +108,12 @@ def test_midus_there_and_back_with_random_values(tmp_path, base, memory):
     assert names <= {path.name for path in (tmp_path / "hf again").iterdir()}
 
 
-@pytest.mark.parametrize("policy", ["llama_pro", "solar", "stack", "average"])
+@pytest.mark.parametrize("policy", ["llama_pro", "solar", "stack", "average", "opt_deus", "control"])
 def test_plain_policies_there_and_back(tmp_path, base, policy):
     tensors, model, plan = random_checkpoint(tmp_path / "trained", base, policy, num_blocks=3)
     run(tmp_path / "trained", tmp_path / "hf", "hf")
     result = load_model(tmp_path / "hf", trust_remote_code=False)
-    assert type(result).__name__ == "LlamaForCausalLM" and len(result.model.layers) == 8
+    assert type(result).__name__ == "LlamaForCausalLM" and len(result.model.layers) == plan.num_layers
     assert all(torch.equal(result.state_dict()[name], tensor) for name, tensor in tensors.items())
     run(tmp_path / "hf", tmp_path / "again", "megatron", "--verify")
     assert UpscalePlan.load(tmp_path / "again/iter_0000000") == plan

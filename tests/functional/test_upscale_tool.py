@@ -71,21 +71,30 @@ def test_identity_is_not_an_accident(tmp_path, base):
 
 
 @pytest.mark.parametrize(
-    "policy, num_blocks, identity",
-    [("llama_pro", 2, True), ("solar", 3, False), ("stack", 7, False), ("average", 3, False), ("none", None, True)],
+    "policy, blocks, added, identity",
+    [
+        ("llama_pro", 2, 2, True),
+        ("solar", 3, 3, False),
+        ("stack", 7, 7, False),
+        ("average", 3, 3, False),
+        ("opt_deus", 2, 2, True),
+        ("opt_deus_literal", 1, 1, True),
+        ("control", 2, 0, True),
+        ("none", None, 0, True),
+    ],
 )
-def test_plain_policies_load_without_custom_code(tmp_path, tied, policy, num_blocks, identity):
+def test_plain_policies_load_without_custom_code(tmp_path, tied, policy, blocks, added, identity):
     from transformers import LlamaForCausalLM
 
-    blocks = [] if num_blocks is None else ["--num-blocks", num_blocks]
+    blocks = [] if blocks is None else ["--num-blocks", blocks]
     run(tied, tmp_path / "out", "--save-format", "hf", "--policy", policy, *blocks, "--verify")
     result, report = LlamaForCausalLM.from_pretrained(str(tmp_path / "out"), output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    assert len(result.model.layers) == 5 + (num_blocks or 0)
+    assert len(result.model.layers) == 5 + added
     assert torch.equal(logits_of(result.eval()), logits_of(load_model(tied))) is identity
     assert not list((tmp_path / "out").glob("*.py"))
     config, old = (json.loads((d / "config.json").read_text()) for d in (tmp_path / "out", tied))
-    assert config == {**old, "num_hidden_layers": 5 + (num_blocks or 0)}
+    assert config == {**old, "num_hidden_layers": 5 + added}
 
 
 def test_assets_travel_byte_for_byte(tmp_path, base):

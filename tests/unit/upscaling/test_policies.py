@@ -10,9 +10,14 @@ MEMORY = MemoryConfig()
 
 
 def shorthand(plan):
-    """``["0", "1", "m1", …]``: kept layers bare, c copy, z zero_output copy, b blend, m memory."""
-    letters = {("keep", "exact"): "", ("copy", "exact"): "c", ("copy", "zero_output"): "z", ("blend", "mean"): "b", ("memory", "memory"): "m"}  # fmt: skip
-    return [letters[block.kind, block.init] + "-".join(map(str, block.source)) for block in plan.blocks]
+    """``["0", "1", "m1", …]``: kept layers bare (* trained), c copy, z zero_output copy, b, t, l blends, m memory."""
+    letters = {("keep", "exact"): "", ("copy", "exact"): "c", ("copy", "zero_output"): "z", ("blend", "mean"): "b", ("blend", "transport"): "t", ("blend", "transport_literal"): "l", ("memory", "memory"): "m"}  # fmt: skip
+    return [
+        "*" * (block.kind == "keep" and block.inserted)
+        + letters[block.kind, block.init]
+        + "-".join(map(str, block.source))
+        for block in plan.blocks
+    ]
 
 
 ROWS = [
@@ -36,6 +41,11 @@ ROWS = [
     ("average", {"num_layers": 4, "num_blocks": 2}, "0 1 b1-2 2 b2-3 3", True),
     ("average", {"num_layers": 4, "num_blocks": 3}, "0 b0-1 1 b1-2 2 b2-3 3", False),
     ("average", {"num_layers": 3, "insert_after": [0]}, "0 b0-1 1 2", False),
+    ("opt_deus", {"num_layers": 5, "num_blocks": 2}, "0 1 t1-2 2 3 t3-4 4", False),
+    ("opt_deus_literal", {"num_layers": 3, "insert_after": [1]}, "0 1 l1-2 2", False),
+    ("control", {"num_layers": 4, "num_blocks": 2}, "0 *1 2 *3", False),
+    ("control", {"num_layers": 5, "num_blocks": 2}, "0 1 *2 3 *4", True),
+    ("control", {"num_layers": 3, "insert_after": [0]}, "*0 1 2", False),
 ]
 
 
@@ -74,7 +84,17 @@ def test_insertion_points_of_any_count(num_layers):
             assert str(num_layers) in note and str(num_blocks) in note and all(str(p) in note for p in points)
 
 
-IDENTITY = {"none": True, "interleave": True, "llama_pro": True, "solar": False, "stack": False, "average": False}
+IDENTITY = {
+    "none": True,
+    "interleave": True,
+    "llama_pro": True,
+    "solar": False,
+    "stack": False,
+    "average": False,
+    "opt_deus": True,
+    "opt_deus_literal": True,
+    "control": True,
+}
 
 
 @pytest.mark.parametrize("policy, promised", IDENTITY.items())
@@ -101,6 +121,9 @@ WRONG = [
     ("average", {"num_layers": 1, "num_blocks": 1}, "two neighbouring layers"),
     ("average", {"num_layers": 4, "num_blocks": 4}, "num_blocks=4"),
     ("average", {"num_layers": 4, "insert_after": [3]}, "no next layer"),
+    ("opt_deus", {"num_layers": 4, "insert_after": [3]}, "opt_deus cannot insert after layer 3"),
+    ("control", {"num_layers": 4, "num_blocks": 5}, "num_blocks=5"),
+    ("control", {"num_layers": 4, "insert_after": [4]}, "layer 4"),
     ("none", {"num_layers": 4, "num_blocks": 1}, "inserts nothing"),
     ("mystery", {"num_layers": 4}, "unknown policy 'mystery'"),
 ]
