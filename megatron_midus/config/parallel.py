@@ -69,6 +69,11 @@ class ParallelConfig:
     memory_backend: Literal["auto", "reference", "torch", "triton"] = "auto"
     """Implementation of the head-wise memory look-up."""
 
+    memory_value_placement: Literal["replicated", "latent", "auto"] = "replicated"
+    """Under tensor parallelism: replicated = every process holds the value bank that the heads share; latent = split on
+    its columns, for banks that do not fit or are cheaper to read than to sum; auto = whichever moves fewer bytes a
+    step. Checkpoints are the same."""
+
     deterministic_mode: bool = False
     """Use deterministic kernels only."""
 

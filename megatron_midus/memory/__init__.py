@@ -1,5 +1,5 @@
 """The head-wise memory as a Megatron-Core module."""
 
-from megatron_midus.memory.layer import HeadWiseMemory, partition_axis
+from megatron_midus.memory.layer import HeadWiseMemory, ValuePlacement, partition_axis
 
-__all__ = ["HeadWiseMemory", "partition_axis"]
+__all__ = ["HeadWiseMemory", "ValuePlacement", "partition_axis"]

@@ -6,7 +6,7 @@ memory head's query, O output channels of one head.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +24,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from megatron_midus.config import MemoryConfig
-from megatron_midus.ops import head_wise_memory, initialize_parameter, transform_query
+from megatron_midus.memory.latent import read_latent_bank
+from megatron_midus.ops import head_wise_memory, initialize_parameter, transform_query, weigh_slots
+
+ValuePlacement = Literal["replicated", "latent"]
 
 
-def partition_axis(name: str, memory: MemoryConfig) -> int | None:
+def partition_axis(name: str, memory: MemoryConfig, value_placement: ValuePlacement = "replicated") -> int | None:
     """The axis on which tensor parallelism splits a parameter; ``None`` = every rank holds the whole of it."""
     if name == "attn_proj":
         return 1
     if name == "values" and memory.memory_variant != "full":
-        return None
+        return 1 if value_placement == "latent" else None
     return 0
 
 
@@ -51,12 +54,14 @@ class HeadWiseMemory(MegatronModule):
         layer_index: 0-based position of the block, part of the seed of its initial values.
         seed: of the initial values. They are slices of one global tensor, so the number of ranks does not change them.
         backend: of ``megatron_midus.ops.head_wise_memory``.
+        value_placement: where the bank that the heads of hive and block share lies: whole on every rank, or split on
+            its columns. Checkpoints are the same.
 
     Parameters and their global shapes are ``MemoryConfig.parameter_shapes``; each carries its name there as
     ``memory_parameter_kind``, and ``is_memory_value`` says whether it is the value bank.
 
     Raises:
-        ValueError: heads that the ranks cannot share evenly.
+        ValueError: heads, or columns of a latent bank, that the ranks cannot share evenly.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class HeadWiseMemory(MegatronModule):
         layer_index: int,
         seed: int = 0,
         backend: str = "auto",
+        value_placement: ValuePlacement = "replicated",
         init_method: Any = None,
         bias: bool = False,
         input_is_parallel: bool = True,
@@ -85,6 +91,8 @@ class HeadWiseMemory(MegatronModule):
         self.seed = seed
         self.backend = backend
         self.tp_group = tp_group
+        is_split = value_placement == "latent" and memory.memory_variant != "full" and tp_group.size() > 1
+        self.value_placement: ValuePlacement = "latent" if is_split else "replicated"
         self._check_heads()
         self.num_memory_heads = memory.num_memory_heads(config.num_attention_heads) // tp_group.size()  # M/p
         shapes = memory.parameter_shapes(
@@ -109,7 +117,13 @@ class HeadWiseMemory(MegatronModule):
 
     def _make_parameter(self, name: str, shape: tuple[int, ...]) -> torch.nn.Parameter:
         """This rank's part of parameter ``name`` of global shape ``shape``."""
-        config, axis, ranks = self.config, partition_axis(name, self.memory), self.tp_group.size()
+        config, ranks = self.config, self.tp_group.size()
+        axis = partition_axis(name, self.memory, self.value_placement)
+        if name == "values" and axis is not None and shape[axis] % ranks:
+            raise ValueError(
+                f"a value bank of {shape[axis]} columns cannot be split over tensor_model_parallel_size={ranks}; "
+                "choose --memory-value-placement replicated"
+            )
         local_shape = [size // ranks if i == axis else size for i, size in enumerate(shape)]
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         data = torch.empty(local_shape, dtype=config.params_dtype, device=device)
@@ -161,10 +175,19 @@ class HeadWiseMemory(MegatronModule):
             ``(output, None)``: ``[s, b, h]``, with sequence parallelism ``[s/p, b, h]``. There is no bias.
         """
         raw, query = self.queries(hidden)
+        # [T, M/p, O]; block: [T, 1, h] summed over this rank's heads, or, of a latent bank, [T, 1, h/p] over all heads
+        found = self._read_split(query) if self.value_placement == "latent" else self._read_whole(query)
+        gate = self._parameters.get("gate")
+        if gate is not None:
+            found = found * F.silu(torch.einsum("thd,hdo->tho", raw, gate))
+        return self._leave(found.reshape(*hidden.shape[:2], -1)), None
+
+    def _read_whole(self, query: torch.Tensor) -> torch.Tensor:
+        """The look-up in banks that this rank holds whole."""
         values = self.values
         if partition_axis("values", self.memory) is None:
             values = _ScaleGradient.apply(values, self.tp_group.size())
-        found = head_wise_memory(
+        return head_wise_memory(
             query,
             self.row_keys,
             self.col_keys,
@@ -174,15 +197,33 @@ class HeadWiseMemory(MegatronModule):
             variant=self.memory.memory_variant,
             score_activation=self.memory.memory_score_activation,
             backend=self.backend,
-        )  # [T, M/p, O]; block: [T, 1, h], summed over this rank's heads
-        gate = self._parameters.get("gate")
-        if gate is not None:
-            found = found * F.silu(torch.einsum("thd,hdo->tho", raw, gate))
-        return self._leave(found.reshape(*hidden.shape[:2], -1)), None
+        )
+
+    def _read_split(self, query: torch.Tensor) -> torch.Tensor:
+        """The look-up in a bank of which every rank holds some columns."""
+        indices, weights = weigh_slots(
+            query,
+            self.row_keys,
+            self.col_keys,
+            topk=self.memory.memory_topk,
+            score_activation=self.memory.memory_score_activation,
+            backend=self.backend,
+        )
+        found = read_latent_bank(
+            self.values,
+            indices,
+            weights,
+            sum_heads=self.memory.memory_variant == "block",
+            dtype=query.dtype,
+            group=self.tp_group,
+            backend=self.backend,
+        )
+        head_proj = self._parameters.get("head_proj")
+        return found if head_proj is None else torch.einsum("thl,hlo->tho", found, head_proj)
 
     def _leave(self, found: torch.Tensor) -> torch.Tensor:
-        """From heads split over the ranks, ``[s, b, h/p]``, to the layout of the residual stream."""
-        if self.memory.memory_variant == "block":
+        """From channels split over the ranks, ``[s, b, h/p]``, to the layout of the residual stream."""
+        if self.memory.memory_variant == "block" and self.value_placement == "replicated":
             return self._sum_over_ranks(found)
         if self.config.sequence_parallel:
             seq_length, batch, _ = found.shape
@@ -208,7 +249,8 @@ class HeadWiseMemory(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         """The parameters as sharded tensors of their global shapes, under ``prefix`` + their names."""
-        axes = {name: partition_axis(name, self.memory) for name, _ in self.named_parameters(recurse=False)}
+        names = [name for name, _ in self.named_parameters(recurse=False)]
+        axes = {name: partition_axis(name, self.memory, self.value_placement) for name in names}
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -220,7 +262,7 @@ class HeadWiseMemory(MegatronModule):
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={list(p.shape)}" for name, p in self.named_parameters(recurse=False))
-        return f"{self.memory.memory_variant}, {shapes}"
+        return f"{self.memory.memory_variant}, values {self.value_placement}, {shapes}"
 
 
 class _ScaleGradient(torch.autograd.Function):

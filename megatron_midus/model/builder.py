@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_midus.config import ModelConfig
+from megatron_midus.memory import ValuePlacement
 from megatron_midus.model.config import make_transformer_config, padded_vocab_size
 from megatron_midus.model.layer import layer_index
 from megatron_midus.model.specs import TransformerImpl, get_midus_block_spec
@@ -33,6 +34,7 @@ def build_model(
     transformer_impl: TransformerImpl = "auto",
     make_vocab_size_divisible_by: int = 1,
     memory_backend: str = "auto",
+    value_placement: ValuePlacement = "replicated",
     seed: int = 0,
     vp_stage: int | None = None,
 ) -> GPTModel:
@@ -49,6 +51,7 @@ def build_model(
         transformer_impl: ``local``, ``transformer_engine`` or ``auto``.
         make_vocab_size_divisible_by: rows of the embedding are padded to a multiple of this times the TP size.
         memory_backend: of ``megatron_midus.ops.head_wise_memory``.
+        value_placement: ``replicated`` or ``latent``; weights in checkpoints are the same.
         seed: of the memories' initial values.
         vp_stage: which chunk, under the interleaved pipeline schedule.
 
@@ -72,6 +75,7 @@ def build_model(
             config,
             transformer_impl=transformer_impl,
             memory_backend=memory_backend,
+            value_placement=value_placement,
             seed=seed,
             vp_stage=vp_stage,
         ),

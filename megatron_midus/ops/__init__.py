@@ -1,14 +1,22 @@
 """Head-wise memory as functions of tensors: no module, no process group, no Megatron."""
 
-from megatron_midus.ops.dispatch import head_wise_memory, select_slots, unsupported_reason
+from megatron_midus.ops.dispatch import (
+    aggregate_values,
+    head_wise_memory,
+    select_slots,
+    unsupported_reason,
+    weigh_slots,
+)
 from megatron_midus.ops.initialization import calibrated_keys, initialize_parameter
 from megatron_midus.ops.reference import transform_query
 
 __all__ = [
+    "aggregate_values",
     "calibrated_keys",
     "head_wise_memory",
     "initialize_parameter",
     "select_slots",
     "transform_query",
     "unsupported_reason",
+    "weigh_slots",
 ]

@@ -61,6 +61,23 @@ def select_slots(
     return indices.transpose(0, 1).contiguous(), scores.transpose(0, 1).contiguous()
 
 
+def weigh_slots(
+    query_THD: torch.Tensor,
+    row_keys_HND: torch.Tensor,
+    col_keys_HND: torch.Tensor,
+    *,
+    topk: int,
+    score_activation: str = "softmax",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``megatron_midus.ops.weigh_slots``."""
+    return _WeighSlots.apply(query_THD, row_keys_HND, col_keys_HND, topk, score_activation)
+
+
+def aggregate_values(values_SW: torch.Tensor, index_BJ: torch.Tensor, weights_BJ: torch.Tensor) -> torch.Tensor:
+    """As ``megatron_midus.ops.aggregate_values``; gradients are the same from run to run."""
+    return _AggregateValues.apply(values_SW, index_BJ, weights_BJ)
+
+
 class _Settings(NamedTuple):
     topk: int
     variant: str
@@ -124,6 +141,68 @@ class _HeadWiseMemory(torch.autograd.Function):
             grad_proj,
             None,
         )
+
+
+class _WeighSlots(torch.autograd.Function):
+    """The look-up up to the weights, for a caller that moves them before values are read."""
+
+    @staticmethod
+    def forward(ctx, query, row_keys, col_keys, topk, score_activation):
+        dtype = compute_dtype(query, row_keys, col_keys)
+        index, scores = selection.select_slots(query, row_keys, col_keys, topk=topk, dtype=dtype)
+        weights = activate_scores(scores, score_activation)
+        ctx.save_for_backward(query, row_keys, col_keys, index, weights)
+        ctx.score_activation = score_activation
+        index_THK = index.transpose(0, 1).contiguous()
+        ctx.mark_non_differentiable(index_THK)
+        return index_THK, weights.transpose(0, 1).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, grad_weights):
+        query, row_keys, col_keys, index, weights = ctx.saved_tensors
+        needs_query, needs_rows, needs_cols, _, _ = ctx.needs_input_grad
+        with torch.autocast(query.device.type, enabled=False):
+            # A copy: the gradient of the activation is made in place.
+            grad_weights = grad_weights.to(weights.dtype).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+            grad_scores = _activation_backward(grad_weights, weights, ctx.score_activation)
+            grad_query, grad_rows, grad_cols = _backward_keys(
+                grad_scores, query, row_keys, col_keys, index, weights.dtype, needs_query, needs_rows or needs_cols
+            )
+        return grad_query, grad_rows if needs_rows else None, grad_cols if needs_cols else None, None, None
+
+
+class _AggregateValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, index_BJ, weights_BJ):
+        ctx.save_for_backward(values, index_BJ, weights_BJ)
+        out = weights_BJ.new_empty(len(index_BJ), values.shape[1])
+        bank = _bank(values, index_BJ, weights_BJ.dtype)
+        for part in _chunks(len(index_BJ), index_BJ.shape[1]):
+            out[part] = _pool_rows(bank, index_BJ[part], weights_BJ[part])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        values, index, weights = ctx.saved_tensors
+        needs_values, _, needs_weights = ctx.needs_input_grad
+        grad_values = _zeros(values, weights.dtype) if needs_values else None
+        grad_weights = torch.empty_like(weights) if needs_weights else None
+        bank = _bank(values, index, weights.dtype)
+        with torch.autocast(weights.device.type, enabled=False):
+            for part in _chunks(len(index), index.shape[1]):
+                rows = grad_out[part].to(weights.dtype).contiguous()  # [B, W]
+                if grad_weights is not None:
+                    grad_weights[part] = _row_products(bank, index[part], rows)
+                if grad_values is not None:
+                    grad_values += _scatter_rows(index[part], weights[part], rows, len(values))
+        return None if grad_values is None else grad_values.to(values.dtype), None, grad_weights
+
+
+def _bank(values: torch.Tensor, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bank in ``dtype`` where more rows are read than there are; else ``_pool_rows`` widens the few."""
+    return (values.detach().to(dtype) if index.numel() >= len(values) else values.detach()).contiguous()
 
 
 # -- which bags read which bank --------------------------------------------------------------------------------------

@@ -90,6 +90,77 @@ def select_slots(
         return _module("torch").select_slots(query_THD, row_keys_HND, col_keys_HND, topk=topk)
 
 
+# -- the two halves of head_wise_memory, for a bank whose columns lie on several ranks -----------------------------
+def weigh_slots(
+    query_THD: torch.Tensor,
+    row_keys_HND: torch.Tensor,
+    col_keys_HND: torch.Tensor,
+    *,
+    topk: int,
+    score_activation: str = "softmax",
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slots that ``head_wise_memory`` reads and their weights, which carry the gradient of query and sub-keys.
+
+    Args: as of ``head_wise_memory``.
+
+    Returns:
+        ``(indices int32 [T, H, K], weights [T, H, K])``, best first, weights in fp32 at least.
+
+    Raises:
+        ValueError: as ``head_wise_memory``; a named backend that has only the whole operator.
+    """
+    if score_activation not in SCORE_ACTIVATIONS:
+        raise ValueError(f"score_activation={score_activation!r} is not known; choose one of {list(SCORE_ACTIVATIONS)}")
+    check_keys(query_THD, row_keys_HND, col_keys_HND, topk=topk)
+    module = _module(choose_split_backend(backend, query_THD.device))
+    with torch.autocast(query_THD.device.type, enabled=False):
+        return module.weigh_slots(query_THD, row_keys_HND, col_keys_HND, topk=topk, score_activation=score_activation)
+
+
+def aggregate_values(
+    values_SW: torch.Tensor, index_BJ: torch.Tensor, weights_BJ: torch.Tensor, *, backend: str = "auto"
+) -> torch.Tensor:
+    """Reads bags of slots: ``out[b] = sum_j weights[b, j] * values[index[b, j]]``, differentiable in both.
+
+    With ``hive`` a bag is one head's K slots of one token, with ``block`` those of all heads. ``values`` may be some
+    of a bank's columns: columns do not mix, and the gradients of the weights add up over them.
+
+    Args:
+        values_SW: ``[slots, width]``.
+        index_BJ: int32 or int64 ``[bags, entries]``.
+        weights_BJ: ``[bags, entries]``, fp32 or fp64.
+        backend: ``auto``, ``reference`` or ``torch``.
+
+    Returns:
+        ``[bags, width]`` in the dtype of the weights.
+
+    Raises:
+        ValueError: shapes that do not fit, or a named backend that has only the whole operator.
+    """
+    if values_SW.dim() != 2 or index_BJ.dim() != 2 or index_BJ.shape != weights_BJ.shape:
+        raise ValueError(
+            f"values {list(values_SW.shape)}, indices {list(index_BJ.shape)} and weights {list(weights_BJ.shape)} do "
+            "not fit; give [slots, width] and twice [bags, entries]"
+        )
+    _check_placement({"values": values_SW, "weights": weights_BJ})
+    module = _module(choose_split_backend(backend, values_SW.device))
+    with torch.autocast(values_SW.device.type, enabled=False):
+        return module.aggregate_values(values_SW, index_BJ, weights_BJ)
+
+
+def choose_split_backend(backend: str, device: torch.device) -> str:
+    """The backend of the two halves; raises ``ValueError`` when a named one does not have them."""
+    for name in BACKENDS if backend == "auto" else (backend,):
+        known = name in BACKENDS and hasattr(_module(name), "weigh_slots")
+        if known and (name == "reference" or device.type in ("cpu", "cuda")):
+            return name
+    raise ValueError(
+        f"memory backend {backend!r} cannot select slots and read values in two steps on {device.type}, which a value "
+        "bank split over ranks needs; choose auto, torch or reference"
+    )
+
+
 # -- choice of a backend ---------------------------------------------------------------------------------------------
 def unsupported_reason(backend: str, *tensors: torch.Tensor | None, **settings: Any) -> str | None:
     """Why ``backend`` cannot run ``head_wise_memory(*tensors, **settings)``, in words; ``None`` when it can."""

@@ -67,6 +67,24 @@ def activate_scores(scores_THK: torch.Tensor, score_activation: str) -> torch.Te
     return scores_THK.sigmoid() if score_activation == "sigmoid" else scores_THK.relu()
 
 
+def weigh_slots(
+    query_THD: torch.Tensor,
+    row_keys_HND: torch.Tensor,
+    col_keys_HND: torch.Tensor,
+    *,
+    topk: int,
+    score_activation: str = "softmax",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``megatron_midus.ops.weigh_slots``: the first half of ``head_wise_memory``."""
+    index, scores = select_slots(query_THD, row_keys_HND, col_keys_HND, topk=topk)
+    return index.int(), activate_scores(scores, score_activation)
+
+
+def aggregate_values(values_SW: torch.Tensor, index_BJ: torch.Tensor, weights_BJ: torch.Tensor) -> torch.Tensor:
+    """As ``megatron_midus.ops.aggregate_values``: the second half, for a bank that all bags share."""
+    return torch.einsum("bj,bjw->bw", weights_BJ, values_SW.to(weights_BJ.dtype)[index_BJ])
+
+
 def head_wise_memory(
     query_THD: torch.Tensor,
     row_keys_HND: torch.Tensor,

@@ -29,7 +29,9 @@ from megatron_midus.model.config import make_transformer_config
 from megatron_midus.training.architecture import Architecture, Source
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.checkpointing import readable
-from megatron_midus.training.checks import num_virtual_stages
+from megatron_midus.training.checks import Layout, num_virtual_stages
+from megatron_midus.training.messages import print_rank_0
+from megatron_midus.upscaling.value_placement import Placement, resolve_value_placement
 
 
 def initialize_model_parallel(parallel: ParallelConfig, seed: int, num_layers: int) -> None:
@@ -73,7 +75,11 @@ def transformer_config(arguments: Arguments, architecture: Architecture, timers:
 
 
 def build_model_chunks(
-    arguments: Arguments, architecture: Architecture, config: TransformerConfig, source: Source
+    arguments: Arguments,
+    architecture: Architecture,
+    config: TransformerConfig,
+    source: Source,
+    value_placement: Placement = "replicated",
 ) -> list[torch.nn.Module]:
     """This rank's part of the model, with the weights of ``source``, frozen where ``--train`` says so, on its device.
 
@@ -90,6 +96,7 @@ def build_model_chunks(
             transformer_impl=arguments.parallel.transformer_impl,
             make_vocab_size_divisible_by=arguments.compatibility.make_vocab_size_divisible_by,
             memory_backend=arguments.parallel.memory_backend,
+            value_placement=value_placement,
             seed=arguments.training.seed,
             vp_stage=vp_stage,
         )
@@ -101,6 +108,25 @@ def build_model_chunks(
             load_weights(chunks, source.directory)
     freeze(chunks, architecture.plan, architecture.train)
     return chunks
+
+
+def place_values(arguments: Arguments, architecture: Architecture, layout: Layout) -> Placement:
+    """Resolves ``--memory-value-placement`` and, where there is a choice, says why."""
+    wanted, training = arguments.parallel.memory_value_placement, arguments.training
+    placement, reason = resolve_value_placement(
+        wanted,
+        architecture.plan.memory,
+        hidden_size=architecture.model.hidden_size,
+        num_attention_heads=architecture.model.num_attention_heads,
+        tensor_model_parallel_size=arguments.parallel.tensor_model_parallel_size,
+        tokens_per_microbatch=training.micro_batch_size
+        * (arguments.data.seq_length // arguments.parallel.context_parallel_size),
+        num_microbatches=max(1, layout.global_batch_size // (training.micro_batch_size * layout.data_parallel_size)),
+        itemsize=2 if training.bf16 or training.fp16 else 4,
+    )
+    if wanted != "replicated":
+        print_rank_0(f"memory values: {placement} ({reason})")
+    return placement
 
 
 def wrap_model_chunks(

@@ -76,7 +76,8 @@ def _build_trainer(
         training.decrease_batch_size_if_needed,
     )
     config = build.transformer_config(arguments, architecture, timers)
-    chunks = build.build_model_chunks(arguments, architecture, config, source)
+    placement = build.place_values(arguments, architecture, layout)
+    chunks = build.build_model_chunks(arguments, architecture, config, source, placement)
     print_rank_0(describe_run(arguments, architecture, layout, source))
     chunks = build.wrap_model_chunks(chunks, arguments, config)
     optimizer = scheduler = None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import mappings
 from scenarios import Layout, generator, initialize_parallel, model_config
 
 from megatron_midus.config import MemoryConfig
@@ -18,7 +19,9 @@ from megatron_midus.upscaling import make_plan
 LAYER = 3
 
 
-def make_memory(settings: dict[str, Any], layout: Layout, *, seed: int = 0) -> HeadWiseMemory:
+def make_memory(
+    settings: dict[str, Any], layout: Layout, *, seed: int = 0, placement: str = "replicated"
+) -> HeadWiseMemory:
     initialize_parallel(layout)
     memory = MemoryConfig(**{"memory_num_keys": 9, "memory_topk": 3, "memory_latent_size": 7, **settings})
     plan = make_plan("interleave", num_layers=2, num_blocks=2, memory=memory)
@@ -32,6 +35,7 @@ def make_memory(settings: dict[str, Any], layout: Layout, *, seed: int = 0) -> H
         memory=memory,
         layer_index=LAYER,
         seed=seed,
+        value_placement=placement,
     )
 
 
@@ -129,14 +133,64 @@ def value_gradient(settings: dict[str, Any], layout: Layout) -> torch.Tensor:
     return gradient
 
 
-def sharded_tensors(settings: dict[str, Any], layout: Layout) -> dict[str, tuple]:
+def output_and_gradients(settings: dict[str, Any], layout: Layout, placement: str) -> dict[str, Any]:
+    """This rank's output, gradient of the input, and for each parameter ``(partition axis, gradient)``.
+
+    The gradient of a replicated bank is reduced as Megatron does; that of any other parameter is taken as it is.
+    """
+    module = make_memory(settings, layout, placement=placement)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    shapes = module.memory.parameter_shapes(hidden_size=24, num_attention_heads=4, kv_channels=10)
+    for name, parameter in module.named_parameters():
+        whole = torch.randn(shapes[name], generator=generator(name))
+        is_split = getattr(parameter, "tensor_model_parallel", False)
+        parameter.data.copy_(whole.chunk(layout.tp, parameter.partition_dim)[rank] if is_split else whole)
+    hidden = torch.randn(6, 2, 40, generator=generator("hidden")).chunk(layout.tp, -1)[rank].requires_grad_()
+    probe = torch.randn(6, 2, 24, generator=generator("probe"))
+    output, _ = module(hidden)
+    (output * (probe.chunk(layout.tp, 0)[rank] if layout.sp else probe)).sum().backward()
+    gradients = {}
+    for name, parameter in module.named_parameters():
+        if getattr(parameter, "average_gradients_across_tp_domain", False):
+            torch.distributed.all_reduce(parameter.grad, group=module.tp_group)
+            parameter.grad /= layout.tp
+        is_split = getattr(parameter, "tensor_model_parallel", False)
+        gradients[name] = (parameter.partition_dim if is_split else None, parameter.grad)
+    return {"output": output.detach(), "hidden": hidden.grad, "parameters": gradients}
+
+
+def received_bytes(settings: dict[str, Any], layout: Layout) -> float:
+    """Bytes that this rank receives from others for a bank split on its columns, forward and backward."""
+    counted = 0.0
+    share = (layout.tp - 1) / layout.tp
+
+    def counting(function: Any, position: int) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal counted
+            counted += share * args[position].numel() * args[position].element_size()
+            return function(*args, **kwargs)
+
+        return call
+
+    module = make_memory(settings, layout, placement="latent")
+    hidden = torch.randn(6, 2, 40).chunk(layout.tp, -1)[0].requires_grad_()
+    # The whole of a gather is its output, that of a reduce-scatter and of an exchange its input.
+    mappings.dist_all_gather_func = counting(mappings.dist_all_gather_func, 0)
+    mappings.dist_reduce_scatter_func = counting(mappings.dist_reduce_scatter_func, 1)
+    torch.distributed.all_to_all_single = counting(torch.distributed.all_to_all_single, 1)
+    raw, query = module.queries(hidden)
+    module._read_split(query).sum().backward()
+    return counted
+
+
+def sharded_tensors(settings: dict[str, Any], layout: Layout, placement: str = "replicated") -> dict[str, tuple]:
     """``{key: (global shape, local shape)}``."""
-    state = make_memory(settings, layout).sharded_state_dict("memory.")
+    state = make_memory(settings, layout, placement=placement).sharded_state_dict("memory.")
     return {value.key: (tuple(value.global_shape), tuple(value.local_shape)) for value in state.values()}
 
 
-def build_error(settings: dict[str, Any], layout: Layout) -> str:
-    """What the constructor says to heads that cannot be shared, the builder's own check out of the way."""
+def build_error(settings: dict[str, Any], layout: Layout, placement: str = "replicated") -> str:
+    """What the constructor says to what cannot be shared, the builder's own check out of the way."""
     initialize_parallel(layout)
     memory = MemoryConfig(**settings)
     plan = make_plan("none", num_layers=1)
@@ -149,6 +203,7 @@ def build_error(settings: dict[str, Any], layout: Layout) -> str:
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             memory=memory,
             layer_index=0,
+            value_placement=placement,
         )
     except ValueError as error:
         return str(error)

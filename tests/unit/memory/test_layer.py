@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import memory_processes
 import pytest
 import torch
 from launcher import launch
 from scenarios import Layout
+
+from megatron_midus.config import MemoryConfig
+from megatron_midus.upscaling.value_placement import latent_bytes_per_microbatch
 
 SETTINGS = {
     "hive": {},
@@ -49,6 +54,77 @@ def test_gradient_of_a_replicated_bank_is_the_sum_over_ranks(name: str, layout: 
     assert torch.equal(ranks[0], ranks[1])
     # fp32 sums of about 50 terms in another order.
     torch.testing.assert_close(ranks[0], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+LATENT = {
+    "hive": {"memory_latent_size": 8},
+    "hive, silu, sigmoid": {
+        "memory_latent_size": 8,
+        "memory_output_projection": "silu",
+        "memory_score_activation": "sigmoid",
+    },
+    "hive, linear, attention full": {
+        "memory_latent_size": 8,
+        "memory_output_projection": "linear",
+        "memory_attention": "full",
+    },
+    "block": {"memory_variant": "block"},
+}
+
+
+@functools.cache
+def _one_rank(name: str) -> dict:
+    (found,) = launch(memory_processes.output_and_gradients, 1, LATENT[name], Layout(), "replicated")
+    return found
+
+
+@pytest.mark.parametrize("name", LATENT)
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, sp=True), Layout(tp=4)], ids=["tp2", "tp2 sp", "tp4"])
+def test_a_bank_split_on_its_columns_gives_what_one_rank_gives(name: str, layout: Layout) -> None:
+    """Output and every gradient; that of the bank is whole where it lies, without any reduction."""
+    one = _one_rank(name)
+    ranks = launch(memory_processes.output_and_gradients, layout.world_size, LATENT[name], layout, "latent")
+    outputs = [rank["output"] for rank in ranks]
+    _assert_close(torch.cat(outputs) if layout.sp else outputs[-1], one["output"], "output")
+    _assert_close(torch.cat([rank["hidden"] for rank in ranks], -1), one["hidden"], "hidden")
+    assert set(ranks[0]["parameters"]) == set(one["parameters"])
+    for parameter, (_, expected) in one["parameters"].items():
+        axes, parts = zip(*(rank["parameters"][parameter] for rank in ranks))
+        assert set(axes) == {1 if parameter in ("values", "attn_proj") else 0}
+        _assert_close(torch.cat(parts, axes[0]), expected, parameter)
+
+
+def _assert_close(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    # fp32 sums of up to a few hundred terms in another order.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()), msg=what)
+    assert expected.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["hive", "block"])
+def test_bytes_of_a_latent_bank_are_those_of_the_formula(name: str) -> None:
+    expected = latent_bytes_per_microbatch(
+        MemoryConfig(**{"memory_num_keys": 9, "memory_topk": 3, **LATENT[name]}),
+        hidden_size=24,
+        num_attention_heads=4,
+        tokens=12,
+        ranks=2,
+        itemsize=4,
+    )
+    assert launch(memory_processes.received_bytes, 2, LATENT[name], Layout(tp=2)) == [expected, expected]
+
+
+def test_sharded_tensors_of_a_latent_bank_have_the_same_global_shapes() -> None:
+    for name, shapes in (("hive", ((81, 8), (81, 4))), ("block", ((81, 24), (81, 12)))):
+        for rank in launch(memory_processes.sharded_tensors, 2, LATENT[name], Layout(tp=2), "latent"):
+            assert rank["memory.values"] == shapes
+
+
+def test_columns_that_ranks_cannot_share_are_refused() -> None:
+    for message in launch(memory_processes.build_error, 2, {"memory_latent_size": 7}, Layout(tp=2), "latent"):
+        assert message == (
+            "a value bank of 7 columns cannot be split over tensor_model_parallel_size=2; "
+            "choose --memory-value-placement replicated"
+        )
 
 
 def test_sharded_tensors_have_global_shapes() -> None:
