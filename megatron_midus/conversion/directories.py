@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_midus.config import ModelConfig
+from megatron_midus.config import ModelConfig, padded_vocab_size
 from megatron_midus.conversion.checkpoint_layout import (
     ASSETS_DIRECTORY,
     copy_assets,
@@ -17,7 +17,7 @@ from megatron_midus.conversion.checkpoint_layout import (
 )
 from megatron_midus.conversion.families import fresh_config, to_hf_config
 from megatron_midus.conversion.hf_io import CONFIG_FILE, check_free_space, dtype_name, read_hf_config, write_safetensors
-from megatron_midus.conversion.megatron_io import padded_vocab_size, write_model_tensors
+from megatron_midus.conversion.megatron_io import write_model_tensors
 from megatron_midus.conversion.model_card import model_card
 from megatron_midus.conversion.tokenizer import special_token_ids
 from megatron_midus.upscaling import UpscalePlan
@@ -117,7 +117,9 @@ def write_megatron_checkpoint(
     target.mkdir(parents=True)
     check_free_space(source, target)
     padded = padded_vocab_size(
-        model.vocab_size, divisible_by=make_vocab_size_divisible_by, tensor_parallel_size=tensor_parallel_size
+        model.vocab_size,
+        divisible_by=make_vocab_size_divisible_by,
+        tensor_model_parallel_size=tensor_parallel_size,
     )
     write_model_tensors(source, target, model, plan, padded_vocab=padded, progress=progress)
     model.with_num_layers(plan.num_layers).save(target)

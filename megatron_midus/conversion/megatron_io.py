@@ -123,12 +123,6 @@ def split(fused: torch.Tensor, num_parts: int, model: ModelConfig) -> list[torch
     return [part.reshape(-1, *fused.shape[1:]).contiguous() for part in grouped.split(sizes, dim=1)]
 
 
-def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_parallel_size: int) -> int:
-    """``vocab_size`` rounded up to a multiple of ``divisible_by * tensor_parallel_size``, as Megatron does."""
-    multiple = divisible_by * tensor_parallel_size
-    return -(-vocab_size // multiple) * multiple
-
-
 def check_parallel_sizes(
     model: ModelConfig, plan: UpscalePlan, *, tensor_parallel_size: int, pipeline_parallel_size: int
 ) -> None:

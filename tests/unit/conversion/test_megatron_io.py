@@ -14,7 +14,6 @@ from megatron_midus.conversion.megatron_io import (
     check_parallel_sizes,
     fuse,
     megatron_layout,
-    padded_vocab_size,
     split,
     write_model_tensors,
 )
@@ -177,11 +176,6 @@ def test_optimizer_state_is_ignored(tmp_path):
     (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
     reader = MegatronReader(tmp_path, MODEL, plan)
     assert all(torch.equal(reader.read(name), source.read(name)) for name in source.names())
-
-
-@pytest.mark.parametrize("vocab, divisible_by, ranks, padded", [(37, 1, 1, 37), (37, 128, 1, 128), (128, 128, 1, 128), (129, 64, 2, 256)])  # fmt: skip
-def test_padded_vocabulary(vocab, divisible_by, ranks, padded):
-    assert padded_vocab_size(vocab, divisible_by=divisible_by, tensor_parallel_size=ranks) == padded
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
