@@ -41,6 +41,7 @@ def write_hf_directory(
     plan: UpscalePlan,
     code_files: Sequence[str | Path],
     max_shard_size: int = 5 * 10**9,
+    workers: int = 1,
     iteration: int = 0,
     progress: Progress = silent,
 ) -> None:
@@ -53,6 +54,7 @@ def write_hf_directory(
         plan: the blocks; with Memory blocks among them ``code_files`` travel along.
         code_files: the configuration and modeling file of MIDUS.
         max_shard_size: bytes of one safetensors file.
+        workers: tensors that are read and written at a time.
         iteration: training iterations, for the model card.
         progress: called with each tensor's name.
     """
@@ -67,7 +69,7 @@ def write_hf_directory(
         for path in code_files:
             shutil.copyfile(path, directory / Path(path).name)
     (directory / "README.md").write_text(model_card(model, plan, dtype=dtype, iteration=iteration), encoding="utf-8")
-    write_safetensors(source, directory, max_shard_size=max_shard_size, progress=progress)
+    write_safetensors(source, directory, max_shard_size=max_shard_size, workers=workers, progress=progress)
 
 
 def source_config(assets: str | Path, model: ModelConfig, plan: UpscalePlan) -> dict[str, Any]:
@@ -99,6 +101,7 @@ def write_megatron_checkpoint(
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
     make_vocab_size_divisible_by: int = 128,
+    workers: int = 1,
     progress: Progress = silent,
 ) -> None:
     """Fills the empty ``directory`` with a checkpoint whose iteration 0 is the model of ``source``.
@@ -111,6 +114,7 @@ def write_megatron_checkpoint(
         tensor_parallel_size, pipeline_parallel_size: what the model will be trained with; recorded, and the vocabulary
             is padded for it. Any other sizes can load the checkpoint as well.
         make_vocab_size_divisible_by: rows of the embedding per tensor-parallel rank are a multiple of this.
+        workers: tensors that are read and written at a time.
         progress: called with each tensor's name.
     """
     target = iteration_directory(directory, 0)
@@ -121,7 +125,7 @@ def write_megatron_checkpoint(
         divisible_by=make_vocab_size_divisible_by,
         tensor_model_parallel_size=tensor_parallel_size,
     )
-    write_model_tensors(source, target, model, plan, padded_vocab=padded, progress=progress)
+    write_model_tensors(source, target, model, plan, padded_vocab=padded, workers=workers, progress=progress)
     model.with_num_layers(plan.num_layers).save(target)
     plan.save(target)
     copy_assets(assets, target / ASSETS_DIRECTORY)
