@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from megatron_midus.conversion.checkpoint_layout import (
 from megatron_midus.conversion.families import fresh_config, to_hf_config
 from megatron_midus.conversion.hf_io import CONFIG_FILE, check_free_space, dtype_name, read_hf_config, write_safetensors
 from megatron_midus.conversion.megatron_io import write_model_tensors
-from megatron_midus.conversion.model_card import model_card
+from megatron_midus.conversion.model_card import UNTRAINED, TrainingRecord, model_card
 from megatron_midus.conversion.tokenizer import special_token_ids
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.tensors import EMBEDDING, TensorSource
@@ -42,7 +42,8 @@ def write_hf_directory(
     code_files: Sequence[str | Path],
     max_shard_size: int = 5 * 10**9,
     workers: int = 1,
-    iteration: int = 0,
+    training: TrainingRecord = UNTRAINED,
+    evaluation: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> None:
     """Fills the existing, empty ``directory`` with a model that transformers loads.
@@ -55,7 +56,8 @@ def write_hf_directory(
         code_files: the configuration and modeling file of MIDUS.
         max_shard_size: bytes of one safetensors file.
         workers: tensors that are read and written at a time.
-        iteration: training iterations, for the model card.
+        training: what the weights went through, for the model card.
+        evaluation: report of tools/evaluate.py, for the model card.
         progress: called with each tensor's name.
     """
     directory = Path(directory)
@@ -68,7 +70,8 @@ def write_hf_directory(
     if plan.memory_indices:
         for path in code_files:
             shutil.copyfile(path, directory / Path(path).name)
-    (directory / "README.md").write_text(model_card(model, plan, dtype=dtype, iteration=iteration), encoding="utf-8")
+    card = model_card(model, plan, dtype=dtype, training=training, evaluation=evaluation)
+    (directory / "README.md").write_text(card, encoding="utf-8")
     write_safetensors(source, directory, max_shard_size=max_shard_size, workers=workers, progress=progress)
 
 

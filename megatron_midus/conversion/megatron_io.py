@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_midus.config import ModelConfig
+from megatron_midus.conversion.model_card import TrainingRecord
 from megatron_midus.conversion.streaming import in_parallel, read_finite
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.tensors import (
@@ -333,6 +334,17 @@ class MegatronReader:
         if key in _VOCABULARY_KEYS:
             tensor = tensor[: self._model.vocab_size]
         return split(tensor, len(self._layout[key]), self._model)
+
+
+def read_training_record(directory: str | Path, iteration: int) -> TrainingRecord:
+    """What the checkpoint ``directory`` says about the training that it went through."""
+    path = Path(directory) / "common.pt"
+    if not path.is_file():
+        return TrainingRecord(iteration)
+    with _corruption_named(path):
+        common = torch.load(path, map_location="cpu", weights_only=True)
+        state = common.get("training_state") or {}
+        return TrainingRecord(iteration, state.get("consumed_train_tokens"), state.get("train"))
 
 
 def _read_metadata(directory: Path) -> tuple[dcp.FileSystemReader, Metadata, dict[str, TensorStorageMetadata]]:
