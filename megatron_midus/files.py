@@ -16,7 +16,9 @@ def check_output_directory(target: str | Path, *, overwrite: bool = False) -> Pa
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} exists and is not a directory; choose another output")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"{target} exists and is not empty; choose another output directory or delete it")
+        raise ValueError(
+            f"{target} exists and is not empty; choose another output directory, or give --overwrite to replace it"
+        )
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent

@@ -28,7 +28,9 @@ from megatron_midus.conversion.hf_io import (
     read_hf_config,
     source_hash,
 )
-from megatron_midus.conversion.megatron_io import MegatronReader, check_parallel_sizes
+from megatron_midus.conversion.megatron_io import MegatronReader, check_parallel_sizes, read_training_record
+from megatron_midus.conversion.model_card import read_evaluation
+from megatron_midus.conversion.streaming import check_workers, default_workers
 from megatron_midus.conversion.tokenizer import check_tokenizer
 from megatron_midus.files import check_output_directory, staged_directory
 from megatron_midus.upscaling import PLAN_FILE, UpscalePlan
@@ -74,6 +76,13 @@ def make_parser() -> argparse.ArgumentParser:
         default=128,
         help="--to megatron: rows of the embedding of each tensor-parallel rank are padded to a multiple of this (default: 128)",
     )
+    add(
+        "--workers",
+        type=int,
+        default=default_workers(),
+        help="tensors that are read, hashed and written at a time; each worker holds a few copies of one tensor (default: %(default)s, the cores of this machine up to 4)",
+    )
+    add("--evaluation", metavar="FILE", help="--to hf: JSON report of tools/evaluate.py, shown in the model card")
     add("--overwrite", action="store_true", help="replace the output directory when it exists")
     add("--verify", action="store_true", help="read the output back and compare every tensor before it is kept")  # fmt: skip
     return parser
@@ -84,8 +93,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     parse_size(args.max_shard_size)
     if args.make_vocab_size_divisible_by < 1:
         raise ValueError("--make-vocab-size-divisible-by must be at least 1")
+    check_workers(args.workers)
     if args.to == "megatron" and args.ckpt_step is not None:
         raise ValueError("--ckpt-step chooses an iteration of a Megatron checkpoint; leave it out with --to megatron")
+    if args.to == "megatron" and args.evaluation is not None:
+        raise ValueError("--evaluation goes into the model card of an export; leave it out with --to megatron")
     save, load = Path(args.save).resolve(), Path(args.load).resolve()
     if save == load or save in load.parents:
         raise ValueError(f"--save {args.save} would replace what is loaded; choose another directory")
@@ -118,6 +130,8 @@ def to_hf(args: argparse.Namespace) -> str:
     assets = directory / ASSETS_DIRECTORY
     check_model(source_config(assets, model, plan), model, plan)
     check_tokenizer(assets, model.vocab_size)
+    training = read_training_record(directory, iteration)
+    evaluation = None if args.evaluation is None else read_evaluation(args.evaluation)
     dtype = model.hf_dtype if args.dtype == "auto" else args.dtype
     source = with_dtype(MegatronReader(directory, model, plan), dtype)
     code_files: tuple[Path, ...] = ()
@@ -135,7 +149,9 @@ def to_hf(args: argparse.Namespace) -> str:
                 plan=plan,
                 code_files=code_files,
                 max_shard_size=parse_size(args.max_shard_size),
-                iteration=iteration,
+                workers=args.workers,
+                training=training,
+                evaluation=evaluation,
                 progress=lambda name: bar.update(),
             )
         if args.verify:
@@ -165,7 +181,9 @@ def to_megatron(args: argparse.Namespace) -> str:
     shapes = model_shapes(model, plan)
     weights = open_hf_weights(args.load, model, shapes)
     if plan.policy == "none" and not plan.source_hash:
-        plan = dataclasses.replace(plan, source_hash=source_hash(weights, list(shapes)))
+        with progress_bar("hashing", len(shapes)) as bar:
+            found = source_hash(weights, list(shapes), lambda name: bar.update(), workers=args.workers)
+        plan = dataclasses.replace(plan, source_hash=found)
     source = with_dtype(weights, "keep" if args.dtype == "auto" else args.dtype)
     model = dataclasses.replace(model, hf_dtype=dtype_name(source.dtype(EMBEDDING)))
     with staged_directory(args.save, overwrite=args.overwrite) as target:
@@ -179,6 +197,7 @@ def to_megatron(args: argparse.Namespace) -> str:
                 tensor_parallel_size=args.target_tensor_parallel_size,
                 pipeline_parallel_size=args.target_pipeline_parallel_size,
                 make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
+                workers=args.workers,
                 progress=lambda name: bar.update(),
             )
         if args.verify:

@@ -26,6 +26,7 @@ from megatron_midus.conversion.directories import write_hf_directory, write_mega
 from megatron_midus.conversion.families import from_hf_config, to_hf_config
 from megatron_midus.conversion.hf_io import dtype_name, open_hf_weights, parse_size, read_hf_config, source_hash
 from megatron_midus.conversion.megatron_io import MegatronReader, check_parallel_sizes
+from megatron_midus.conversion.streaming import check_workers, default_workers
 from megatron_midus.conversion.tokenizer import check_tokenizer
 from megatron_midus.files import check_output_directory, staged_directory
 from megatron_midus.upscaling import POLICIES, UpscalePlan, make_plan
@@ -112,6 +113,12 @@ def make_parser() -> argparse.ArgumentParser:
         default=2048,
         help="tokens of a sequence for the FLOPs of the cost table (default: 2048)",
     )
+    add(
+        "--workers",
+        type=int,
+        default=default_workers(),
+        help="tensors that are read, hashed and written at a time; each worker holds a few copies of one tensor (default: %(default)s, the cores of this machine up to 4)",
+    )
     add("--overwrite", action="store_true", help="replace the output directory when it exists")
     add("--dry-run", action="store_true", help="print the plan and its cost and write nothing")
     add("--verify", action="store_true", help="compare fp32 logits of base and result before the output is kept; fails when a policy that promises identity breaks it")  # fmt: skip
@@ -139,6 +146,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--save is missing; give an output directory or --dry-run")
     if args.seq_length < 1 or args.calibration_tokens < 1 or args.make_vocab_size_divisible_by < 1:
         raise ValueError("--seq-length, --calibration-tokens and --make-vocab-size-divisible-by must be at least 1")
+    check_workers(args.workers)
     parse_size(args.max_shard_size)
     calibrated = getattr(args, "memory_key_init", None) == "calibrated"
     if calibrated and args.calibration_data is None and not args.dry_run:
@@ -265,6 +273,7 @@ def write(
                 tensor_parallel_size=args.target_tensor_parallel_size,
                 pipeline_parallel_size=args.target_pipeline_parallel_size,
                 make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
+                workers=args.workers,
                 progress=lambda name: bar.update(),
             )
 
@@ -283,6 +292,7 @@ def write_hf(directory: Path, source: TensorSource, args: argparse.Namespace, mo
         plan=plan,
         code_files=code_files,
         max_shard_size=parse_size(args.max_shard_size),
+        workers=args.workers,
         **options,
     )
 
@@ -331,7 +341,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     with progress_bar("hashing", len(base_shapes)) as bar:
-        plan = dataclasses.replace(plan, source_hash=source_hash(base, list(base_shapes), lambda name: bar.update()))
+        plan = dataclasses.replace(
+            plan, source_hash=source_hash(base, list(base_shapes), lambda name: bar.update(), workers=args.workers)
+        )
     source = UpscaledTensors(base, model, plan, dtype=args.dtype)
     if plan.memory is not None and plan.memory.memory_key_init == "calibrated":
         keys = calibrate(args, source, to_hf_config(config, model, plan, dtype=dtype), plan)

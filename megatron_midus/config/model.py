@@ -8,6 +8,19 @@ from pathlib import Path
 from typing import Any
 
 MODEL_CONFIG_FILE = "model_config.json"
+# megatron-core's rope scaling has these as constants, and only the factor as an argument.
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def padded_vocab_size(vocab_size: int, *, divisible_by: int = 1, tensor_model_parallel_size: int = 1) -> int:
+    """Rows of the embedding after padding to a multiple of ``divisible_by * tensor_model_parallel_size``."""
+    if vocab_size < 1 or divisible_by < 1 or tensor_model_parallel_size < 1:
+        raise ValueError(
+            f"vocab_size={vocab_size}, make_vocab_size_divisible_by={divisible_by} and "
+            f"tensor_model_parallel_size={tensor_model_parallel_size} must be at least 1"
+        )
+    multiple = divisible_by * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_midus.config import ModelConfig
+from megatron_midus.config import ModelConfig, padded_vocab_size
 from megatron_midus.conversion.checkpoint_layout import (
     ASSETS_DIRECTORY,
     copy_assets,
@@ -17,8 +17,8 @@ from megatron_midus.conversion.checkpoint_layout import (
 )
 from megatron_midus.conversion.families import fresh_config, to_hf_config
 from megatron_midus.conversion.hf_io import CONFIG_FILE, check_free_space, dtype_name, read_hf_config, write_safetensors
-from megatron_midus.conversion.megatron_io import padded_vocab_size, write_model_tensors
-from megatron_midus.conversion.model_card import model_card
+from megatron_midus.conversion.megatron_io import write_model_tensors
+from megatron_midus.conversion.model_card import UNTRAINED, TrainingRecord, model_card
 from megatron_midus.conversion.tokenizer import special_token_ids
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.tensors import EMBEDDING, TensorSource
@@ -41,7 +41,9 @@ def write_hf_directory(
     plan: UpscalePlan,
     code_files: Sequence[str | Path],
     max_shard_size: int = 5 * 10**9,
-    iteration: int = 0,
+    workers: int = 1,
+    training: TrainingRecord = UNTRAINED,
+    evaluation: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> None:
     """Fills the existing, empty ``directory`` with a model that transformers loads.
@@ -53,7 +55,9 @@ def write_hf_directory(
         plan: the blocks; with Memory blocks among them ``code_files`` travel along.
         code_files: the configuration and modeling file of MIDUS.
         max_shard_size: bytes of one safetensors file.
-        iteration: training iterations, for the model card.
+        workers: tensors that are read and written at a time.
+        training: what the weights went through, for the model card.
+        evaluation: report of tools/evaluate.py, for the model card.
         progress: called with each tensor's name.
     """
     directory = Path(directory)
@@ -66,8 +70,9 @@ def write_hf_directory(
     if plan.memory_indices:
         for path in code_files:
             shutil.copyfile(path, directory / Path(path).name)
-    (directory / "README.md").write_text(model_card(model, plan, dtype=dtype, iteration=iteration), encoding="utf-8")
-    write_safetensors(source, directory, max_shard_size=max_shard_size, progress=progress)
+    card = model_card(model, plan, dtype=dtype, training=training, evaluation=evaluation)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+    write_safetensors(source, directory, max_shard_size=max_shard_size, workers=workers, progress=progress)
 
 
 def source_config(assets: str | Path, model: ModelConfig, plan: UpscalePlan) -> dict[str, Any]:
@@ -99,6 +104,7 @@ def write_megatron_checkpoint(
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
     make_vocab_size_divisible_by: int = 128,
+    workers: int = 1,
     progress: Progress = silent,
 ) -> None:
     """Fills the empty ``directory`` with a checkpoint whose iteration 0 is the model of ``source``.
@@ -111,15 +117,18 @@ def write_megatron_checkpoint(
         tensor_parallel_size, pipeline_parallel_size: what the model will be trained with; recorded, and the vocabulary
             is padded for it. Any other sizes can load the checkpoint as well.
         make_vocab_size_divisible_by: rows of the embedding per tensor-parallel rank are a multiple of this.
+        workers: tensors that are read and written at a time.
         progress: called with each tensor's name.
     """
     target = iteration_directory(directory, 0)
     target.mkdir(parents=True)
     check_free_space(source, target)
     padded = padded_vocab_size(
-        model.vocab_size, divisible_by=make_vocab_size_divisible_by, tensor_parallel_size=tensor_parallel_size
+        model.vocab_size,
+        divisible_by=make_vocab_size_divisible_by,
+        tensor_model_parallel_size=tensor_parallel_size,
     )
-    write_model_tensors(source, target, model, plan, padded_vocab=padded, progress=progress)
+    write_model_tensors(source, target, model, plan, padded_vocab=padded, workers=workers, progress=progress)
     model.with_num_layers(plan.num_layers).save(target)
     plan.save(target)
     copy_assets(assets, target / ASSETS_DIRECTORY)

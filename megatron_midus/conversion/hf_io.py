@@ -1,9 +1,12 @@
-"""safetensors directories: a lazy reader that refuses what is broken before any work, and a sharded writer."""
+"""safetensors directories: a lazy reader that refuses what is broken before any work, and a streaming, sharded writer."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -12,10 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from megatron_midus.config import ModelConfig
-from megatron_midus.upscaling.tensors import EMBEDDING, OUTPUT_LAYER, Shape, TensorSource
+from megatron_midus.conversion.streaming import in_parallel, num_bytes, read_finite, tensor_bytes
+from megatron_midus.upscaling.tensors import EMBEDDING, OUTPUT_LAYER, Shape, TensorSource, split_name
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -27,6 +30,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Written by transformers before 4.32; computed since.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -64,7 +68,7 @@ def parse_size(text: str) -> int:
 
 
 class SafetensorsReader:
-    """The tensors of a Hugging Face directory, one or many files, read from the mapped file when asked for.
+    """The tensors of a Hugging Face directory, one or many files, read when they are asked for, by any thread.
 
     Args:
         directory: holds ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
@@ -76,8 +80,8 @@ class SafetensorsReader:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self._files: dict[str, Any] = {}
         self._where: dict[str, str] = {}
+        self._offsets: dict[str, int] = {}
         self._specs: dict[str, tuple[Shape, torch.dtype]] = {}
         for file_name in self._weight_files():
             self._open(file_name)
@@ -106,21 +110,17 @@ class SafetensorsReader:
         path = self.directory / file_name
         if not path.is_file():
             raise ValueError(f"{path} is named by {INDEX_FILE} and does not exist; fetch the missing shard")
-        try:
-            handle = safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path} is corrupt or truncated ({error}); fetch it again") from None
-        self._files[file_name] = handle
-        for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+        start, header = _read_header(path)
+        for name, entry in header.items():
             if name in self._where:
                 raise ValueError(f"tensor {name} is in {self._where[name]} and in {file_name}; one must go")
-            view = handle.get_slice(name)
-            if view.get_dtype() not in _DTYPES:
+            if entry["dtype"] not in _DTYPES:
                 raise ValueError(
-                    f"tensor {name} in {path} has dtype {view.get_dtype()}; only {', '.join(_DTYPES)} can be converted"
+                    f"tensor {name} in {path} has dtype {entry['dtype']}; only {', '.join(_DTYPES)} can be converted"
                 )
             self._where[name] = file_name
-            self._specs[name] = (tuple(view.get_shape()), _DTYPES[view.get_dtype()])
+            self._offsets[name] = start + entry["data_offsets"][0]
+            self._specs[name] = (tuple(entry["shape"]), _DTYPES[entry["dtype"]])
 
     def _check_index(self) -> None:
         index = self.directory / INDEX_FILE
@@ -144,8 +144,33 @@ class SafetensorsReader:
         return self._specs[name][1]
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor, mapped from its file and not copied: never write to it."""
-        return self._files[self._where[name]].get_tensor(name)
+        """A fresh tensor. Read, not mapped: pages of a mapped file stay in memory as long as the file is open."""
+        shape, dtype = self._specs[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        path = self.directory / self._where[name]
+        with open(path, "rb", buffering=0) as stream:
+            stream.seek(self._offsets[name])
+            left = tensor_bytes(tensor)
+            while left:
+                count = stream.readinto(left)
+                if not count:
+                    raise ValueError(f"{path} ends before tensor {name} does; it changed while it was read")
+                left = left[count:]
+        return tensor
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file begins, and ``{name: {dtype, shape, data_offsets}}``."""
+    try:
+        with safe_open(path, framework="pt", device="cpu"):
+            pass  # the library's own checks: names, offsets without holes, the size of the file
+        with open(path, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is corrupt or truncated ({error}); fetch it again") from None
+    header.pop("__metadata__", None)
+    return 8 + length, header
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -192,15 +217,32 @@ def check_tensors(where: str, found: dict[str, Shape], expected: dict[str, Shape
             raise ValueError(f"{where}: tensor {name} has shape {list(found[name])}, its config asks for {list(shape)}")
 
 
-def source_hash(source: TensorSource, names: Sequence[str], progress: Callable[[str], None] = lambda name: None) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of ``names`` in sorted order: the same however they are sharded."""
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        tensor = source.read(name).contiguous()
-        digest.update(f"{name}\0{dtype_name(tensor.dtype)}\0{list(tensor.shape)}\0".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+def source_hash(
+    source: TensorSource,
+    names: Sequence[str],
+    progress: Callable[[str], None] = lambda name: None,
+    *,
+    workers: int = 1,
+) -> str:
+    """SHA-256 over the names in sorted order and, for each, the SHA-256 of its dtype, shape and bytes.
+
+    The same however the tensors are sharded, and whatever the number of ``workers``.
+    """
+
+    def digest(name: str) -> tuple[str, str]:
+        tensor = source.read(name)
+        inner = hashlib.sha256(f"{dtype_name(tensor.dtype)}\0{list(tensor.shape)}\0".encode())
+        inner.update(tensor_bytes(tensor))
+        return name, inner.hexdigest()
+
+    digests = {}
+    for name, found in in_parallel(digest, names, workers):
+        digests[name] = found
         progress(name)
-    return digest.hexdigest()
+    whole = hashlib.sha256()
+    for name in sorted(digests):
+        whole.update(f"{name}\0{digests[name]}\n".encode())
+    return whole.hexdigest()
 
 
 def plan_shards(source: TensorSource, max_shard_size: int) -> list[list[str]]:
@@ -208,7 +250,7 @@ def plan_shards(source: TensorSource, max_shard_size: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
     for name in source.names():
-        size = _num_bytes(source, name)
+        size = num_bytes(source, name)
         if shards[-1] and filled + size > max_shard_size:
             shards.append([])
             filled = 0
@@ -217,13 +259,9 @@ def plan_shards(source: TensorSource, max_shard_size: int) -> list[list[str]]:
     return shards
 
 
-def _num_bytes(source: TensorSource, name: str) -> int:
-    return torch.Size(source.shape(name)).numel() * source.dtype(name).itemsize
-
-
 def check_free_space(source: TensorSource, directory: str | Path) -> None:
     """Raises ``ValueError`` when the tensors of ``source`` do not fit on the disk of ``directory``."""
-    needed = sum(_num_bytes(source, name) for name in source.names())
+    needed = sum(num_bytes(source, name) for name in source.names())
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise ValueError(
@@ -236,10 +274,14 @@ def write_safetensors(
     directory: str | Path,
     *,
     max_shard_size: int = 5 * 10**9,
+    workers: int = 1,
     progress: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Writes every tensor of ``source`` as transformers does: one file, or shards of at most ``max_shard_size`` bytes
-    and their index. One shard is held in memory at a time.
+    and their index. One tensor per worker is held in memory, whatever the size of a shard.
+
+    Raises:
+        ValueError: a tensor with NaN or infinities.
     """
     directory = Path(directory)
     shards = plan_shards(source, max_shard_size)
@@ -247,16 +289,66 @@ def write_safetensors(
     for number, names in enumerate(shards, start=1):
         single = len(shards) == 1
         file_name = WEIGHTS_FILE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name in names:
-            tensors[name] = source.read(name).contiguous()
-            progress(name)
-        save_file(tensors, directory / file_name, metadata={"format": "pt"})
+        _write_shard(source, directory / file_name, names, workers, progress)
         weight_map |= dict.fromkeys(names, file_name)
     if len(shards) > 1:
-        total = sum(_num_bytes(source, name) for name in source.names())
+        total = sum(num_bytes(source, name) for name in source.names())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_shard(
+    source: TensorSource, path: Path, names: Sequence[str], workers: int, progress: Callable[[str], None]
+) -> None:
+    """Header first, then every tensor at the place that the header gave it."""
+    header, offsets, size = _shard_header(source, names)
+    with contextlib.closing(_OpenFile(path)) as file:
+        file.write_at(0, header)
+        os.truncate(path, size)
+
+        def write(layer: list[str]) -> list[str]:
+            for name in layer:
+                file.write_at(offsets[name], tensor_bytes(read_finite(source, name)))
+            return layer
+
+        # A layer is one task: what lies together in the source is asked for by one thread, one after the other.
+        layers = [list(group) for _, group in itertools.groupby(names, lambda name: split_name(name)[0])]
+        for done in in_parallel(write, layers, workers):
+            for name in done:
+                progress(name)
+
+
+def _shard_header(source: TensorSource, names: Sequence[str]) -> tuple[bytes, dict[str, int], int]:
+    """Header of a safetensors file, where in the file each tensor begins, and the size of the file."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # Wide dtypes first, so that every tensor is aligned to its own.
+    for name in sorted(names, key=lambda name: -source.dtype(name).itemsize):
+        begin, end = end, end + num_bytes(source, name)
+        dtype = _DTYPE_NAMES[source.dtype(name)]
+        entries[name] = {"dtype": dtype, "shape": list(source.shape(name)), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    offsets = {name: start + entries[name]["data_offsets"][0] for name in names}
+    return len(text).to_bytes(8, "little") + text, offsets, start + end
+
+
+class _OpenFile:
+    """A new file that several threads write into, each at its own place."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        left = memoryview(data)
+        while left:
+            # One call writes 2 GiB at most.
+            count = os.pwrite(self._descriptor, left, offset)
+            left, offset = left[count:], offset + count
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
 class CastTensors:

@@ -7,9 +7,11 @@ one tensor at a time: no process group, no device, no model, and memory for one 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import pickle
 import re
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +20,15 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megatron_midus.config import ModelConfig
+from megatron_midus.conversion.model_card import TrainingRecord
+from megatron_midus.conversion.streaming import in_parallel, read_finite
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.tensors import (
     EMBEDDING,
@@ -123,12 +130,6 @@ def split(fused: torch.Tensor, num_parts: int, model: ModelConfig) -> list[torch
     return [part.reshape(-1, *fused.shape[1:]).contiguous() for part in grouped.split(sizes, dim=1)]
 
 
-def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_parallel_size: int) -> int:
-    """``vocab_size`` rounded up to a multiple of ``divisible_by * tensor_parallel_size``, as Megatron does."""
-    multiple = divisible_by * tensor_parallel_size
-    return -(-vocab_size // multiple) * multiple
-
-
 def check_parallel_sizes(
     model: ModelConfig, plan: UpscalePlan, *, tensor_parallel_size: int, pipeline_parallel_size: int
 ) -> None:
@@ -171,6 +172,28 @@ class _LazySavePlanner(DefaultSavePlanner):
         return self._make(index.fqn)
 
 
+class _ParallelWriter(dcp.FileSystemWriter):
+    """Several threads write, one file per tensor: DCP keeps all tensors of a file in memory until it is closed.
+
+    DCP's own ``thread_count`` loses what its threads raise and leaves their tensors out of the checkpoint.
+    """
+
+    def __init__(self, directory: Path, workers: int) -> None:
+        super().__init__(directory, single_file_per_rank=False)
+        self._workers = workers
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        parts = []
+        for number in range(self._workers):
+            names = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
+            parts.append(dataclasses.replace(plan, items=plan.items[number :: self._workers], storage_data=names))
+        written: Future[list[WriteResult]] = Future()
+        write = super().write_data
+        results = in_parallel(lambda part: write(part, planner).wait(), parts, self._workers)
+        written.set_result([result for part in results for result in part])
+        return written
+
+
 def write_model_tensors(
     source: TensorSource,
     directory: str | Path,
@@ -179,6 +202,7 @@ def write_model_tensors(
     *,
     padded_vocab: int | None = None,
     iteration: int = 0,
+    workers: int = 1,
     progress: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Writes a torch_dist checkpoint that holds the model alone into the existing, empty ``directory``.
@@ -189,24 +213,28 @@ def write_model_tensors(
         plan: its blocks.
         padded_vocab: rows of the embedding and output layer in the checkpoint; the rows beyond ``vocab_size`` are zero.
         iteration: recorded in ``common.pt``.
+        workers: tensors that are written at a time.
         progress: called with each canonical name when it is read.
+
+    Raises:
+        ValueError: a tensor with NaN or infinities, or dtypes that differ in one fused tensor.
     """
     directory = Path(directory)
     layout = megatron_layout(model, plan)
+    lock = threading.Lock()
 
     def make(key: str) -> torch.Tensor:
-        parts = [source.read(name) for name in layout[key]]
-        for name in layout[key]:
-            progress(name)
+        parts = [read_finite(source, name) for name in layout[key]]
+        with lock:
+            for name in layout[key]:
+                progress(name)
         tensor = fuse(parts, model).contiguous()
         return _pad_rows(tensor, padded_vocab) if key in _VOCABULARY_KEYS else tensor
 
     outline = {key: _outline(source, key, names, padded_vocab) for key, names in layout.items()}
-    # One file per tensor: DCP keeps all tensors of a file in memory until the file is closed.
-    writer = dcp.FileSystemWriter(directory, single_file_per_rank=False)
     try:
         with _quiet_dcp():
-            dcp.save(outline, storage_writer=writer, planner=_LazySavePlanner(make))
+            dcp.save(outline, storage_writer=_ParallelWriter(directory, workers), planner=_LazySavePlanner(make))
     except CheckpointException as error:
         # It is no Exception and hides what happened: a full disk, a source that cannot be read.
         raise next(iter(error.failures.values()))[0] from None
@@ -234,22 +262,11 @@ def _pad_rows(tensor: torch.Tensor, rows: int | None) -> torch.Tensor:
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
-class _CachedReader(dcp.FileSystemReader):
-    """Reads ``.metadata`` once, not once per tensor."""
-
-    _metadata: Metadata | None = None
-
-    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        if self._metadata is None:
-            self._metadata = super().read_metadata(*args, **kwargs)  # type: ignore[arg-type]
-        return self._metadata
-
-
 class MegatronReader:
     """The canonical tensors of one ``iter_*`` directory, whatever parallel sizes it was saved with.
 
     Only tensors of the model are read; optimizer, scheduler and random states are left alone. Padding rows of the
-    vocabulary are cut off.
+    vocabulary are cut off. Several threads may read.
 
     Raises:
         ValueError: not a torch_dist checkpoint, a missing or truncated file, or tensors that do not match the plan.
@@ -261,9 +278,9 @@ class MegatronReader:
         self._shapes = model_shapes(model, plan)
         self._layout = megatron_layout(model, plan)
         self._key_of = {name: key for key, names in self._layout.items() for name in names}
-        self._reader, self._stored = _read_metadata(self.directory)
+        self._reader, self._metadata, self._stored = _read_metadata(self.directory)
         self._check()
-        self._last: tuple[str, list[torch.Tensor]] = ("", [])
+        self._last = threading.local()
 
     def _check(self) -> None:
         for key, names in self._layout.items():
@@ -300,28 +317,44 @@ class MegatronReader:
 
     def read(self, name: str) -> torch.Tensor:
         key = self._key_of[name]
-        if self._last[0] != key:
+        if getattr(self._last, "key", None) != key:
             # Query, key and value are asked for one after the other and lie in one tensor.
-            self._last = (key, self._read_key(key))
-        return self._last[1][self._layout[key].index(name)]
+            self._last.key = self._last.parts = None  # gone before the next one comes
+            self._last.parts, self._last.key = self._read_key(key), key
+        return self._last.parts[self._layout[key].index(name)]
 
     def _read_key(self, key: str) -> list[torch.Tensor]:
         stored = self._stored[key]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        with _quiet_dcp(), _corruption_named(self.directory):
-            dcp.load({key: tensor}, storage_reader=self._reader)
+        # What dcp.load does after it has read the metadata again and warned that there is no process group.
+        planner = DefaultLoadPlanner()
+        with _corruption_named(self.directory):
+            planner.set_up_planner({key: tensor}, self._metadata, is_coordinator=True)
+            self._reader.read_data(planner.create_local_plan(), planner).wait()
         if key in _VOCABULARY_KEYS:
             tensor = tensor[: self._model.vocab_size]
         return split(tensor, len(self._layout[key]), self._model)
 
 
-def _read_metadata(directory: Path) -> tuple[_CachedReader, dict[str, TensorStorageMetadata]]:
-    """The DCP reader of a checkpoint and its tensors' metadata, after the cheap checks for wholeness."""
+def read_training_record(directory: str | Path, iteration: int) -> TrainingRecord:
+    """What the checkpoint ``directory`` says about the training that it went through."""
+    path = Path(directory) / "common.pt"
+    if not path.is_file():
+        return TrainingRecord(iteration)
+    with _corruption_named(path):
+        common = torch.load(path, map_location="cpu", weights_only=True)
+        state = common.get("training_state") or {}
+        return TrainingRecord(iteration, state.get("consumed_train_tokens"), state.get("train"))
+
+
+def _read_metadata(directory: Path) -> tuple[dcp.FileSystemReader, Metadata, dict[str, TensorStorageMetadata]]:
+    """The DCP reader of a checkpoint, its metadata and that of its tensors, after the cheap checks for wholeness."""
     if not (directory / "metadata.json").is_file() or not (directory / ".metadata").is_file():
         raise ValueError(f"{directory} is not a whole torch_dist checkpoint: metadata.json or .metadata is missing")
-    reader = _CachedReader(directory)
+    reader = dcp.FileSystemReader(directory)
     with _corruption_named(directory):
         metadata = reader.read_metadata()
+        reader.set_up_storage_reader(metadata, True)
         ends: dict[str, int] = {}
         for info in metadata.storage_data.values():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
@@ -332,7 +365,7 @@ def _read_metadata(directory: Path) -> tuple[_CachedReader, dict[str, TensorStor
             raise ValueError(f"{path} is missing; the checkpoint is not whole")
         if path.stat().st_size < end:
             raise ValueError(f"{path} is truncated: {path.stat().st_size} bytes of at least {end}")
-    return reader, tensors
+    return reader, metadata, tensors
 
 
 @contextlib.contextmanager

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from megatron_midus.config import ModelConfig
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.cost import total_parameters, trainable_parameters
@@ -17,14 +23,44 @@ _CITATION = """```bibtex
 ```"""
 
 
-def model_card(model: ModelConfig, plan: UpscalePlan, *, dtype: str, iteration: int = 0) -> str:
+# Entries of an evaluation's results that say how it was done, not what came out.
+_NOT_RESULTS = ("documents", "bytes", "tokens", "nats", "seconds", "tokens_read", "tokens_per_second", "samples")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRecord:
+    """What a model went through since it was up-scaled.
+
+    Attributes:
+        iteration: training iterations.
+        tokens: training tokens; ``None`` where nobody counted.
+        train: which blocks were trained, ``inserted`` or ``all``; ``None`` where nobody wrote it down.
+    """
+
+    iteration: int = 0
+    tokens: int | None = None
+    train: str | None = None
+
+
+UNTRAINED = TrainingRecord()
+
+
+def model_card(
+    model: ModelConfig,
+    plan: UpscalePlan,
+    *,
+    dtype: str,
+    training: TrainingRecord = UNTRAINED,
+    evaluation: Mapping[str, Any] | None = None,
+) -> str:
     """Markdown text.
 
     Args:
         model: architecture of the base or of the up-scaled model (layer counts are read from the plan).
         plan: the blocks.
         dtype: of the weights in the directory.
-        iteration: training iterations after up-scaling.
+        training: what happened after up-scaling.
+        evaluation: report of tools/evaluate.py, as read from its JSON.
     """
     base = plan.source_name or "the base model"
     tags = ["depth-up-scaling", *(["midus"] if plan.memory_indices else [])]
@@ -39,7 +75,7 @@ def model_card(model: ModelConfig, plan: UpscalePlan, *, dtype: str, iteration: 
             "",
             f"# {base}, up-scaled from {plan.num_base_layers} to {plan.num_layers} layers",
             "",
-            _origin(plan, base, iteration),
+            _origin(plan, base, training),
             "",
             "## Layers",
             "",
@@ -47,8 +83,9 @@ def model_card(model: ModelConfig, plan: UpscalePlan, *, dtype: str, iteration: 
             "",
             "## Size",
             "",
-            *_size_rows(model, plan, dtype),
+            *_size_rows(model, plan, dtype, training),
             "",
+            *_evaluation_rows(evaluation),
             "## Loading",
             "",
             *_loading(plan),
@@ -61,8 +98,11 @@ def model_card(model: ModelConfig, plan: UpscalePlan, *, dtype: str, iteration: 
     )
 
 
-def _origin(plan: UpscalePlan, base: str, iteration: int) -> str:
-    trained = f"trained for {iteration} iterations since" if iteration else "not trained since"
+def _origin(plan: UpscalePlan, base: str, training: TrainingRecord) -> str:
+    tokens = f" on {training.tokens:,} tokens" if training.tokens else ""
+    trained = (
+        f"trained for {training.iteration:,} iterations{tokens} since" if training.iteration else "not trained since"
+    )
     identity = " Before training it computes the same function as its base." if plan.is_identity else ""
     source = f" SHA-256 of the base's weights: `{plan.source_hash}`." if plan.source_hash else ""
     return f"Made of {base} with the policy `{plan.policy}` of megatron-midus and {trained}.{identity}{source}"
@@ -81,16 +121,52 @@ def _list(indices: tuple[int, ...]) -> str:
     return ", ".join(map(str, indices)) or "none"
 
 
-def _size_rows(model: ModelConfig, plan: UpscalePlan, dtype: str) -> list[str]:
+def _size_rows(model: ModelConfig, plan: UpscalePlan, dtype: str, training: TrainingRecord) -> list[str]:
     total = total_parameters(model, plan)
     base = total_parameters(model, none(num_layers=plan.num_base_layers))
+    trained = []
+    if training.iteration and training.train in ("inserted", "all"):
+        count = trainable_parameters(model, plan, training.train)  # type: ignore[arg-type]
+        what = "the inserted blocks, the base frozen" if training.train == "inserted" else "the whole model"
+        trained = [f"- trained: {count:,} ({what})"]
     return [
         f"- parameters: {total:,}",
         f"- of the base: {base:,}",
         f"- added: {total - base:,} ({100 * (total - base) / base:.1f} %)",
         f"- in inserted blocks: {trainable_parameters(model, plan, 'inserted'):,}",
+        *trained,
         f"- dtype of the weights: {dtype}",
     ]
+
+
+def read_evaluation(path: str | Path) -> dict[str, Any]:
+    """The JSON report of tools/evaluate.py; ``ValueError`` when the file holds something else."""
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        _evaluation_rows(report)
+    except FileNotFoundError:
+        raise ValueError(f"--evaluation {path} does not exist; make it with tools/evaluate.py") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--evaluation {path} is no JSON report of tools/evaluate.py ({type(error).__name__}: {error})"
+        ) from None
+    return report
+
+
+def _evaluation_rows(report: Mapping[str, Any] | None) -> list[str]:
+    """A section with one row per model, data and figure; a figure's standard error stands beside it."""
+    if report is None:
+        return []
+    rows = ["## Evaluation", "", "| model | data | figure | value |", "|---|---|---|---:|"]
+    for model in report["models"]:
+        for data, results in model["results"].items():
+            for name, value in results.items():
+                if not isinstance(value, (int, float)) or name in _NOT_RESULTS or "stderr" in name:
+                    continue
+                error = results.get(f"{name}_stderr")
+                shown = f"{value:.4g}" + (f" ± {error:.2g}" if isinstance(error, (int, float)) else "")
+                rows.append(f"| {model['name']} | {data} | {name} | {shown} |")
+    return [*rows, *[f"\n{note}" for note in report.get("notes", ())], ""]
 
 
 def _loading(plan: UpscalePlan) -> list[str]:

@@ -15,17 +15,27 @@ from megatron_midus.upscaling.tensors import TensorSource
 
 @dataclasses.dataclass(frozen=True)
 class LogitComparison:
-    """Two models on the same tokens: largest difference, share of equal most likely tokens, and bit equality."""
+    """Two models on the same tokens.
+
+    Attributes:
+        max_difference: largest absolute difference of two logits.
+        sigma: standard deviation of the first model's logits, the scale of that difference.
+        argmax_agreement: share of positions with the same most likely token.
+        kl: Kullback-Leibler divergence of the second from the first, nats per token, mean over the positions.
+        bit_equal: whether every logit is the same to the last bit.
+    """
 
     max_difference: float
     sigma: float
     argmax_agreement: float
+    kl: float
     bit_equal: bool
 
     def describe(self) -> str:
         return (
             f"max difference {self.max_difference:.3e} (logits' sigma {self.sigma:.3e}), argmax agreement "
-            f"{100 * self.argmax_agreement:.2f} %, bit-equal {'yes' if self.bit_equal else 'no'}"
+            f"{100 * self.argmax_agreement:.2f} %, KL {self.kl:.3e} nats/token, "
+            f"bit-equal {'yes' if self.bit_equal else 'no'}"
         )
 
 
@@ -48,14 +58,30 @@ def round_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 def compare_logits(first: Any, second: Any, *, vocab_size: int, num_sequences: int = 3, seq_length: int = 33, seed: int = 0) -> LogitComparison:  # fmt: skip
     """Runs both models on ``num_sequences`` random sequences of ``seq_length`` token ids."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocab_size, (num_sequences, seq_length), generator=generator)
+    ids = random_tokens(vocab_size=vocab_size, num_sequences=num_sequences, seq_length=seq_length, seed=seed)
+    return compare(logits_of(first, ids), logits_of(second, ids))
+
+
+def random_tokens(*, vocab_size: int, num_sequences: int = 3, seq_length: int = 33, seed: int = 0) -> torch.Tensor:
+    """``[num_sequences, seq_length]`` token ids, drawn evenly."""
+    return torch.randint(vocab_size, (num_sequences, seq_length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """``[b, s] -> [b, s, vocabulary]`` of a causal model of transformers."""
     with torch.no_grad():
-        one, two = (model(input_ids=ids, use_cache=False).logits for model in (first, second))
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def compare(one: torch.Tensor, two: torch.Tensor) -> LogitComparison:
+    """Compares logits ``[b, s, vocabulary]`` of two models on the same tokens."""
+    first, second = (logits.double().log_softmax(-1) for logits in (one, two))
     return LogitComparison(
         max_difference=(one - two).abs().max().item(),
         sigma=one.std().item(),
         argmax_agreement=(one.argmax(-1) == two.argmax(-1)).float().mean().item(),
+        # Rounding may leave a sum of tiny terms below zero.
+        kl=max(0.0, (first.exp() * (first - second)).sum(-1).mean().item()),
         bit_equal=torch.equal(one, two),
     )
 

@@ -12,17 +12,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_midus.config import ModelConfig
+from megatron_midus.config import LLAMA3_ROPE, ModelConfig, padded_vocab_size
 from megatron_midus.memory import ValuePlacement
-from megatron_midus.model.config import make_transformer_config, padded_vocab_size
+from megatron_midus.model.config import make_transformer_config
 from megatron_midus.model.layer import layer_index
 from megatron_midus.model.specs import TransformerImpl, get_midus_block_spec
 from megatron_midus.upscaling import UpscalePlan
 
-__all__ = ["build_model", "freeze", "make_transformer_config", "padded_vocab_size", "unwrap"]
-
-# What Megatron's rotary embedding has built in besides the factor (Llama 3).
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+__all__ = ["build_model", "freeze", "make_transformer_config", "unwrap"]
 
 
 def build_model(
@@ -123,7 +120,7 @@ def _rope_scaling(scaling: dict[str, Any] | None) -> dict[str, Any]:
         return {}
     if kind != "llama3":
         raise ValueError(f"rope scaling {kind!r} is not supported; only llama3 and none are")
-    for name, built_in in _LLAMA3_ROPE.items():
+    for name, built_in in LLAMA3_ROPE.items():
         if scaling.get(name, built_in) != built_in:
             raise ValueError(
                 f"rope scaling {name}={scaling[name]} is not supported; Megatron-Core has {built_in} built in"

@@ -27,17 +27,6 @@ _DEPTH_DEPENDENT = (
 _UNSUPPORTED = ("num_moe_experts", "multi_latent_attention", "mtp_num_layers", "experimental_attention_variant")
 
 
-def padded_vocab_size(vocab_size: int, *, divisible_by: int = 1, tensor_model_parallel_size: int = 1) -> int:
-    """Rows of the embedding after padding to a multiple of ``divisible_by * tensor_model_parallel_size``."""
-    if vocab_size < 1 or divisible_by < 1 or tensor_model_parallel_size < 1:
-        raise ValueError(
-            f"vocab_size={vocab_size}, make_vocab_size_divisible_by={divisible_by} and "
-            f"tensor_model_parallel_size={tensor_model_parallel_size} must be at least 1"
-        )
-    multiple = divisible_by * tensor_model_parallel_size
-    return -(-vocab_size // multiple) * multiple
-
-
 def make_transformer_config(
     model: ModelConfig,
     plan: UpscalePlan,

@@ -38,6 +38,7 @@ class Progress:
     iteration: int = 0
     consumed_train_samples: int = 0
     floating_point_operations: float = 0.0
+    consumed_train_tokens: int = 0
 
 
 def optimizer_metadata() -> dict[str, Any]:
@@ -176,7 +177,8 @@ def read_progress(common: dict[str, Any]) -> Progress:
     stored = common.get(_TRAINING_STATE)
     if stored is None:
         return Progress()
-    return Progress(**{field.name: stored[field.name] for field in dataclasses.fields(Progress)})
+    # What a checkpoint of an earlier version did not count yet begins at its default.
+    return Progress(**{field.name: stored.get(field.name, field.default) for field in dataclasses.fields(Progress)})
 
 
 def load_training_state(

@@ -221,7 +221,9 @@ class Trainer:
         assert self.optimizer is not None
         progress.iteration += 1
         progress.consumed_train_samples += samples
-        progress.floating_point_operations += self.telemetry.flops_per_token * samples * self.arguments.data.seq_length
+        tokens = samples * self.arguments.data.seq_length
+        progress.consumed_train_tokens += tokens
+        progress.floating_point_operations += self.telemetry.flops_per_token * tokens
         logging = self.arguments.logging
         learning_rate, value_learning_rate = learning_rates(self.optimizer)
         due = progress.iteration % logging.log_interval == 0

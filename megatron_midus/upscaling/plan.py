@@ -179,6 +179,8 @@ class UpscalePlan:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> UpscalePlan:
         """Inverse of ``to_dict``; raises ``ValueError`` on another schema or on entries that do not fit."""
+        if not isinstance(values, dict):
+            raise ValueError("the plan is no JSON object")
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ValueError(f"plan schema version {version} is not known; this version reads {SCHEMA_VERSION}")
@@ -187,7 +189,7 @@ class UpscalePlan:
             memory = MemoryConfig(**values["memory"]) if values.get("memory") else None
             rest = {k: v for k, v in values.items() if k not in ("blocks", "memory", "notes")}
             return cls(blocks=blocks, memory=memory, notes=tuple(values.get("notes", ())), **rest)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"the plan does not have the expected entries: {error}") from None
 
     def save(self, directory: str | Path) -> None:

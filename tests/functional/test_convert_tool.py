@@ -146,6 +146,19 @@ def test_export_takes_the_dtype_of_the_source(tmp_path):
     assert all(torch.equal(before.read(name), after.read(name)) for name in before.names())
 
 
+def test_the_card_knows_training_and_evaluation(tmp_path, base):
+    random_checkpoint(tmp_path / "trained", base)
+    iteration = iteration_directory(tmp_path / "trained", 0)
+    state = {"training_state": {"consumed_train_tokens": 40_960, "train": "inserted"}, "iteration": 40}
+    torch.save(state, iteration / "common.pt")
+    iteration.rename(iteration_directory(tmp_path / "trained", 40))
+    (tmp_path / "e.json").write_text('{"models": [{"name": "tiny", "results": {"prose": {"perplexity": 33.3}}}]}')
+    run(tmp_path / "trained", tmp_path / "hf", "hf", "--ckpt-step", 40, "--evaluation", tmp_path / "e.json")
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "40 iterations on 40,960 tokens" in card and "| tiny | prose | perplexity | 33.3 |" in card
+    assert "- trained: " in card
+
+
 def test_generation_after_the_export(tmp_path, base):
     from transformers import AutoTokenizer
 
@@ -164,6 +177,17 @@ def edit_json(name, **changes):
     def edit(directory):
         path = directory / name
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+def edit_blocks(change):
+    """An edit of the plan's list of blocks, as somebody with an editor would make it."""
+
+    def edit(directory):
+        plan = json.loads((directory / PLAN_FILE).read_text())
+        change(plan["blocks"])
+        (directory / PLAN_FILE).write_text(json.dumps(plan))
 
     return edit
 
@@ -200,6 +224,17 @@ WRONG_MEGATRON = [
     (truncate_largest, [], "is truncated"),
     (lambda i: (i / ".metadata").unlink(), [], "not a whole torch_dist checkpoint"),
     (None, ["--max-shard-size", "x"], "'x' is not understood"),
+    (None, ["--evaluation", "no/such.json"], "no/such.json does not exist"),
+    (lambda i: (i / "common.pt").write_bytes(b"PK"), [], "common.pt is corrupt"),
+    (edit_json(PLAN_FILE, num_base_layers=3), [], "midus_plan.json"),
+    (edit_blocks(lambda blocks: blocks[1].update(source=[9])), [], "midus_plan.json.*9"),
+    (edit_blocks(lambda blocks: blocks[1].update(kind="mamba")), [], "midus_plan.json.*mamba"),
+    (edit_blocks(lambda blocks: blocks.pop()), [], "num_layers=7, midus_plan.json 6"),
+    (edit_json(PLAN_FILE, colour="red"), [], "expected entries"),
+    (edit_json(PLAN_FILE, memory={"memory_num_keys": -1}), [], "memory_num_keys=-1"),
+    (edit_json(PLAN_FILE, memory=None), [], "has no memory settings"),
+    (edit_json(PLAN_FILE, schema_version=None), [], "schema version None"),
+    (lambda i: (i / PLAN_FILE).write_text("[]"), [], "midus_plan.json"),
 ]
 
 
@@ -231,6 +266,8 @@ WRONG_HF = [
     (None, ["--target-tensor-parallel-size", "4"], "choose one of"),
     (None, ["--target-pipeline-parallel-size", "3"], "7 layers"),
     (None, ["--ckpt-step", "3"], "leave it out with --to megatron"),
+    (None, ["--evaluation", "x.json"], "leave it out with --to megatron"),
+    (None, ["--workers", "0"], "--workers 0 is out of range"),
     (None, ["--make-vocab-size-divisible-by", "0"], "at least 1"),
 ]
 

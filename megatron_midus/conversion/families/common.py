@@ -6,10 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_midus.config import ModelConfig
+from megatron_midus.config import LLAMA3_ROPE, ModelConfig
 
-# megatron-core's rope scaling has these as constants, and only the factor as an argument.
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _SIZES = (
     "num_hidden_layers",
     "hidden_size",

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_midus.config import ModelConfig
+from megatron_midus.config import ModelConfig, padded_vocab_size
 from megatron_midus.config.model import MODEL_CONFIG_FILE
 
 MODEL = ModelConfig(
@@ -50,3 +50,16 @@ def test_values_out_of_range_are_named():
         MODEL.with_num_layers(0)
     with pytest.raises(ValueError, match="num_attention_heads=6 is not divisible by num_query_groups=4"):
         ModelConfig.from_dict({**MODEL.to_dict(), "num_query_groups": 4})
+
+
+@pytest.mark.parametrize(
+    ("rows", "divisible_by", "ranks", "padded"),
+    [(37, 1, 1, 37), (37, 1, 2, 38), (37, 8, 2, 48), (37, 128, 1, 128), (128, 64, 2, 128), (129, 64, 2, 256)],
+)
+def test_padded_vocab_size(rows: int, divisible_by: int, ranks: int, padded: int) -> None:
+    assert padded_vocab_size(rows, divisible_by=divisible_by, tensor_model_parallel_size=ranks) == padded
+
+
+def test_padding_to_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="make_vocab_size_divisible_by=0"):
+        padded_vocab_size(37, divisible_by=0)

@@ -14,10 +14,10 @@ from megatron_midus.conversion.megatron_io import (
     check_parallel_sizes,
     fuse,
     megatron_layout,
-    padded_vocab_size,
     split,
     write_model_tensors,
 )
+from megatron_midus.conversion.streaming import in_parallel
 from megatron_midus.upscaling import make_plan
 from megatron_midus.upscaling.tensors import model_shapes
 
@@ -150,6 +150,24 @@ def test_megatron_itself_reads_it(tmp_path):
     assert torch.load(tmp_path / "common.pt")["iteration"] == 3
 
 
+def test_several_threads_write_and_read(tmp_path):
+    source, seen = random_source(), []
+    write_model_tensors(source, tmp_path, MODEL, PLAN, padded_vocab=64, workers=4, progress=seen.append)
+    assert sorted(seen) == sorted(source.names())
+    reader = MegatronReader(tmp_path, MODEL, PLAN)
+    shuffled = sorted(source.names() * 3, key=lambda name: hash(name[::-1]))
+    for name, tensor in in_parallel(lambda name: (name, reader.read(name)), shuffled, 4):
+        assert torch.equal(tensor, source.read(name)), name
+
+
+def test_values_that_are_not_finite_are_not_written(tmp_path):
+    source = random_source()
+    source.tensors["model.layers.2.memory.values"][3, 1] = float("nan")
+    with pytest.raises(ValueError, match="layers.2.memory.values .float32. holds 1 values that are NaN"):
+        write_model_tensors(source, tmp_path, MODEL, PLAN)
+    assert not (tmp_path / "metadata.json").exists()
+
+
 def test_reads_only_what_it_is_asked_for(tmp_path):
     """Writing asks for each tensor once, so memory holds one at a time."""
     asked = []
@@ -177,11 +195,6 @@ def test_optimizer_state_is_ignored(tmp_path):
     (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
     reader = MegatronReader(tmp_path, MODEL, plan)
     assert all(torch.equal(reader.read(name), source.read(name)) for name in source.names())
-
-
-@pytest.mark.parametrize("vocab, divisible_by, ranks, padded", [(37, 1, 1, 37), (37, 128, 1, 128), (128, 128, 1, 128), (129, 64, 2, 256)])  # fmt: skip
-def test_padded_vocabulary(vocab, divisible_by, ranks, padded):
-    assert padded_vocab_size(vocab, divisible_by=divisible_by, tensor_parallel_size=ranks) == padded
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
@@ -267,7 +280,8 @@ def test_query_groups_shared_by_ranks():
     check_parallel_sizes(model, PLAN, tensor_parallel_size=2, pipeline_parallel_size=1)
 
 
-def test_what_goes_wrong_while_writing_is_told_as_it_is(tmp_path):
+@pytest.mark.parametrize("workers", [1, 4])
+def test_what_goes_wrong_while_writing_is_told_as_it_is(tmp_path, workers):
     """DCP wraps it in an exception that is no Exception; here the cause comes out."""
 
     class Failing(DictSource):
@@ -277,5 +291,5 @@ def test_what_goes_wrong_while_writing_is_told_as_it_is(tmp_path):
             return super().read(name)
 
     with pytest.raises(OSError, match="No space left"):
-        write_model_tensors(Failing(random_source().tensors), tmp_path, MODEL, PLAN)
+        write_model_tensors(Failing(random_source().tensors), tmp_path, MODEL, PLAN, workers=workers)
     assert not (tmp_path / "metadata.json").exists()

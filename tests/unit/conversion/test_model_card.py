@@ -1,11 +1,14 @@
 """The model card states what the plan says."""
 
 import dataclasses
+import json
+
+import pytest
 
 from megatron_midus.config import MemoryConfig, ModelConfig
-from megatron_midus.conversion.model_card import model_card
+from megatron_midus.conversion.model_card import TrainingRecord, model_card, read_evaluation
 from megatron_midus.upscaling import make_plan
-from megatron_midus.upscaling.cost import total_parameters
+from megatron_midus.upscaling.cost import total_parameters, trainable_parameters
 
 MODEL = ModelConfig(
     num_layers=4,
@@ -22,9 +25,14 @@ MODEL = ModelConfig(
 def test_midus_card():
     plan = make_plan("interleave", num_layers=4, num_blocks=3, memory=MemoryConfig(memory_num_keys=16))
     plan = dataclasses.replace(plan, source_name="Tiny-1", source_hash="ab" * 32)
-    card = model_card(MODEL, plan, dtype="bfloat16", iteration=250)
+    card = model_card(MODEL, plan, dtype="bfloat16", training=TrainingRecord(250, 2_048_000, "inserted"))
     assert card.startswith("---\nlibrary_name: transformers\n") and "\n- midus\n" in card
-    assert "# Tiny-1, up-scaled from 4 to 7 layers" in card and "trained for 250 iterations" in card
+    assert (
+        "# Tiny-1, up-scaled from 4 to 7 layers" in card
+        and "trained for 250 iterations on 2,048,000 tokens since" in card
+    )
+    inserted = trainable_parameters(MODEL, plan, "inserted")
+    assert f"- trained: {inserted:,} (the inserted blocks, the base frozen)" in card
     assert "ab" * 32 in card and "computes the same function as its base" in card
     assert f"parameters: {total_parameters(MODEL, plan):,}" in card and "memory_num_keys: `16`" in card
     assert "do not divide into 3 equal groups" in card
@@ -38,3 +46,44 @@ def test_plain_card():
     assert "not trained since" in card and "same function" not in card and "the base model" in card
     base = total_parameters(MODEL, make_plan("none", num_layers=4))
     assert f"of the base: {base:,}" in card
+    assert "- trained:" not in card and "## Evaluation" not in card
+
+
+def test_trained_as_a_whole():
+    plan = make_plan("stack", num_layers=4, num_blocks=4)
+    card = model_card(MODEL, plan, dtype="float32", training=TrainingRecord(7, None, "all"))
+    assert "trained for 7 iterations since" in card
+    assert f"- trained: {total_parameters(MODEL, plan):,} (the whole model)" in card
+
+
+REPORT = {
+    "models": [
+        {"name": "base", "results": {"prose": {"perplexity": 33.33333, "tokens": 50_000, "loss": 3.5}}},
+        {"name": "midus", "results": {"arc_easy": {"acc": 0.51, "acc_stderr": 0.0102, "alias": "arc_easy"}}},
+    ],
+    "notes": ["zero-shot"],
+}
+
+
+def test_evaluation(tmp_path):
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps(REPORT))
+    card = model_card(MODEL, make_plan("none", num_layers=4), dtype="float32", evaluation=read_evaluation(path))
+    section = card.split("## Evaluation")[1].split("## Loading")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert rows == [
+        "| base | prose | perplexity | 33.33 |",
+        "| base | prose | loss | 3.5 |",
+        "| midus | arc_easy | acc | 0.51 ± 0.01 |",
+    ]
+    assert "zero-shot" in section
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"models": [{"name": "a"}]}', '{"models": [{"results": {"a": 3}}]}', "\x00"])  # fmt: skip
+def test_what_is_no_evaluation(tmp_path, text):
+    (tmp_path / "e.json").write_text(text)
+    with pytest.raises(ValueError, match="is no JSON report of tools/evaluate.py") as caught:
+        read_evaluation(tmp_path / "e.json")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="does not exist; make it with"):
+        read_evaluation(tmp_path / "absent.json")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import model_processes
-import pytest
 from launcher import launch
-
-from megatron_midus.model.config import padded_vocab_size
 
 NO_MEMORY = None
 CASES = [
@@ -54,15 +51,3 @@ def test_settings_that_megatron_gets_wrong_by_itself() -> None:
     assert (config["hidden_dropout"], config["attention_dropout"]) == (0.0, 0.0)
     assert config["window_size"] == (4, 0)
     assert config["kv_channels"] == 10
-
-
-@pytest.mark.parametrize(
-    ("rows", "divisible_by", "ranks", "padded"), [(37, 1, 1, 37), (37, 1, 2, 38), (37, 8, 2, 48), (128, 64, 2, 128)]
-)
-def test_padded_vocab_size(rows: int, divisible_by: int, ranks: int, padded: int) -> None:
-    assert padded_vocab_size(rows, divisible_by=divisible_by, tensor_model_parallel_size=ranks) == padded
-
-
-def test_padding_to_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="make_vocab_size_divisible_by=0"):
-        padded_vocab_size(37, divisible_by=0)
