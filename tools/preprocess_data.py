@@ -1,10 +1,13 @@
-"""Encodes a corpus (.jsonl or .txt) into Megatron-Core indexed datasets, ready for pretrain_midus.py --data-path."""
+"""Encodes a corpus (.jsonl, .txt, .parquet) into Megatron-Core indexed datasets, ready for pretrain_midus.py --data-path."""
 
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from megatron_midus import cli
 from megatron_midus.config.fields import add_arguments, from_namespace
@@ -19,24 +22,26 @@ def parse_arguments(arguments: Sequence[str] | None) -> PreprocessConfig:
 
 
 def print_result(result: PreprocessResult) -> None:
-    """The small table at the end."""
-    width = max(len(prefix) for prefix in result.datasets)
-    print(f"{'dataset':<{width}}  {'documents':>12}  {'tokens':>15}  {'text bytes':>15}  bytes/token")
+    """The table at the end."""
+    # Whole numbers and paths, also where the output is a file or a narrow window.
+    console = Console(width=max(200, 60 + max(map(len, result.datasets))), soft_wrap=True)
+    table = Table("dataset", box=box.SIMPLE_HEAD)
+    for heading in ("documents", "tokens", "text bytes", "bytes/token"):
+        table.add_column(heading, justify="right")
     for prefix, statistics in result.datasets.items():
-        print(
-            f"{prefix:<{width}}  {statistics.documents:>12,}  {statistics.tokens:>15,}  {statistics.bytes:>15,}  "
-            f"{statistics.bytes_per_token:11.3f}"
-        )
-    skipped = f"{result.empty:,} empty, {result.duplicates:,} duplicates, {result.malformed:,} malformed"
-    rate = result.bytes_read / 1e6 / max(result.seconds, 1e-9)
-    print(f"left out: {skipped} | {result.bytes_read / 1e6:.1f} MB in {result.seconds:.1f} s, {rate:.2f} MB/s")
-    for example in result.malformed_examples:
+        counts = (f"{n:,}" for n in (statistics.documents, statistics.tokens, statistics.bytes))
+        table.add_row(prefix, *counts, f"{statistics.bytes_per_token:.3f}")
+    console.print(table)
+    skipped = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in result.skipped.counts().items())
+    print(f"left out: {skipped}")
+    done = result.bytes_read - result.bytes_resumed
+    resumed = f" (and {result.bytes_resumed / 1e6:.1f} MB before)" if result.bytes_resumed else ""
+    print(f"{done / 1e6:.1f} MB{resumed} in {result.seconds:.1f} s, {result.megabytes_per_second:.2f} MB/s")
+    for example in result.skipped.malformed_examples:
         print(f"  malformed: {example}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    # Of no consequence for data, and four times the length of the output.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     print_result(preprocess(parse_arguments(arguments)))
 
 

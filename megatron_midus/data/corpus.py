@@ -1,8 +1,8 @@
-"""Documents from text files: .jsonl and .txt, plain or compressed (.gz, .zst), files, directories and glob patterns.
+"""Documents from files: .jsonl and .txt, plain or compressed (.gz, .zst), and .parquet; directories and glob patterns.
 
-A ``.jsonl`` file holds one JSON object a line. A ``.txt`` file is one document, unless it contains the separator, by
-default a form feed, which no ordinary prose contains: blank lines are part of a text and do not end it.
-Everything is UTF-8 (a byte-order mark is dropped). Imports no Megatron.
+A ``.jsonl`` file holds one JSON object a line, a ``.parquet`` file one document a row. A ``.txt`` file is one document,
+unless it contains the separator, by default a form feed, which no ordinary prose contains: blank lines are part of a
+text and do not end it. Everything is UTF-8 (a byte-order mark is dropped). Imports no Megatron.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import dataclasses
 import glob
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 DEFAULT_SEPARATOR = "\f"
 TEXT_KEY = "text"
 
-_SUFFIXES = tuple(kind + packed for kind in (".jsonl", ".txt") for packed in ("", ".gz", ".zst"))
+_SUFFIXES = (*(kind + packed for kind in (".jsonl", ".txt") for packed in ("", ".gz", ".zst")), ".parquet")
 _BOM = b"\xef\xbb\xbf"
 _CHUNK = 1 << 20
+_PARQUET_ROWS = 1024
 
 
 class MalformedDocument(ValueError):
@@ -43,12 +45,14 @@ class RawDocument:
     def where(self) -> str:
         return f"{self.path}:{self.line}"
 
+    @property
+    def size(self) -> int:
+        """Bytes of the record."""
+        return len(self.content)
+
     def parse(self, keys: Sequence[str]) -> list[str]:
         """The texts under ``keys``; raises :class:`MalformedDocument`."""
-        try:
-            text = self.content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise MalformedDocument(f"{self.where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        text = _decode(self.content, self.where)
         if not self.is_json:
             return [text for _ in keys]
         return [_text_of(value, key, self.where) for key, value in zip(keys, self._values(text, keys))]
@@ -67,6 +71,41 @@ class RawDocument:
         return [record[key] for key in keys]
 
 
+@dataclasses.dataclass(frozen=True)
+class RowDocument:
+    """A row of a .parquet file, its strings not decoded yet."""
+
+    path: str
+    row: int
+    """1-based."""
+    values: tuple[object, ...]
+    """What the columns hold; strings as UTF-8 bytes."""
+
+    @property
+    def where(self) -> str:
+        return f"{self.path}:{self.row}"
+
+    @property
+    def size(self) -> int:
+        """Bytes of the strings."""
+        return sum(len(value) for value in self.values if isinstance(value, bytes))
+
+    def parse(self, keys: Sequence[str]) -> list[str]:
+        """The texts of the columns ``keys``, which are those that were read; raises :class:`MalformedDocument`."""
+        values = (_decode(v, f"{self.where}: {k!r}") if isinstance(v, bytes) else v for k, v in zip(keys, self.values))
+        return [_text_of(value, key, self.where) for key, value in zip(keys, values)]
+
+
+Record = RawDocument | RowDocument
+
+
+def _decode(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise MalformedDocument(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
 def _text_of(value: object, key: str, where: str) -> str:
     if not isinstance(value, str):
         raise MalformedDocument(f"{where}: {key!r} is {type(value).__name__}, not a string")
@@ -82,7 +121,7 @@ def find_inputs(inputs: Sequence[str]) -> list[Path]:
     """The files that ``inputs`` mean, in a fixed order.
 
     Args:
-        inputs: files, directories (all ``.jsonl``/``.txt`` below them, compressed or not, sorted by path) and glob
+        inputs: files, directories (all files below them with a known suffix, sorted by path) and glob
             patterns. Order is kept; a file that is named twice is read once.
 
     Raises:
@@ -105,25 +144,39 @@ def find_inputs(inputs: Sequence[str]) -> list[Path]:
             raise ValueError(f"input {name} does not exist")
         for file in found:
             if not file.name.endswith(_SUFFIXES):
-                raise ValueError(f"{file} is neither JSON lines nor text; expected one of {', '.join(_SUFFIXES)}")
+                raise ValueError(
+                    f"{file} is neither JSON lines nor text nor parquet; expected one of {', '.join(_SUFFIXES)}"
+                )
             files.setdefault(file)
     if not files:
         raise ValueError("no input file was named")
     return list(files)
 
 
-def read_raw(path: Path, *, separator: str = DEFAULT_SEPARATOR) -> Iterator[RawDocument]:
+def read_raw(
+    path: Path, *, keys: Sequence[str] = (TEXT_KEY,), separator: str = DEFAULT_SEPARATOR, start: int = 0
+) -> Iterator[Record]:
     """The records of one file in order; blank lines of JSON lines are passed over.
 
+    Args:
+        path: one of :func:`find_inputs`.
+        keys: columns of a .parquet file.
+        separator: what divides a .txt file.
+        start: records to pass over.
+
     Raises:
-        ValueError: the compressed stream is damaged or cut off, or a package to read it is missing.
+        ValueError: a file that is damaged, cut off or not of its kind, a missing column, or a missing package.
     """
     if not separator:
         raise ValueError("the document separator is empty")
+    if path.suffix == ".parquet":
+        yield from _read_rows(path, keys, start)
+        return
     is_json = ".jsonl" in path.name
     try:
         with _open(path) as stream:
-            yield from _read_lines(path, stream) if is_json else _read_separated(path, stream, separator.encode())
+            records = _read_lines(path, stream) if is_json else _read_separated(path, stream, separator.encode())
+            yield from itertools.islice(records, start, None)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged or cut off: {error}") from None
 
@@ -138,7 +191,7 @@ def read_documents(
     """
     any_document = False
     for path in find_inputs(inputs):
-        for raw in read_raw(path, separator=separator):
+        for raw in read_raw(path, keys=[key], separator=separator):
             (text,) = raw.parse([key])
             if text.strip():
                 any_document = True
@@ -202,6 +255,58 @@ def _read_separated(path: Path, stream: BinaryIO, separator: bytes) -> Iterator[
         buffer += chunk
         more = bool(chunk)
     yield RawDocument(str(path), number, bytes(buffer), is_json=False)
+
+
+def open_parquet(path: Path, keys: Sequence[str]) -> Any:
+    """The opened ``pyarrow.parquet.ParquetFile``; raises ``ValueError`` when it is none or lacks one of ``keys``."""
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError:
+        raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow") from None
+    try:
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
+    except (ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is damaged or no parquet file: {str(error).strip()}") from None
+    columns = file.schema_arrow.names
+    for key in keys:
+        if key not in columns:
+            file.close()
+            raise ValueError(f"{path}: no column {key!r}; columns there: {', '.join(map(repr, columns[:8])) or 'none'}")
+    return file
+
+
+def _read_rows(path: Path, keys: Sequence[str], start: int) -> Iterator[RowDocument]:
+    """Holds one row group at a time; groups before ``start`` are not read."""
+    row = 0
+    with open_parquet(path, keys) as file:
+        from pyarrow import ArrowException
+
+        for group in range(file.num_row_groups):
+            num_rows = file.metadata.row_group(group).num_rows
+            if row + num_rows <= start:
+                row += num_rows
+                continue
+            try:
+                for batch in file.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=list(keys)):
+                    for values in zip(*(_cells(batch.column(key)) for key in keys)):
+                        row += 1
+                        if row > start:
+                            yield RowDocument(str(path), row, values)
+            except (ArrowException, OSError) as error:
+                raise ValueError(f"{path} is damaged after row {row}: {str(error).strip()}") from None
+
+
+def _cells(column: Any) -> list[object]:
+    """The values of a column; strings as bytes, which pyarrow does not check to be UTF-8 (the parser does)."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pyarrow.types.is_string(column.type):
+        column = column.cast(pyarrow.binary())
+    elif pyarrow.types.is_large_string(column.type):
+        column = column.cast(pyarrow.large_binary())
+    return column.to_pylist()
 
 
 class _ZstandardStream(io.RawIOBase):

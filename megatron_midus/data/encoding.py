@@ -4,13 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import multiprocessing
 import os
+import threading
 from collections.abc import Sequence
+from multiprocessing.connection import wait
 
 import numpy
 
-from megatron_midus.data.corpus import MalformedDocument, RawDocument
+from megatron_midus.data.corpus import MalformedDocument, Record
 from megatron_midus.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthFilter:
+    """Which documents are long enough and short enough; ``None`` = no bound. Both bounds are allowed themselves."""
+
+    min_bytes: int | None = None
+    max_bytes: int | None = None
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+
+    def of_bytes(self, size: int) -> str | None:
+        """``too_short`` or ``too_long`` by the UTF-8 bytes of the text, or ``None``."""
+        return _outside(size, self.min_bytes, self.max_bytes)
+
+    def of_tokens(self, count: int) -> str | None:
+        """``too_short`` or ``too_long`` by the tokens of the text, or ``None``."""
+        return _outside(count, self.min_tokens, self.max_tokens)
+
+
+def _outside(value: int, low: int | None, high: int | None) -> str | None:
+    if low is not None and value < low:
+        return "too_short"
+    return "too_long" if high is not None and value > high else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,16 +51,18 @@ class EncodeSettings:
     prepend_bos: bool
     skip_bad_lines: bool
     with_digests: bool
+    lengths: LengthFilter = LengthFilter()
 
 
 @dataclasses.dataclass
 class EncodedTexts:
-    """The documents of a chunk under one JSON key, in order; records without text under that key are left out."""
+    """The documents of a chunk under one JSON key, in order."""
 
     ids: numpy.ndarray  # all documents one after the other
-    rows: list[int]  # the record of the chunk that each document comes from
-    lengths: list[int]  # tokens of each document
-    num_bytes: list[int]  # UTF-8 bytes of each document
+    rows: numpy.ndarray  # [documents] int64, the record of the chunk that each comes from
+    lengths: numpy.ndarray  # [documents] int32, tokens
+    num_bytes: numpy.ndarray  # [documents] int64, UTF-8 bytes
+    left_out: dict[int, str]  # by record: empty, too_short or too_long
 
 
 @dataclasses.dataclass
@@ -53,7 +82,7 @@ def text_digest(text: str) -> bytes:
     return hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest() if words else b""
 
 
-def encode_chunk(records: Sequence[RawDocument], settings: EncodeSettings) -> EncodedChunk:
+def encode_chunk(records: Sequence[Record], settings: EncodeSettings) -> EncodedChunk:
     """Encodes a run of records.
 
     Raises:
@@ -72,7 +101,7 @@ def encode_chunk(records: Sequence[RawDocument], settings: EncodeSettings) -> En
         texts=[_encode_texts([row[i] for row in rows], settings) for i in range(len(settings.keys))],
         digests=[_record_digest(row) for row in rows] if settings.with_digests else [],
         num_records=len(rows),
-        num_bytes_read=sum(len(record.content) for record in records),
+        num_bytes_read=sum(record.size for record in records),
         malformed=malformed,
     )
 
@@ -83,22 +112,31 @@ def _record_digest(row: list[str]) -> bytes:
 
 
 def _encode_texts(texts: list[str], settings: EncodeSettings) -> EncodedTexts:
-    kept = [row for row, text in enumerate(texts) if text and not text.isspace()]
-    encoded = settings.tokenizer.encode_batch([texts[row] for row in kept]) if kept else []
+    left_out: dict[int, str] = {}
+    candidates: list[tuple[int, int]] = []  # row and bytes
+    for row, text in enumerate(texts):
+        size = len(text.encode())
+        reason = "empty" if not text or text.isspace() else settings.lengths.of_bytes(size)
+        if reason is None:
+            candidates.append((row, size))
+        else:
+            left_out[row] = reason
+    encoded = settings.tokenizer.encode_batch([texts[row] for row, _ in candidates]) if candidates else []
     head = [settings.tokenizer.bos] if settings.prepend_bos else []
     tail = [settings.tokenizer.eod] if settings.append_eod else []
     flat: list[int] = []
-    rows, lengths, num_bytes = [], [], []
-    for row, ids in zip(kept, encoded):
-        if not ids:
+    kept: list[tuple[int, int, int]] = []  # row, tokens, bytes
+    for (row, size), ids in zip(candidates, encoded):
+        reason = settings.lengths.of_tokens(len(ids)) if ids else "empty"
+        if reason is not None:
+            left_out[row] = reason
             continue
         flat += head
         flat += ids
         flat += tail
-        rows.append(row)
-        lengths.append(len(head) + len(ids) + len(tail))
-        num_bytes.append(len(texts[row].encode()))
-    return EncodedTexts(_narrow(flat, settings), rows, lengths, num_bytes)
+        kept.append((row, len(head) + len(ids) + len(tail), size))
+    rows, lengths, num_bytes = numpy.array(kept, dtype=numpy.int64).reshape(-1, 3).T
+    return EncodedTexts(_narrow(flat, settings), rows, lengths.astype(numpy.int32), num_bytes, left_out)
 
 
 def _narrow(flat: list[int], settings: EncodeSettings) -> numpy.ndarray:
@@ -121,8 +159,17 @@ def initialize_worker(settings: EncodeSettings) -> None:
     _settings = settings
     # One thread a worker: the workers are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 
-def encode_in_worker(records: Sequence[RawDocument]) -> EncodedChunk:
+def _end_with_the_parent() -> None:
+    """A parent that is killed closes nothing: its workers would wait for their next task for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def encode_in_worker(records: Sequence[Record]) -> EncodedChunk:
     assert _settings is not None
     return encode_chunk(records, _settings)

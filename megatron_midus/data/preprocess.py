@@ -1,4 +1,4 @@
-"""Corpus -> Megatron-Core indexed dataset. The bytes written do not depend on the number of workers."""
+"""Corpus -> Megatron-Core indexed dataset. The bytes written depend neither on the number of workers nor on kills."""
 
 from __future__ import annotations
 
@@ -9,17 +9,26 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_midus.data.corpus import TEXT_KEY, RawDocument, find_inputs, read_raw, unescape
-from megatron_midus.data.encoding import EncodedChunk, EncodeSettings, encode_chunk, encode_in_worker, initialize_worker
-from megatron_midus.data.statistics import PreprocessResult
+from megatron_midus.data.corpus import TEXT_KEY, Record, find_inputs, open_parquet, read_raw, unescape
+from megatron_midus.data.encoding import (
+    EncodedChunk,
+    EncodeSettings,
+    LengthFilter,
+    encode_chunk,
+    encode_in_worker,
+    initialize_worker,
+)
+from megatron_midus.data.journal import Journal
+from megatron_midus.data.statistics import PreprocessResult, statistics_path
 from megatron_midus.data.tokenizer import make_tokenizer
+from megatron_midus.data.writer import DatasetWriter, dtype_of
 
 SPLITS = ("train", "valid", "test")
 
@@ -34,10 +43,11 @@ class PreprocessConfig:
     """Preprocessing"""
 
     input: list[str]
-    """Files (.jsonl or .txt, also .gz or .zst), directories of such files, or glob patterns."""
+    """Files (.jsonl or .txt, also .gz or .zst, and .parquet), directories of such files, or glob patterns."""
 
     output_prefix: str
-    """P of the outputs P_KEY_document.bin, .idx and .json (statistics)."""
+    """P of the outputs P_KEY_document.bin, .idx and .json (statistics). Until they are whole, everything is in the
+    directory .P.partial beside them; a run that was killed goes on from there when it is started again."""
 
     tokenizer_model: str
     """Directory of a HuggingFaceTokenizer, or .model file of a SentencePieceTokenizer."""
@@ -46,7 +56,7 @@ class PreprocessConfig:
     """Kind of tokenizer. NullTokenizer takes texts of numbers; its --tokenizer-model is the number of ids."""
 
     json_keys: list[str] = dataclasses.field(default_factory=lambda: [TEXT_KEY])
-    """Keys of the texts in a JSON line; each key makes a dataset of its own."""
+    """Keys of the texts in a JSON line, or columns of a parquet file; each key makes a dataset of its own."""
 
     append_eod: bool = False
     """End every document with the tokenizer's end-of-sequence token. Training wants this."""
@@ -65,17 +75,33 @@ class PreprocessConfig:
     one document."""
 
     skip_bad_lines: bool = False
-    """Count and report malformed lines instead of ending at the first."""
+    """Leave malformed lines out and list them in P_malformed.txt, instead of ending at the first."""
 
-    split_by_hash: list[float] | None = None
-    """Shares of train, valid and test. Makes P_train_KEY_document and so on; a document goes by the hash of its text,
-    so the same text is always on the same side."""
+    min_document_bytes: int | None = None
+    """Leave out documents of fewer UTF-8 bytes."""
 
-    dedup: bool = False
-    """Leave out documents whose text came before (white space aside); keeps 16 bytes a document in memory."""
+    max_document_bytes: int | None = None
+    """Leave out documents of more UTF-8 bytes."""
+
+    min_document_tokens: int | None = None
+    """Leave out documents of fewer tokens, the beginning-of-sequence and end-of-document tokens not counted."""
+
+    max_document_tokens: int | None = None
+    """Leave out documents of more tokens, counted likewise."""
+
+    split_by_hash: list[str] | None = None
+    """Shares of train, valid and test, such as 98,1,1. Makes P_train_KEY_document and so on; a document goes by the
+    hash of its text (white space aside), so the same text is always on the same side."""
+
+    dedup: bool = dataclasses.field(default=False, metadata={"aliases": ["deduplicate"]})
+    """Leave out documents whose text came before (white space aside), the first stays. Takes about 130 bytes of memory
+    a document."""
+
+    commit_seconds: float = 15.0
+    """Seconds between the points from which a killed run can go on."""
 
     overwrite: bool = False
-    """Replace outputs that exist."""
+    """Replace outputs that exist, and throw away an unfinished run that had other settings."""
 
     def __post_init__(self) -> None:
         for name in ("input", "output_prefix", "tokenizer_model", "json_keys"):
@@ -88,66 +114,133 @@ class PreprocessConfig:
         for key in self.json_keys:
             if not re.fullmatch(r"[^/\0]+", key):
                 raise ValueError(f"--json-keys {key!r} cannot be part of a file name")
-        shares = self.split_by_hash
-        if shares is not None and (
-            len(shares) > 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf") or shares[0] == 0
-        ):
-            raise ValueError(f"--split-by-hash {' '.join(map(str, shares))} is not shares of train, valid and test")
+        for kind in ("bytes", "tokens"):
+            low, high = getattr(self, f"min_document_{kind}"), getattr(self, f"max_document_{kind}")
+            if (low is not None and low < 0) or (high is not None and high < max(1, low or 0)):
+                raise ValueError(
+                    f"--min-document-{kind} {low} and --max-document-{kind} {high} leave no document; "
+                    "give 0 <= min <= max"
+                )
+        if not self.commit_seconds >= 0:
+            raise ValueError(f"commit_seconds={self.commit_seconds} must be 0 or more")
+        self.shares()
+
+    def shares(self) -> list[float]:
+        """``--split-by-hash`` as numbers, separated by commas or blanks; ``[1.0]`` without it."""
+        if self.split_by_hash is None:
+            return [1.0]
+        words = [str(value) for value in self.split_by_hash]
+        try:
+            shares = [float(part) for word in words for part in word.split(",") if part]
+        except ValueError:
+            shares = []
+        if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf") or shares[0] == 0:
+            raise ValueError(
+                f"--split-by-hash {' '.join(words)} is not shares of train, valid and test, such as 98,1,1"
+            )
+        return shares
 
 
 def preprocess(config: PreprocessConfig) -> PreprocessResult:
     """Encodes a corpus into indexed datasets, written beside their targets and renamed when all are whole.
 
+    A run that ended early goes on from its last commit when it is started again with the same settings and inputs;
+    ``workers``, ``skip_bad_lines`` and ``commit_seconds`` may be others.
+
     Raises:
         ValueError: inputs, tokenizer or outputs that cannot be used, a malformed line, no document at all.
     """
-    started = time.monotonic()
     separator = unescape(config.text_document_separator)
     files = find_inputs(config.input)
     _check_keys(files, config)
+    settings = _encode_settings(config)
+    provenance = _provenance(config, settings)
+    directory = Path(config.output_prefix).parent / f".{Path(config.output_prefix).name}.partial"
+    what = {**provenance, "json_keys": config.json_keys, "separator": separator, "inputs": _fingerprints(files)}
+    with Journal(directory, what, restart=config.overwrite) as journal:
+        writer = DatasetWriter(
+            output_prefixes(config),
+            journal,
+            dtype=settings.dtype,
+            shares=config.shares(),
+            dedup=config.dedup,
+            malformed_path=f"{config.output_prefix}_malformed.txt",
+        )
+        if not config.overwrite and not writer.is_complete:
+            _check_absent(config)
+        started = time.monotonic()
+        try:
+            _fill(writer, files, settings, config, separator)
+            writer.result.seconds = time.monotonic() - started
+            writer.finish(provenance)
+        except BaseException:
+            if journal.state is not None:
+                print(f"{directory} keeps what was done; the same command goes on from there", file=sys.stderr)
+            raise
+    return writer.result
+
+
+def _encode_settings(config: PreprocessConfig) -> EncodeSettings:
     tokenizer = make_tokenizer(
         config.tokenizer_type, config.tokenizer_model, split_special_tokens=config.split_special_tokens
     )
     if config.prepend_bos and tokenizer.bos is None:
         raise ValueError(f"--prepend-bos: the tokenizer {config.tokenizer_model} has no beginning-of-sequence token")
-    # Here, because it imports Megatron: the workers do without, and a wrong input is told in a second.
-    from megatron_midus.data.writer import DatasetWriter
-
-    settings = EncodeSettings(
+    return EncodeSettings(
         tokenizer=tokenizer,
         keys=tuple(config.json_keys),
-        dtype=_dtype_name(tokenizer.vocab_size),
+        dtype=dtype_of(tokenizer.vocab_size),
         append_eod=config.append_eod,
         prepend_bos=config.prepend_bos,
         skip_bad_lines=config.skip_bad_lines,
         with_digests=config.dedup or config.split_by_hash is not None,
+        lengths=LengthFilter(
+            config.min_document_bytes,
+            config.max_document_bytes,
+            config.min_document_tokens,
+            config.max_document_tokens,
+        ),
     )
-    writer = DatasetWriter(
-        output_prefixes(config),
-        dtype=settings.dtype,
-        shares=config.split_by_hash or [1.0],
-        dedup=config.dedup,
-        overwrite=config.overwrite,
-    )
-    with writer, _progress_bar(files) as bar:
-        records = (record for file in files for record in read_raw(file, separator=separator))
-        for chunk in _encode_in_order(_chunks(records), settings, config.workers):
-            writer.add(chunk)
+
+
+def _fill(
+    writer: DatasetWriter, files: list[Path], settings: EncodeSettings, config: PreprocessConfig, separator: str
+) -> None:
+    """Encodes and writes what the writer has not got yet, and commits now and then."""
+    if writer.is_complete:
+        return
+    committed = time.monotonic()
+    records = _records_from(writer.position, files, settings.keys, separator)
+    with _progress_bar(files, writer.result.bytes_read) as bar:
+        for chunk, position in _encode_in_order(_chunks(records), settings, config.workers):
+            writer.add(chunk, position)
             bar.update(chunk.num_bytes_read)
-        writer.commit(_provenance(config, settings))
-    writer.result.seconds = time.monotonic() - started
-    return writer.result
+            if time.monotonic() - committed >= config.commit_seconds:
+                writer.commit()
+                committed = time.monotonic()
 
 
 def output_prefixes(config: PreprocessConfig) -> list[list[str]]:
     """Prefixes ``[split][key]``; one split when ``split_by_hash`` is off, no prefix where a share is 0."""
     names = [""] if config.split_by_hash is None else [f"{name}_" for name in SPLITS]
-    shares = config.split_by_hash or [1.0]
+    shares = config.shares()
     shares = shares + [0.0] * (len(names) - len(shares))
     return [
         [f"{config.output_prefix}_{name}{key}_document" for key in config.json_keys] if share > 0 else []
         for name, share in zip(names, shares)
     ]
+
+
+def _check_absent(config: PreprocessConfig) -> None:
+    for prefix in (prefix for split in output_prefixes(config) for prefix in split):
+        for path in (f"{prefix}.bin", f"{prefix}.idx", str(statistics_path(prefix))):
+            if os.path.exists(path):
+                raise ValueError(f"{path} exists; choose another --output-prefix, or replace it with --overwrite")
+
+
+def _fingerprints(files: list[Path]) -> list[str]:
+    """What tells that an input is still the same: its path, size and time of change."""
+    return [f"{file} {(status := file.stat()).st_size} {status.st_mtime_ns}" for file in files]
 
 
 def _provenance(config: PreprocessConfig, settings: EncodeSettings) -> dict[str, Any]:
@@ -159,59 +252,73 @@ def _provenance(config: PreprocessConfig, settings: EncodeSettings) -> dict[str,
         "append_eod": config.append_eod,
         "prepend_bos": config.prepend_bos,
         "split_special_tokens": config.split_special_tokens,
-        "split_by_hash": config.split_by_hash,
+        "split_by_hash": config.shares() if config.split_by_hash else None,
         "dedup": config.dedup,
+        "document_lengths": dataclasses.asdict(settings.lengths),
     }
 
 
 def _check_keys(files: list[Path], config: PreprocessConfig) -> None:
-    text_file = next((file for file in files if ".jsonl" not in file.name), None)
-    if text_file is not None and config.json_keys != [TEXT_KEY]:
-        raise ValueError(
-            f"{text_file} is plain text and has no keys; --json-keys {' '.join(config.json_keys)} needs .jsonl"
-        )
+    """Plain text has no keys, and every parquet file must have the columns: told before hours of work."""
+    for file in files:
+        if file.suffix == ".parquet":
+            open_parquet(file, config.json_keys).close()
+        elif ".jsonl" not in file.name and config.json_keys != [TEXT_KEY]:
+            raise ValueError(
+                f"{file} is plain text and has no keys; --json-keys {' '.join(config.json_keys)} needs .jsonl or .parquet"
+            )
 
 
-def _dtype_name(vocab_size: int) -> str:
-    from megatron.core.datasets.indexed_dataset import DType
+def _records_from(
+    position: tuple[int, int], files: list[Path], keys: Sequence[str], separator: str
+) -> Iterator[tuple[Record, tuple[int, int]]]:
+    """The records of the corpus after ``position``, each with the position behind it."""
+    first, done = position
+    for index in range(first, len(files)):
+        start = done if index == first else 0
+        for number, record in enumerate(
+            read_raw(files[index], keys=keys, separator=separator, start=start), start=start + 1
+        ):
+            yield record, (index, number)
 
-    return DType.optimal_dtype(vocab_size).__name__
 
-
-def _chunks(records: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
-    chunk: list[RawDocument] = []
-    size = 0
-    for record in records:
+def _chunks(records: Iterable[tuple[Record, tuple[int, int]]]) -> Iterator[tuple[list[Record], tuple[int, int]]]:
+    """Runs of records, each with the position behind it."""
+    chunk: list[Record] = []
+    size, position = 0, (0, 0)
+    for record, position in records:
         chunk.append(record)
-        size += len(record.content)
+        size += record.size
         if size >= _CHUNK_BYTES or len(chunk) >= _CHUNK_DOCUMENTS:
-            yield chunk
+            yield chunk, position
             chunk, size = [], 0
     if chunk:
-        yield chunk
+        yield chunk, position
 
 
 def _encode_in_order(
-    chunks: Iterator[list[RawDocument]], settings: EncodeSettings, workers: int
-) -> Iterator[EncodedChunk]:
+    chunks: Iterator[tuple[list[Record], tuple[int, int]]], settings: EncodeSettings, workers: int
+) -> Iterator[tuple[EncodedChunk, tuple[int, int]]]:
     """The encoded chunks in the order of the corpus, at most ``_CHUNKS_AHEAD`` a worker in flight."""
     if workers == 1:
         with _environment("TOKENIZERS_PARALLELISM", "false"):
-            yield from (encode_chunk(chunk, settings) for chunk in chunks)
+            yield from ((encode_chunk(chunk, settings), position) for chunk, position in chunks)
         return
     # Not multiprocessing.Pool: it reads the whole corpus ahead, and hangs when a worker is killed. Not fork: the parent
     # has threads.
     pool = ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=initialize_worker, initargs=(settings,)
     )
-    pending: deque[Future[EncodedChunk]] = deque()
+    pending: deque[tuple[Future[EncodedChunk], tuple[int, int]]] = deque()
     try:
-        for chunk in chunks:
-            pending.append(pool.submit(encode_in_worker, chunk))
+        for chunk, position in chunks:
+            pending.append((pool.submit(encode_in_worker, chunk), position))
             if len(pending) >= workers * _CHUNKS_AHEAD:
-                yield pending.popleft().result()
+                future, position = pending.popleft()
+                yield future.result(), position
         while pending:
-            yield pending.popleft().result()
+            future, position = pending.popleft()
+            yield future.result(), position
     except BrokenProcessPool:
         raise ValueError(
             f"a worker process died, most likely for want of memory; use fewer than --workers {workers}"
@@ -233,10 +340,12 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _progress_bar(files: list[Path]) -> Any:
+def _progress_bar(files: list[Path], done: int) -> Any:
     from tqdm import tqdm
 
-    is_compressed = any(file.suffix in (".gz", ".zst") for file in files)
+    is_compressed = any(file.suffix in (".gz", ".zst", ".parquet") for file in files)
     total = None if is_compressed else sum(file.stat().st_size for file in files)
     interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, unit="B", unit_scale=True, desc="encode", mininterval=interval, smoothing=0.05)
+    return tqdm(
+        total=total, initial=done, unit="B", unit_scale=True, desc="encode", mininterval=interval, smoothing=0.05
+    )

@@ -25,9 +25,9 @@ class DatasetStatistics:
         """UTF-8 bytes of text per token; 0 when there is no token."""
         return self.bytes / self.tokens if self.tokens else 0.0
 
-    def add(self, *, tokens: int, num_bytes: int, max_token_id: int) -> None:
-        """Counts one more document."""
-        self.documents += 1
+    def add(self, *, documents: int, tokens: int, num_bytes: int, max_token_id: int) -> None:
+        """Counts more documents."""
+        self.documents += documents
         self.tokens += tokens
         self.bytes += num_bytes
         self.max_token_id = max(self.max_token_id, max_token_id)
@@ -38,23 +38,50 @@ class DatasetStatistics:
 
 
 @dataclasses.dataclass
+class Skipped:
+    """Records (lines, rows, texts) that are in no dataset, by reason; each is counted once."""
+
+    empty: int = 0
+    """Without any text."""
+    too_short: int = 0
+    """Below --min-document-bytes or --min-document-tokens."""
+    too_long: int = 0
+    """Above --max-document-bytes or --max-document-tokens."""
+    duplicates: int = 0
+    """The same text came before."""
+    malformed: int = 0
+    """Lines that are no documents."""
+    malformed_examples: list[str] = dataclasses.field(default_factory=list)
+    """The first few of them, ``file:line: reason``."""
+
+    def to_json(self) -> dict[str, int]:
+        """``skipped_empty`` and so on, for the statistics files."""
+        return {f"skipped_{name}": count for name, count in self.counts().items()}
+
+    def counts(self) -> dict[str, int]:
+        """Numbers by reason."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, int)}
+
+
+@dataclasses.dataclass
 class PreprocessResult:
     """What a run did."""
 
     datasets: dict[str, DatasetStatistics]
     """Statistics by prefix."""
-    empty: int = 0
-    """Records without any text, left out."""
-    duplicates: int = 0
-    """Records left out because their text came before."""
-    malformed: int = 0
-    """Lines left out because they are no documents."""
-    malformed_examples: list[str] = dataclasses.field(default_factory=list)
-    """The first few of them, ``file:line: reason``."""
+    skipped: Skipped = dataclasses.field(default_factory=Skipped)
+    """What was left out."""
     bytes_read: int = 0
     """Bytes of the records read, uncompressed."""
     seconds: float = 0.0
-    """Wall time, start-up included."""
+    """Wall time of this process from the first record to the last, tokenizer not included."""
+    bytes_resumed: int = 0
+    """Of ``bytes_read``, those that an earlier, killed run had done."""
+
+    @property
+    def megabytes_per_second(self) -> float:
+        """Throughput of this process, 1e6 bytes of records a second."""
+        return (self.bytes_read - self.bytes_resumed) / 1e6 / max(self.seconds, 1e-9)
 
 
 def statistics_path(prefix: str | Path) -> Path:

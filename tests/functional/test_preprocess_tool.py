@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 from tiny_models import write_tokenizer
 
 from megatron_midus.config.data import DataConfig
@@ -62,7 +68,8 @@ def test_as_a_program_with_two_workers(corpus, tokenizer, tmp_path, capsys):
     statistics = json.loads((tmp_path / "one_text_document.json").read_text())
     for printed in (done.stdout, capsys.readouterr().out):
         assert f"{statistics['tokens']:,}" in printed and f"{statistics['bytes_per_token']:.3f}" in printed
-        assert "0 empty, 0 duplicates, 0 malformed" in printed
+        assert "0 empty, 0 too short, 0 too long, 0 duplicates, 0 malformed" in printed
+        assert " MB/s" in printed
 
 
 def test_split_data_feed_a_training_run(corpus, tokenizer, tmp_path):
@@ -111,26 +118,193 @@ def test_a_mistake_is_one_line_and_leaves_nothing(corpus, tokenizer, tmp_path):
     assert set(tmp_path.iterdir()) == before
 
 
+def start_until_committed(command, cwd, partial):
+    """The process of the tool, just after it has committed something, and the processes that it started."""
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (partial / "state.json").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "nothing was committed"
+        time.sleep(0.005)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return process, list(map(int, children))
+
+
+KILLED = ["--dedup", "--split-by-hash", "90,10"]
+
+
+@pytest.fixture(scope="module")
+def many_files(tokenizer, tmp_path_factory):
+    """A directory of 20 files, 4 MB, and the prefix of what one worker makes of it when nobody kills it."""
+    directory, prefix = (tmp_path_factory.mktemp(name) for name in ("corpus", "whole"))
+    words = [f"word{i} und größe {i * i} " for i in range(400)]
+    for number in range(20):
+        rows = [{"text": "".join(words[(i * 7 + number) % 400] for i in range(j, j + 90))} for j in range(100)]
+        (directory / f"{number:02}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    preprocess_data.main(arguments(directory, tokenizer, prefix / "whole", *KILLED))
+    return directory, prefix / "whole"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kill_minus_nine_and_start_again(many_files, tokenizer, tmp_path, workers):
+    """The finished files are those of a run that nobody killed, and no process is left."""
+    directory, expected = many_files
+    more = [*KILLED, "--workers", workers, "--commit-seconds", 0]
+    command = [sys.executable, str(TOOL), *arguments(directory, tokenizer, tmp_path / "again", *more)]
+    process, children = start_until_committed(command, tmp_path, tmp_path / ".again.partial")
+    process.kill()
+    assert process.wait() == -9
+    assert not (tmp_path / "again_train_text_document.idx").exists()
+    assert len(children) >= (workers if workers > 1 else 0)
+    wait_for_end(children)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert " MB before) in " in done.stdout
+    for split in ("train", "valid"):
+        for suffix in ("bin", "idx", "json"):
+            whole, again = (f"{prefix}_{split}_text_document.{suffix}" for prefix in (expected, tmp_path / "again"))
+            assert Path(whole).read_bytes() == Path(again).read_bytes()
+    assert not (tmp_path / ".again.partial").exists()
+
+
+def wait_for_end(pids):
+    """Workers of a killed parent end by themselves; zombies of a container without an init process count as ended."""
+    deadline = time.monotonic() + 20
+    for pid in pids:
+        while time.monotonic() < deadline:
+            state = ""
+            with contextlib.suppress(OSError):
+                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state in ("", "Z"):
+                break
+            time.sleep(0.05)
+        else:
+            os.kill(pid, 9)
+            pytest.fail(f"process {pid} outlived its parent")
+
+
+def test_two_runs_of_one_output_do_not_mix(corpus, tokenizer, tmp_path):
+    big = tmp_path / "big.jsonl"
+    big.write_bytes(corpus.read_bytes() * 200)
+    command = [sys.executable, str(TOOL), *arguments(big, tokenizer, tmp_path / "out", "--commit-seconds", 0)]
+    process, _ = start_until_committed(command, tmp_path, tmp_path / ".out.partial")
+    try:
+        with pytest.raises(ValueError, match="another process is working in .*out.partial"):
+            preprocess_data.main(command[2:])
+    finally:
+        process.kill()
+        process.wait()
+
+
+def file_of(content, name="corpus.jsonl"):
+    """Writes an input; returns the flags that name it."""
+
+    def write(directory):
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(content)
+        return ["--input", str(directory / name)]
+
+    return write
+
+
+def parquet_of(columns):
+    def write(directory):
+        pyarrow.parquet.write_table(pyarrow.table(columns), directory / "a.parquet")
+        return ["--input", str(directory / "a.parquet")]
+
+    return write
+
+
+def flags(*given):
+    return lambda directory: [str(directory / g.removeprefix("$/")) if g.startswith("$/") else g for g in given]
+
+
+def broken_tokenizer(directory):
+    (directory / "broken").mkdir()
+    (directory / "broken/tokenizer.json").write_text("{")
+    return ["--tokenizer-model", str(directory / "broken")]
+
+
+def a_file_in_the_way(directory):
+    (directory / "file").write_text("")
+    return ["--output-prefix", str(directory / "file/out")]
+
+
+def existing_output(directory):
+    (directory / "out_text_document.bin").write_text("")
+    return []
+
+
+def directory_without_inputs(directory):
+    (directory / "notes").mkdir()
+    return ["--input", str(directory / "notes")]
+
+
+def two_columns_one_missing(directory):
+    parquet_of({"text": ["good"]})(directory)
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["bad"]}), directory / "b.parquet")
+    return ["--input", str(directory / "*.parquet")]
+
+
+GOOD = b'{"text": "good"}\n' * 30
 MISTAKES = {
-    "no input": (["--input", "nowhere.jsonl"], "input nowhere.jsonl does not exist"),
-    "no tokenizer": (["--tokenizer-model", "nowhere"], "tokenizer directory nowhere does not exist"),
-    "not a SentencePiece model": (
-        ["--tokenizer-type", "SentencePieceTokenizer"],
-        "SentencePiece model .* does not exist",
+    "bad UTF-8": (file_of(GOOD + b'{"text": "\xff"}'), r"corpus\.jsonl:31: not UTF-8"),
+    "bad JSON": (file_of(GOOD + b'{"text": "a",}'), r"corpus\.jsonl:31: not JSON"),
+    "cut JSON": (file_of(GOOD + b'{"text": "a'), r"corpus\.jsonl:31: not JSON"),
+    "pretty-printed JSON": (file_of(b'{\n "text": "a"\n}'), r"corpus\.jsonl:1: not JSON"),
+    "JSON array": (file_of(b'[{"text": "a"}]'), r"corpus\.jsonl:1: a list, not a JSON object"),
+    "missing key": (file_of(b'{"content": "a"}'), r"corpus\.jsonl:1: no key 'text'; keys there: 'content'"),
+    "null": (file_of(GOOD + b'{"text": null}'), "'text' is NoneType, not a string"),
+    "number": (file_of(GOOD + b'{"text": 1.5}'), "'text' is float, not a string"),
+    "half a surrogate pair": (file_of(b'{"text": "\\udc00"}'), "half of a surrogate pair"),
+    "UTF-16": (file_of('{"text": "a"}'.encode("utf-16")), r"corpus\.jsonl:1: not UTF-8"),
+    "empty file": (file_of(b""), "the inputs hold no document"),
+    "empty texts": (file_of(b'{"text": " "}'), r"no document with any text that is kept \(1 empty\)"),
+    "latin-1 text": (file_of(b"gr\xf6\xdfe", "a.txt"), r"a\.txt:1: not UTF-8"),
+    "truncated gz": (file_of(gzip.compress(GOOD)[:-9], "a.jsonl.gz"), r"a\.jsonl\.gz is damaged or cut off"),
+    "no gz": (file_of(GOOD, "a.jsonl.gz"), r"a\.jsonl\.gz is damaged or cut off"),
+    "truncated zst": (file_of(zstandard.compress(GOOD)[:-4], "a.jsonl.zst"), r"a\.jsonl\.zst is damaged or cut off"),
+    "no zst": (file_of(GOOD, "a.jsonl.zst"), r"a\.jsonl\.zst is damaged or cut off"),
+    "corrupt parquet": (file_of(b"PAR1" + bytes(80) + b"PAR1", "a.parquet"), r"a\.parquet is damaged or no parquet"),
+    "JSON named parquet": (file_of(GOOD, "a.parquet"), r"a\.parquet is damaged or no parquet"),
+    "missing column": (parquet_of({"body": ["a"]}), "no column 'text'; columns there: 'body'"),
+    "missing column in the second file": (two_columns_one_missing, r"b\.parquet: no column 'text'"),
+    "column of numbers": (parquet_of({"text": [1]}), r"a\.parquet:1: 'text' is int, not a string"),
+    "unknown kind of file": (file_of(b"a,b", "a.csv"), "neither JSON lines nor text nor parquet"),
+    "no input": (flags("--input", "nowhere.jsonl"), "input nowhere.jsonl does not exist"),
+    "no file for a pattern": (flags("--input", "$/*.nothing"), "no file matches"),
+    "directory without inputs": (directory_without_inputs, "holds no .jsonl"),
+    "unwritable output": (a_file_in_the_way, "Not a directory"),
+    "existing output": (existing_output, "out_text_document.bin exists; choose another --output-prefix"),
+    "no tokenizer": (flags("--tokenizer-model", "nowhere"), "tokenizer directory nowhere does not exist"),
+    "directory without tokenizer": (flags("--tokenizer-model", "$/"), "holds no tokenizer"),
+    "broken tokenizer": (broken_tokenizer, "broken cannot be read"),
+    "no SentencePiece model": (flags("--tokenizer-type", "SentencePieceTokenizer"), "SentencePiece model .* not exist"),
+    "ids beyond the vocabulary": (
+        flags("--tokenizer-type", "NullTokenizer", "--tokenizer-model", "70"),
+        "'document' is not an id from 0 to 69",
     ),
-    "another key": (["--json-keys", "body"], r"corpus\.jsonl:1: no key 'body'; keys there: 'text'"),
-    "workers": (["--workers", "0"], "workers=0 must be at least 1"),
-    "shares": (["--split-by-hash", "0", "1"], "is not shares of train, valid and test"),
-    "separator": (["--text-document-separator", r"\q"], "escape"),
+    "vocabulary too big": (
+        flags("--tokenizer-type", "NullTokenizer", "--tokenizer-model", str(2**31 + 1)),
+        "2147483649 ids do not fit into 32 bits",
+    ),
+    "another key": (flags("--json-keys", "body"), r"corpus\.jsonl:1: no key 'body'; keys there: 'text'"),
+    "workers": (flags("--workers", "0"), "workers=0 must be at least 1"),
+    "shares": (flags("--split-by-hash", "0", "1"), "is not shares of train, valid and test"),
+    "lengths": (flags("--min-document-tokens", "9", "--max-document-tokens", "3"), "leave no document"),
+    "filters that leave nothing": (flags("--min-document-bytes", "99999"), r"that is kept \(200 too_short\)"),
+    "separator": (flags("--text-document-separator", r"\q"), "escape"),
 }
 
 
-@pytest.mark.parametrize("more, message", MISTAKES.values(), ids=MISTAKES.keys())
-def test_mistakes(corpus, tokenizer, tmp_path, more, message):
-    before = set(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("make, message", MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes(corpus, tokenizer, tmp_path, make, message):
+    more = make(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises((ValueError, OSError), match=message) as error:
         preprocess_data.main(arguments(corpus, tokenizer, tmp_path / "out", *more))
-    assert set(tmp_path.iterdir()) == before
+    assert len(str(error.value)) < 500 and "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_missing_flags():

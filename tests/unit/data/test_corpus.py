@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 
@@ -114,11 +117,11 @@ def test_damaged_compression(tmp_path, suffix, damage, texts):
 
 
 def test_inputs_that_cannot_be_used(tmp_path):
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    (tmp_path / "a.csv").write_bytes(b"a,b")
     (tmp_path / "empty").mkdir()
     for name, message in {
         "nowhere.jsonl": "does not exist",
-        "a.parquet": "neither JSON lines nor text",
+        "a.csv": "neither JSON lines nor text nor parquet",
         "empty": "holds no .jsonl",
         "*.zip": "no file matches",
     }.items():
@@ -128,6 +131,63 @@ def test_inputs_that_cannot_be_used(tmp_path):
         find_inputs([])
 
 
+def test_passing_over_records(tmp_path, texts):
+    """``start`` begins in the middle, in every kind of file, and in a parquet file also in the middle of a row group."""
+    (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps({"text": text}) for text in texts))
+    (tmp_path / "b.txt").write_text("\f".join(texts))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "d.parquet", row_group_size=5)
+    for path in sorted(tmp_path.iterdir()):
+        for start in (0, 1, 10, 13, len(texts) - 1, len(texts)):
+            assert [r.parse(["text"])[0] for r in corpus.read_raw(path, start=start)] == texts[start:], path
+    assert [r.where for r in corpus.read_raw(tmp_path / "d.parquet", start=13)][0] == f"{tmp_path}/d.parquet:14"
+
+
+def not_utf8():
+    column = pyarrow.array([b"fine", b"\xff\xfe"], pyarrow.binary())
+    # Unchecked, as a careless writer makes it.
+    return pyarrow.StringArray.from_buffers(2, *column.buffers()[1:])
+
+
+PARQUET = {
+    "null": (pyarrow.array(["a", None]), "a.parquet:2: 'text' is NoneType, not a string"),
+    "numbers": (pyarrow.array([1, 2]), "a.parquet:1: 'text' is int, not a string"),
+    "lists": (pyarrow.array([["a"]]), "'text' is list, not a string"),
+    "not UTF-8": (not_utf8(), "a.parquet:2: 'text': not UTF-8"),
+    "bytes": (pyarrow.array([b"\xfc"]), "a.parquet:1: 'text': not UTF-8"),
+    "no row": (pyarrow.array([], pyarrow.string()), "no document with any text"),
+}
+
+
+@pytest.mark.parametrize("column, message", PARQUET.values(), ids=PARQUET.keys())
+def test_malformed_rows(tmp_path, column, message):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    with pytest.raises(ValueError) as error:
+        read(path)
+    assert message in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped"])
+def test_damaged_parquet(tmp_path, texts, damage):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, compression="zstd", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[4:64] = bytes(60)
+    content = {"empty": b"", "text": b"no parquet", "cut": content[: len(content) // 2]}.get(damage, content)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet is damaged") as error:
+        read(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_column(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"], "id": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: no column 'text'; columns there: 'body', 'id'"):
+        read(tmp_path / "a.parquet")
+
+
 def test_unescape():
     assert unescape(r"a\n\t\f\r\\n") == "a\n\t\f\r\\n"
     for bad in (r"\x", "\\"):
@@ -135,11 +195,10 @@ def test_unescape():
             unescape(bad)
 
 
-def test_zstandard_is_asked_for_by_name(tmp_path, monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    path = tmp_path / "a.jsonl.zst"
+@pytest.mark.parametrize("package, suffix", [("zstandard", ".jsonl.zst"), ("pyarrow", ".parquet")])
+def test_packages_are_asked_for_by_name(tmp_path, monkeypatch, package, suffix):
+    monkeypatch.setitem(sys.modules, package, None)
+    path = tmp_path / f"a{suffix}"
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match="pip install zstandard"):
+    with pytest.raises(ValueError, match=f"pip install {package}"):
         read(path)

@@ -2,17 +2,20 @@
 
 import collections
 import json
+import os
 import random
 from pathlib import Path
 
 import numpy
+import pyarrow
+import pyarrow.parquet
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_midus.data import preprocess as module
 from megatron_midus.data.preprocess import PreprocessConfig, preprocess
 from megatron_midus.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
-from megatron_midus.data.writer import split_bounds, split_of
+from megatron_midus.data.writer import dtype_of, split_bounds, split_of, write_index
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def test_content_is_the_tokens_of_every_document(run, jsonl, texts, hf_tokenizer
         "skipped_empty": 2,
     }
     assert statistics["bytes_per_token"] == pytest.approx(counts["bytes"] / counts["tokens"])
-    assert result.empty == 2 and result.datasets[f"{prefix}_text_document"].tokens == counts["tokens"]
+    assert result.skipped.empty == 2 and result.datasets[f"{prefix}_text_document"].tokens == counts["tokens"]
 
 
 def test_sentencepiece_without_eod_and_with_bos(run, jsonl, texts, sp_model):
@@ -74,7 +77,7 @@ def test_bytes_do_not_depend_on_workers(run, jsonl, texts, monkeypatch):
     assert set(one) == {
         f"out_{s}_text_document.{e}" for s in ("train", "valid", "test") for e in ("bin", "idx", "json")
     }
-    for workers in (2, 3):
+    for workers in (2, 4):
         assert bytes_of(run(corpus, workers=workers, overwrite=True, **settings)[0]) == one
 
 
@@ -93,7 +96,7 @@ def test_several_keys(run, tmp_path):
         "out_title_document": 2,
         "out_text_document": 2,
     }
-    assert result.empty == 0
+    assert result.skipped.empty == 0
 
 
 def test_text_files(run, tmp_path, hf_tokenizer_dir):
@@ -147,7 +150,7 @@ def test_split_shares():
 def test_dedup_keeps_the_first(run, jsonl, texts):
     prefix, result = run(jsonl([*texts, *(text + " " for text in texts), "new"]), dedup=True)
     plain, _ = run(jsonl([*texts, "new"], "b.jsonl"), name="plain")
-    assert result.duplicates == len(texts)
+    assert result.skipped.duplicates == len(texts)
     assert documents(f"{prefix}_text_document") == documents(f"{plain}_text_document")
 
 
@@ -160,11 +163,192 @@ def test_bad_lines_end_the_run_or_are_counted(run, tmp_path, texts):
             run(str(path), workers=workers)
         assert list((tmp_path / "made").iterdir()) == []
     prefix, result = run(str(path), skip_bad_lines=True)
-    assert result.malformed == 2 and [e.split(": ")[0] for e in result.malformed_examples] == [
+    assert result.skipped.malformed == 2 and [e.split(": ")[0] for e in result.skipped.malformed_examples] == [
         f"{path}:6",
         f"{path}:63",
     ]
     assert len(documents(f"{prefix}_text_document")) == len(texts)
+
+
+def test_malformed_lines_are_listed(run, tmp_path, texts):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([json.dumps({"text": text}) for text in texts] + ["{"] * 9))
+    prefix, result = run(str(path), skip_bad_lines=True)
+    lines = Path(f"{prefix}_malformed.txt").read_text().splitlines()
+    assert [line.split(": ")[0] for line in lines] == [f"{path}:{len(texts) + i}" for i in range(1, 10)]
+    assert result.skipped.malformed == 9 and result.skipped.malformed_examples == lines[:5]
+    statistics = json.loads(Path(f"{prefix}_text_document.json").read_text())
+    assert statistics["skipped_malformed"] == 9 and statistics["documents"] == len(texts)
+
+
+def test_index_is_megatrons(tmp_path):
+    """Byte for byte what Megatron-Core's builder writes."""
+    generator = numpy.random.default_rng(0)
+    lengths = generator.integers(1, 50, size=37).astype(numpy.int32)
+    for dtype in ("uint16", "int32"):
+        builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=getattr(numpy, dtype))
+        for length in lengths:
+            builder.add_document(generator.integers(0, 9, size=length), [int(length)])
+        builder.finalize(str(tmp_path / "theirs.idx"))
+        write_index(tmp_path / "ours.idx", lengths, dtype)
+        assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "theirs.idx").read_bytes()
+    for vocab_size in (100, 65499, 65500, 65536, 70000):
+        assert dtype_of(vocab_size) == DType.optimal_dtype(vocab_size).__name__
+
+
+# -- parquet ---------------------------------------------------------------------------------------------------------
+def test_parquet_equals_json_lines(run, jsonl, texts, tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", {"id": list(range(len(texts))), "text": texts}, row_group_size=7)
+    prefix, result = run(path)
+    expected, _ = run(jsonl(), name="json")
+    assert documents(f"{prefix}_text_document") == documents(f"{expected}_text_document")
+    assert result.bytes_read == sum(len(text.encode()) for text in texts)
+
+
+@pytest.mark.parametrize("kind", [pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
+def test_parquet_strings_of_every_kind(run, texts, tmp_path, kind):
+    column = pyarrow.array(texts).cast(kind)
+    prefix, _ = run(write_parquet(tmp_path / "a.parquet", {"text": column}))
+    expected, _ = run(write_parquet(tmp_path / "b.parquet", {"text": texts}), name="plain")
+    assert documents(f"{prefix}_text_document") == documents(f"{expected}_text_document")
+
+
+def test_several_columns_and_kinds_of_file(run, tmp_path):
+    parquet = write_parquet(tmp_path / "a.parquet", {"title": ["uno", "dos"], "text": ["one", ""]})
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "three", "title": "tres"}))
+    _, result = run(parquet, str(tmp_path / "b.jsonl"), json_keys=["text", "title"])
+    assert [s.documents for s in result.datasets.values()] == [2, 3]
+
+
+# -- filters ---------------------------------------------------------------------------------------------------------
+def test_lengths_in_bytes_and_tokens(run, jsonl, hf_tokenizer_dir):
+    tokenizer = HuggingFaceTokenizer(hf_tokenizer_dir)
+    corpus = ["größe", "größe größe 模型", "the memory block", "the memory block reads what it wrote", "x"]
+    sizes = [len(text.encode()) for text in corpus]
+    tokens = [len(ids) for ids in tokenizer.encode_batch(corpus)]
+    assert len(set(sizes)) == len(set(tokens)) == 5
+    for kind, measured in (("bytes", sizes), ("tokens", tokens)):
+        low, high = sorted(measured)[1], sorted(measured)[3]
+        settings = {f"min_document_{kind}": low, f"max_document_{kind}": high}
+        prefix, result = run(jsonl(corpus), name=kind, **settings)
+        kept = [text for text, size in zip(corpus, measured) if low <= size <= high]
+        assert [tokenizer.decode(ids[:-1]) for ids in documents(f"{prefix}_text_document")] == kept
+        assert (result.skipped.too_short, result.skipped.too_long) == (1, 1)
+        statistics = json.loads(Path(f"{prefix}_text_document.json").read_text())
+        assert statistics["skipped_too_short"] == statistics["skipped_too_long"] == 1
+
+
+def test_everything_is_counted_once(run, jsonl, texts):
+    corpus = [*texts, *texts, "", "x", "x", "x" * 5000]
+    settings = {"dedup": True, "min_document_bytes": 2, "max_document_bytes": 4000, "split_by_hash": ["80,10,10"]}
+    _, result = run(jsonl(corpus), **settings)
+    assert result.skipped.counts() == {
+        "empty": 1, "too_short": 2, "too_long": 1, "duplicates": len(texts), "malformed": 0,
+    }  # fmt: skip
+    kept = sum(statistics.documents for statistics in result.datasets.values())
+    assert kept + sum(result.skipped.counts().values()) == len(corpus)
+
+
+# -- going on --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stop_after", [1, 5, 9])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_run_that_ended_early_goes_on(run, jsonl, texts, tmp_path, monkeypatch, capsys, stop_after, kind):
+    """Several files, splits and duplicates; the run ends in the middle of a file, what is not committed is lost."""
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 700)
+    if kind == "jsonl":
+        inputs = [jsonl(texts[:20] + ["{"]), jsonl(texts[11:] + [texts[3]], "b.jsonl")]
+        Path(inputs[0]).write_text(Path(inputs[0]).read_text().replace('{"text": "{"}', "{"))
+    else:
+        columns = [texts[:20] + [None], texts[11:] + [texts[3]]]
+        inputs = [
+            write_parquet(tmp_path / f"{i}.parquet", {"text": c}, row_group_size=4) for i, c in enumerate(columns)
+        ]
+    settings = {"split_by_hash": ["60,30,10"], "dedup": True, "skip_bad_lines": True, "commit_seconds": 0.0}
+    whole, expected = run(*inputs, name="whole", **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        end_after(patch, stop_after)
+        run(*inputs, name="again", **settings)
+    assert "keeps what was done; the same command goes on" in capsys.readouterr().err
+    partial = tmp_path / "made/.again.partial"
+    for stream in partial.glob("*.bin"):
+        # What a kill leaves: more than was committed.
+        stream.write_bytes(stream.read_bytes() + b"xyz")
+    again, result = run(*inputs, name="again", **settings)
+    rename = {name.replace("whole", "again"): content for name, content in bytes_of(whole).items()}
+    assert bytes_of(again) == rename and "again_malformed.txt" in rename
+    assert result.skipped == expected.skipped and result.bytes_read == expected.bytes_read > result.bytes_resumed > 0
+    assert not partial.exists()
+
+
+def test_a_bad_line_late_in_the_corpus_costs_no_work(run, jsonl, texts, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 700)
+    corpus = jsonl()
+    Path(corpus).write_text(Path(corpus).read_text() + "{\n")
+    with pytest.raises(ValueError, match="not JSON"):
+        run(corpus, commit_seconds=0.0)
+    prefix, result = run(corpus, skip_bad_lines=True)
+    assert result.bytes_resumed > 0.8 * result.bytes_read
+    whole, _ = run(corpus, name="whole", skip_bad_lines=True)
+    assert documents(f"{prefix}_text_document") == documents(f"{whole}_text_document")
+
+
+def test_an_unfinished_run_of_other_settings_is_refused(run, jsonl, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 700)
+    corpus = jsonl()
+    with monkeypatch.context() as patch:
+        end_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            run(corpus, commit_seconds=0.0)
+    with pytest.raises(ValueError, match="unfinished run that differs: append_eod true there, false here; give its"):
+        run(corpus, append_eod=False)
+    Path(corpus).write_text(Path(corpus).read_text() + json.dumps({"text": "more"}))
+    with pytest.raises(
+        ValueError, match=r"unfinished run that differs: inputs .*corpus\.jsonl \d+ \d+. there, .*corpus"
+    ):
+        run(corpus)
+    prefix, result = run(corpus, overwrite=True)
+    assert result.bytes_resumed == 0
+    assert bytes_of(prefix) == {
+        name.replace("fresh", "out"): content for name, content in bytes_of(run(corpus, name="fresh")[0]).items()
+    }
+
+
+def test_a_run_that_ended_among_its_last_renames_goes_on(run, jsonl, monkeypatch, tmp_path):
+    corpus = jsonl()
+    whole = bytes_of(run(corpus, name="whole", split_by_hash=["60,40"])[0])
+    real, calls = os.replace, []
+
+    def replace(source, target):
+        calls.append(target)
+        # The first one is the journal's state.
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            run(corpus, split_by_hash=["60,40"])
+    prefix, _ = run(corpus, split_by_hash=["60,40"])
+    assert {name.replace("out", "whole"): content for name, content in bytes_of(prefix).items()} == whole
+
+
+def end_after(monkeypatch, chunks):
+    """Interrupts the run when so many chunks are encoded."""
+    real, count = module.encode_chunk, iter(range(chunks))
+
+    def encode(chunk, settings):
+        if next(count, None) is None:
+            raise KeyboardInterrupt
+        return real(chunk, settings)
+
+    monkeypatch.setattr(module, "encode_chunk", encode)
+
+
+def write_parquet(path, columns, **options):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, **options)
+    return str(path)
 
 
 def test_large_vocabulary_takes_int32(run, tmp_path):
@@ -176,7 +360,7 @@ def test_large_vocabulary_takes_int32(run, tmp_path):
     assert IndexedDataset(f"{prefix}_text_document").index.dtype == numpy.int32
 
 
-def test_outputs_are_whole_or_absent(run, jsonl, tmp_path, monkeypatch):
+def test_outputs_are_whole_or_absent(run, jsonl, tmp_path, monkeypatch, capsys):
     prefix, _ = run(jsonl())
     before = bytes_of(prefix)
     with pytest.raises(ValueError, match="exists; choose another --output-prefix"):
@@ -197,6 +381,7 @@ def test_outputs_are_whole_or_absent(run, jsonl, tmp_path, monkeypatch):
         run(jsonl(), overwrite=True)
     assert full_disk.calls == 1
     assert bytes_of(prefix) == before
+    assert "keeps what was done" not in capsys.readouterr().err
     assert len(list((tmp_path / "made").iterdir())) == len(before) == 3
 
 
@@ -211,6 +396,12 @@ def test_outputs_are_whole_or_absent(run, jsonl, tmp_path, monkeypatch):
         ({"split_by_hash": [0.0, 1.0]}, "is not shares"),
         ({"split_by_hash": [0.9, -0.1]}, "is not shares"),
         ({"split_by_hash": [1, 1, 1, 1]}, "is not shares"),
+        ({"split_by_hash": ["98,x"]}, "is not shares"),
+        ({"split_by_hash": [","]}, "is not shares"),
+        ({"min_document_bytes": -1}, "leave no document"),
+        ({"min_document_tokens": 9, "max_document_tokens": 8}, "leave no document"),
+        ({"max_document_bytes": 0}, "leave no document"),
+        ({"commit_seconds": -1.0}, "commit_seconds=-1.0 must be 0 or more"),
     ],
 )
 def test_wrong_settings(settings, message):

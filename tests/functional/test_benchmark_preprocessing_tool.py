@@ -1,0 +1,38 @@
+"""tools/benchmark_preprocessing.py runs both sides on the same text and says what it found. How fast is not tested."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools/benchmark_preprocessing.py"
+
+
+def run(*arguments):
+    command = [sys.executable, str(TOOL), "--tokenizer-model", str(ROOT / "examples/tiny_base"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_both_sides(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "def main() -> int:"}\n\n{"text": "größe"}')
+    done = run("--input", tmp_path, "--workers", 2, "--megabytes", 0.3)
+    assert done.returncode == 0, done.stderr
+    rates = [[float(x) for x in re.findall(r"\d+\.\d+", line)] for line in done.stdout.splitlines()[3:6]]
+    (alone, alone_each), (together, together_each), (ours, ours_each) = rates
+    assert alone == alone_each
+    # Two decimals are printed.
+    for whole, each in ((together, together_each), (ours, ours_each)):
+        assert abs(whole - 2 * each) <= 0.015
+    ratio = float(re.search(r"a worker: (\d+\.\d+) of a loop alone", done.stdout)[1])
+    assert abs(ratio - ours_each / alone) <= 0.005 + 0.01 * ratio / alone + 0.01 / alone
+
+
+def test_mistakes_are_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.jsonl").write_text('{"body": "x"}')
+    for name, message in {"a.txt": "not a plain .jsonl file", "b.jsonl": "with the key 'text'"}.items():
+        done = run("--input", tmp_path / name, "--megabytes", 0.01)
+        assert done.returncode == 1 and message in done.stderr.splitlines()[-1] and done.stdout == ""
