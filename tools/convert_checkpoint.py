@@ -17,6 +17,7 @@ from tqdm import tqdm
 from megatron_midus import cli
 from megatron_midus.config import ModelConfig
 from megatron_midus.conversion.checkpoint_layout import ASSETS_DIRECTORY, find_checkpoint, iteration_directory
+from megatron_midus.conversion.checksums import CHECKSUMS_FILE, check_checkpoint
 from megatron_midus.conversion.directories import source_config, write_hf_directory, write_megatron_checkpoint
 from megatron_midus.conversion.families import check_model, check_plan, from_hf_config
 from megatron_midus.conversion.hf_io import (
@@ -83,6 +84,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="tensors that are read, hashed and written at a time; each worker holds a few copies of one tensor (default: %(default)s, the cores of this machine up to 4)",
     )
     add("--evaluation", metavar="FILE", help="--to hf: JSON report of tools/evaluate.py, shown in the model card")
+    add(
+        "--verify-checkpoint",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="--to hf: compare every file of the checkpoint with its checksum first (default: yes)",
+    )
     add("--overwrite", action="store_true", help="replace the output directory when it exists")
     add("--verify", action="store_true", help="read the output back and compare every tensor before it is kept")  # fmt: skip
     return parser
@@ -126,6 +133,8 @@ def check_round_trip(wanted: TensorSource, found: TensorSource) -> None:
 
 def to_hf(args: argparse.Namespace) -> str:
     directory, iteration = find_checkpoint(args.load, args.ckpt_step)
+    if args.verify_checkpoint and not check_checkpoint(directory):
+        print(f"{directory} has no {CHECKSUMS_FILE}, so it is read without having been verified", file=sys.stderr)
     model, plan = ModelConfig.load(directory), UpscalePlan.load(directory)
     assets = directory / ASSETS_DIRECTORY
     check_model(source_config(assets, model, plan), model, plan)

@@ -21,6 +21,10 @@ class CheckpointConfig:
     ckpt_step: int | None = None
     """Iteration to load; the latest when absent."""
 
+    verify_checkpoint: bool = True
+    """Compare every file of a checkpoint with its checksum before it is loaded, each process a share. A damaged one is
+    not used: the newest whole one before it is, or the run ends where --ckpt-step named it."""
+
     pretrained_checkpoint: str | None = None
     """Checkpoint directory whose weights begin a new run, used while --load holds nothing."""
 

@@ -4,11 +4,13 @@
 
     DIR/
       latest_checkpointed_iteration.txt      "0" after up-scaling, then the iteration of the newest whole checkpoint
+      latest_checkpointed_iteration.sha256   its hash
       iter_0000000/
         metadata.json, .metadata, common.pt, __0_0.distcp …    Megatron-Core torch_dist files
         model_config.json                                      ModelConfig of the (up-scaled) model
         midus_plan.json                                        UpscalePlan
         hf_assets/                                             config, tokenizer, generation config … byte for byte
+        checksums.sha256                                       hash of every file above, written last
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_midus.conversion.checksums import file_sha256
 from megatron_midus.files import write_text_atomically
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
+LATEST_CHECKSUM_FILE = "latest_checkpointed_iteration.sha256"
 ASSETS_DIRECTORY = "hf_assets"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
@@ -42,14 +46,39 @@ def read_latest_iteration(root: str | Path) -> int | None:
     path = Path(root) / LATEST_FILE
     if not path.is_file():
         return None
-    text = path.read_text().strip()
-    if not text.isdigit():
-        raise ValueError(f"{path} holds {text!r}, not an iteration number")
+    text = path.read_bytes().decode(errors="replace").strip()
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{path} holds {text!r}, not an iteration number; choose one with --ckpt-step")
     return int(text)
 
 
+def latest_is_as_written(root: str | Path) -> bool:
+    """Whether ``latest_checkpointed_iteration.txt`` has its hash; true where no hash was written."""
+    path, checksum = Path(root) / LATEST_FILE, Path(root) / LATEST_CHECKSUM_FILE
+    if not checksum.is_file():
+        return True
+    return path.is_file() and checksum.read_bytes() == _latest_checksum(path)
+
+
+def _latest_checksum(path: Path) -> bytes:
+    return f"{file_sha256(path)}  {path.name}\n".encode()
+
+
 def write_latest_iteration(root: str | Path, iteration: int) -> None:
-    write_text_atomically(Path(root) / LATEST_FILE, f"{iteration}\n")
+    """Makes ``iteration`` the latest. A kill between the two files leaves a hash that does not fit, which is reported."""
+    path = Path(root) / LATEST_FILE
+    write_text_atomically(path, f"{iteration}\n")
+    write_text_atomically(Path(root) / LATEST_CHECKSUM_FILE, _latest_checksum(path).decode())
+
+
+def list_iterations(root: str | Path) -> list[int]:
+    """Iterations that lie in ``root``, ascending, whole or not."""
+    return sorted(int(m.group(1)) for p in Path(root).iterdir() if p.is_dir() and (m := _ITERATION.fullmatch(p.name)))
+
+
+def is_iteration_directory(path: str | Path) -> bool:
+    """Whether ``path`` is one checkpoint, ``…/iter_0000042``, and not a root of several."""
+    return bool(_ITERATION.fullmatch(Path(path).name))
 
 
 def find_checkpoint(root: str | Path, iteration: int | None = None) -> tuple[Path, int]:
@@ -78,8 +107,7 @@ def find_checkpoint(root: str | Path, iteration: int | None = None) -> tuple[Pat
             raise ValueError(f"{root} holds no {LATEST_FILE}, so it is not a Megatron checkpoint{hint}")
     directory = iteration_directory(root, iteration)
     if not directory.is_dir():
-        there = sorted(int(m.group(1)) for p in root.iterdir() if (m := _ITERATION.fullmatch(p.name)))
-        raise ValueError(f"{directory} does not exist; {root} holds iterations {there}")
+        raise ValueError(f"{directory} does not exist; {root} holds iterations {list_iterations(root)}")
     return directory, iteration
 
 

@@ -15,6 +15,7 @@ from megatron_midus.conversion.checkpoint_layout import (
     iteration_directory,
     write_latest_iteration,
 )
+from megatron_midus.conversion.checksums import write_checksums
 from megatron_midus.conversion.families import fresh_config, to_hf_config
 from megatron_midus.conversion.hf_io import CONFIG_FILE, check_free_space, dtype_name, read_hf_config, write_safetensors
 from megatron_midus.conversion.megatron_io import write_model_tensors
@@ -138,4 +139,5 @@ def write_megatron_checkpoint(
         "padded_vocab_size": padded,
     }
     (target / CONVERSION_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    write_checksums(target)
     write_latest_iteration(directory, 0)

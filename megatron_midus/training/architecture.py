@@ -1,4 +1,4 @@
-"""Which model is trained and where its weights come from: a checkpoint's own files, or flags for training from scratch."""
+"""Which model is trained: what a checkpoint's own files say, or flags for training from scratch."""
 
 from __future__ import annotations
 
@@ -11,25 +11,11 @@ from megatron_midus.config.checkpoint import CheckpointConfig
 from megatron_midus.conversion.checkpoint_layout import ASSETS_DIRECTORY, find_checkpoint, read_latest_iteration
 from megatron_midus.data.tokenizer import Tokenizer, build_tokenizer, check_tokenizer_fits
 from megatron_midus.training.arguments import Arguments
+from megatron_midus.training.source import Source
 from megatron_midus.upscaling import UpscalePlan, make_plan
 
 # Policies whose base stays useful frozen; solar and stack break the function of the base, so everything must learn.
 _FROZEN_BASE_POLICIES = ("interleave", "control", "llama_pro", "average", "opt_deus", "opt_deus_literal")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a run begins.
-
-    Attributes:
-        directory: the ``iter_*`` directory whose weights are loaded; ``None`` = fresh weights.
-        iteration: the iteration that the directory stands for.
-        resume: whether its training state (iteration, optimizer, schedule, random numbers) counts, too.
-    """
-
-    directory: Path | None
-    iteration: int = 0
-    resume: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,40 +35,6 @@ class Architecture:
     train: Literal["inserted", "all"]
     assets: Path | None
     assets_left_out: tuple[str, ...] = ()
-
-
-def find_source(checkpoint: CheckpointConfig) -> Source:
-    """Resolves ``--load``, ``--ckpt-step``, ``--pretrained-checkpoint``, ``--finetune``.
-
-    Raises:
-        ValueError: a directory that does not exist or holds no checkpoint where one is needed.
-    """
-    if checkpoint.load is not None and _holds_checkpoint(checkpoint):
-        directory, iteration = find_checkpoint(checkpoint.load, checkpoint.ckpt_step)
-        return Source(directory, iteration, resume=not checkpoint.finetune)
-    if checkpoint.pretrained_checkpoint is not None:
-        directory, iteration = find_checkpoint(checkpoint.pretrained_checkpoint)
-        return Source(directory, iteration)
-    return Source(None)
-
-
-def _holds_checkpoint(checkpoint: CheckpointConfig) -> bool:
-    """Whether ``--load`` is to be loaded; false for a directory that the first run is yet to fill."""
-    assert checkpoint.load is not None
-    root = Path(checkpoint.load)
-    must_exist = checkpoint.exit_on_missing_checkpoint or checkpoint.finetune or checkpoint.ckpt_step is not None
-    if not root.exists():
-        same = checkpoint.save is not None and Path(checkpoint.save).absolute() == root.absolute()
-        if must_exist or not (same or checkpoint.pretrained_checkpoint):
-            raise ValueError(
-                f"checkpoint directory {root} does not exist; give an existing one to --load, or the directory of "
-                "--save to begin a run there"
-            )
-        return False
-    if root.is_dir() and not must_exist and read_latest_iteration(root) is None:
-        # Staging leftovers of a killed first save do not make a checkpoint.
-        return any(not path.name.startswith(".") for path in root.iterdir())
-    return True
 
 
 def resolve_architecture(arguments: Arguments, source: Source, *, tokenizer_vocab_size: int | None) -> Architecture:
@@ -123,7 +75,9 @@ def _check_flags(given: dict[str, Any], stored: dict[str, Any], directory: Path)
 def _check_other_plans(checkpoint: CheckpointConfig, plan: UpscalePlan, directory: Path) -> None:
     """Neither ``--save`` nor ``--pretrained-checkpoint`` may belong to another model."""
     for flag, root in (("--save", checkpoint.save), ("--pretrained-checkpoint", checkpoint.pretrained_checkpoint)):
-        if root is None or not Path(root).is_dir() or read_latest_iteration(root) is None:
+        if root is None or not Path(root).is_dir() or Path(root).absolute() == directory.absolute().parent:
+            continue
+        if read_latest_iteration(root) is None:
             continue
         other = find_checkpoint(root)[0]
         difference = plan.difference(UpscalePlan.load(other))

@@ -26,11 +26,12 @@ from megatron_midus.data.tokenizer import Tokenizer
 from megatron_midus.model.builder import build_model, freeze
 from megatron_midus.model.checkpoint import load_weights
 from megatron_midus.model.config import make_transformer_config
-from megatron_midus.training.architecture import Architecture, Source
+from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.checkpointing import readable
 from megatron_midus.training.checks import Layout, num_virtual_stages
 from megatron_midus.training.messages import print_rank_0
+from megatron_midus.training.source import Source
 from megatron_midus.upscaling.value_placement import Placement, resolve_value_placement
 
 

@@ -6,22 +6,27 @@ names the latest iteration is written last. So a process killed at any moment le
 
 from __future__ import annotations
 
+import functools
+import json
 import os
-import re
 import shutil
+import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
 from megatron_midus.conversion.checkpoint_layout import (
     ASSETS_DIRECTORY,
     copy_assets,
     iteration_directory,
+    list_iterations,
     write_latest_iteration,
 )
+from megatron_midus.conversion.checksums import file_sha256, write_checksums
 from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.checkpointing import optimizer_metadata
 
@@ -43,6 +48,7 @@ class CheckpointWriter:
         # Follows the newest checkpoint: the one that the run began with may be deleted by then.
         self._assets = architecture.assets
         self._queue = AsyncCallsQueue() if is_async else None
+        self._run = _agree_on_name()
         if torch.distributed.get_rank() == 0:
             self.root.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.root)
@@ -51,39 +57,56 @@ class CheckpointWriter:
     def save(self, iteration: int, state: dict[str, Any]) -> None:
         """Writes ``state`` (of tensors that know how they are sharded) as ``iter_*``. Collective over all ranks."""
         self.finalize(blocking=True)
-        staging = _staging_directory(self.root, iteration)
+        staging = self._staging_directory(iteration)
         if torch.distributed.get_rank() == 0:
-            shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         torch.distributed.barrier()
         request = dist_checkpointing.save(
             state, str(staging), async_sharded_save=self._queue is not None, content_metadata=optimizer_metadata()
         )
+        rank = torch.distributed.get_rank()
         if self._queue is None:
-            self._publish(iteration)
+            self._publish(iteration, hash_own_files(staging, rank))
             return
-        request.add_finalize_fn(lambda: self._publish(iteration))
-        self._queue.schedule_async_request(request)
+        self._queue.schedule_async_request(self._hashing_request(request, iteration, rank))
+
+    def _hashing_request(self, request: AsyncRequest, iteration: int, rank: int) -> AsyncRequest:
+        """``request`` with hashing behind the writing, in the same background process."""
+        staging = self._staging_directory(iteration)
+        if request.async_fn is not None:  # None: this rank has nothing to write
+            request = request._replace(async_fn=functools.partial(_write_and_hash, request.async_fn, staging, rank))
+        request.add_finalize_fn(lambda: self._publish(iteration, _take_hashes(staging, rank)))
+        return request
 
     def finalize(self, *, blocking: bool = False) -> None:
         """Publishes background saves that are done; waits for all of them if ``blocking``. Collective."""
         if self._queue is not None:
             self._queue.maybe_finalize_async_calls(blocking=blocking)
 
-    def _publish(self, iteration: int) -> None:
-        """Turns the staging directory, complete on all ranks, into the checkpoint."""
-        torch.distributed.barrier()
+    def _publish(self, iteration: int, checksums: dict[str, str]) -> None:
+        """Turns the staging directory into the checkpoint, once it is complete on all ranks.
+
+        Args:
+            checksums: of the files that this rank wrote.
+        """
+        everyones: list[dict[str, str]] = [{} for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(everyones, checksums)
         if torch.distributed.get_rank() == 0:
-            staging, target = _staging_directory(self.root, iteration), iteration_directory(self.root, iteration)
+            staging, target = self._staging_directory(iteration), iteration_directory(self.root, iteration)
             self.architecture.plan.save(staging)
             self.architecture.model.save(staging)
             self._copy_assets(staging / ASSETS_DIRECTORY)
+            write_checksums(staging, {name: value for each in everyones for name, value in each.items()})
             replace_directory(staging, target)
             if self._assets is not None:
                 self._assets = target / ASSETS_DIRECTORY
             write_latest_iteration(self.root, iteration)
             apply_retention(self.root, self.keep_last, iteration)
         torch.distributed.barrier()
+
+    def _staging_directory(self, iteration: int) -> Path:
+        # Hidden, so that nobody takes it for a checkpoint.
+        return self.root / f".{iteration_directory(self.root, iteration).name}.{self._run}.partial"
 
     def _copy_assets(self, target: Path) -> None:
         if self._assets is None:
@@ -95,11 +118,42 @@ class CheckpointWriter:
             shutil.copyfile(self._assets, target / "tokenizer.model")
 
 
-def _staging_directory(root: Path, iteration: int) -> Path:
-    # The same name on every rank without asking, and hidden, so that nobody takes it for a checkpoint.
-    return root / f".{iteration_directory(root, iteration).name}.partial"
+def _agree_on_name() -> str:
+    """A name for this start of the run, the same on all ranks.
+
+    Processes that write in the background outlive a killed rank for a while. What they still write must not fall into
+    the files of the run that was started again.
+    """
+    name = [uuid.uuid4().hex[:8]]
+    torch.distributed.broadcast_object_list(name, src=0)
+    return name[0]
 
 
+# -- checksums -------------------------------------------------------------------------------------------------------
+def hash_own_files(directory: Path, rank: int) -> dict[str, str]:
+    """``{file name: SHA-256}`` of the tensor files that this rank wrote; Megatron-Core names them ``__{rank}_{n}``."""
+    return {path.name: file_sha256(path) for path in sorted(directory.glob(f"__{rank}_*.distcp"))}
+
+
+def _write_and_hash(write: Callable, directory: Path, rank: int, *arguments: Any, **options: Any) -> None:
+    write(*arguments, **options)
+    _hashes_file(directory, rank).write_text(json.dumps(hash_own_files(directory, rank)))
+
+
+def _take_hashes(directory: Path, rank: int) -> dict[str, str]:
+    path = _hashes_file(directory, rank)
+    if not path.is_file():
+        return {}
+    hashes = json.loads(path.read_text())
+    path.unlink()
+    return hashes
+
+
+def _hashes_file(directory: Path, rank: int) -> Path:
+    return directory / f".hashes_of_rank_{rank}.json"
+
+
+# -- directories -----------------------------------------------------------------------------------------------------
 def replace_directory(staging: Path, target: Path) -> None:
     """Renames ``staging`` to ``target``; an older ``target`` gives way at the last moment."""
     old = target.with_name(f".{target.name}.old")
@@ -126,12 +180,22 @@ def apply_retention(root: Path, keep_last: int, newest: int) -> None:
     """Deletes all but the ``keep_last`` newest checkpoints. Iteration 0, the up-scaled model, stays."""
     if not keep_last:
         return
-    found = [int(m.group(1)) for p in root.iterdir() if (m := re.fullmatch(r"iter_(\d{7,})", p.name))]
     # Iterations above the newest belong to a run that was rewound; they are not this run's to delete.
-    mine = sorted(i for i in found if 0 < i <= newest)
+    mine = [i for i in list_iterations(root) if 0 < i <= newest]
     for iteration in mine[:-keep_last]:
         directory = iteration_directory(root, iteration)
         # Out of the way in one step: a reader must not find half a checkpoint.
         doomed = directory.with_name(f".{directory.name}.partial")
         os.rename(directory, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def set_aside(root: Path, iterations: Iterable[int], *, go_on_from: int) -> None:
+    """Renames damaged checkpoints to ``iter_*.damaged``, so that neither retention nor the next start counts them."""
+    for iteration in iterations:
+        directory = iteration_directory(root, iteration)
+        aside = directory.with_name(f"{directory.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        if directory.is_dir():
+            os.rename(directory, aside)
+    write_latest_iteration(root, go_on_from)

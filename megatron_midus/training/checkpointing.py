@@ -164,8 +164,18 @@ def readable(directory: Path) -> Iterator[None]:
     """Turns what broken files raise into one line."""
     try:
         yield
-    # It depends on where a file was cut: pickle, zip reader, torch's or Megatron's own exception.
-    except (CheckpointingException, CheckpointException, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    # It depends on where a file was cut or changed: pickle, zip reader, torch's or Megatron's own exception.
+    except (
+        CheckpointingException,
+        CheckpointException,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ImportError,
+        AttributeError,
+        LookupError,
+        UnicodeDecodeError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{directory} cannot be read as a checkpoint ({reason}); choose another by --ckpt-step"

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_midus import cli
-from megatron_midus.training.architecture import find_source, resolve_model
+from megatron_midus.training.architecture import resolve_model
 from megatron_midus.training.arguments import Arguments, parse_arguments
 from megatron_midus.training.checks import check_environment, num_virtual_stages, resolve_layout
 from megatron_midus.training.schedule import schedule_lengths
+from megatron_midus.training.source import find_source
 
 # What rank 0 needs to report a mistake that all ranks made, before the others would repeat it.
 _SECONDS_FOR_RANK_0 = 10.0

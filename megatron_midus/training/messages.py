@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import sys
 
-import torch
-
 
 def rank() -> int:
-    """Rank of this process, also before torch.distributed is initialised."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    """Rank of this process, also before torch is imported or torch.distributed is initialised."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
     return int(os.environ.get("RANK", 0))
 
 
 def is_last_rank() -> bool:
     """Whether this process writes losses."""
+    import torch
+
     return rank() == torch.distributed.get_world_size() - 1
 
 

@@ -21,16 +21,19 @@ from megatron_midus import platform
 from megatron_midus.conversion.checkpoint_layout import read_latest_iteration
 from megatron_midus.data.tokenizer import Tokenizer
 from megatron_midus.training import build
-from megatron_midus.training.architecture import Architecture, Source
+from megatron_midus.training.architecture import Architecture, resolve_model
 from megatron_midus.training.arguments import Arguments
+from megatron_midus.training.checkpoint_writer import set_aside
 from megatron_midus.training.checkpointing import Progress, load_training_state, read_common_state, read_progress
 from megatron_midus.training.checks import Layout
 from megatron_midus.training.loop import Trainer
 from megatron_midus.training.messages import is_last_rank, print_rank_0, rank, warn_rank_0
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
 from megatron_midus.training.signals import TerminationSignal
+from megatron_midus.training.source import Source
 from megatron_midus.training.summary import describe_groups, describe_run
 from megatron_midus.training.telemetry import Telemetry
+from megatron_midus.training.verification import agree_on_source
 from megatron_midus.upscaling.cost import flops_per_token
 
 
@@ -44,6 +47,10 @@ def pretrain(
         signal.install()
     parallel = arguments.parallel
     platform.initialize_distributed(parallel.distributed_backend, timeout_minutes=parallel.distributed_timeout_minutes)
+    agreed = agree_on_source(arguments.checkpoint, source)
+    if agreed != source:
+        source = agreed
+        tokenizer, architecture = resolve_model(arguments, source)
     _warn_about_save(arguments, source)
     build.initialize_model_parallel(parallel, arguments.training.seed, architecture.plan.num_layers)
     trainer = _build_trainer(arguments, source, architecture, tokenizer, layout, signal)
@@ -140,6 +147,7 @@ def _restore(
     """Where the run goes on, with the optimizer as it was there."""
     if source.directory is None or not source.resume:
         return Progress()
+    _set_damaged_aside(arguments, source)
     if optimizer is None or scheduler is None:
         return read_progress(read_common_state(source.directory))
     progress = load_training_state(
@@ -157,12 +165,24 @@ def _restore(
     return progress
 
 
+def _set_damaged_aside(arguments: Arguments, source: Source) -> None:
+    """In the run's own directory, so that neither retention nor the next start counts damaged checkpoints."""
+    save = arguments.checkpoint.save
+    if save is None or source.directory is None or source.directory.absolute().parent != Path(save).absolute():
+        return
+    if rank() == 0 and source.damaged:
+        set_aside(Path(save), source.damaged, go_on_from=source.iteration)
+    torch.distributed.barrier()
+
+
 def _warn_about_save(arguments: Arguments, source: Source) -> None:
     """Checkpoints that lie in ``--save`` and are not what this run goes on from will be written over."""
     save = arguments.checkpoint.save
-    if save is None or not Path(save).is_dir() or read_latest_iteration(save) is None:
+    if save is None or not Path(save).is_dir():
         return
-    if source.directory is None or source.directory.absolute().parent != Path(save).absolute():
+    if source.directory is not None and source.directory.absolute().parent == Path(save).absolute():
+        return
+    if read_latest_iteration(save) is not None:
         warn_rank_0(f"{save} holds checkpoints up to iteration {read_latest_iteration(save)} that this run overwrites")
 
 

@@ -16,6 +16,7 @@ from tiny_models import DictSource, load_model, logits_of, write_base, write_tok
 
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.conversion.checkpoint_layout import iteration_directory, write_latest_iteration
+from megatron_midus.conversion.checksums import write_checksums
 from megatron_midus.conversion.directories import write_megatron_checkpoint
 from megatron_midus.conversion.families import from_hf_config
 from megatron_midus.conversion.hf_io import SafetensorsReader, read_hf_config
@@ -141,6 +142,7 @@ def test_export_takes_the_dtype_of_the_source(tmp_path):
     iteration = tmp_path / "megatron/iter_0000000"
     assert ModelConfig.load(iteration).hf_dtype == "float32"
     dataclasses.replace(ModelConfig.load(iteration), hf_dtype="bfloat16").save(iteration)
+    write_checksums(iteration)
     run(tmp_path / "megatron", tmp_path / "hf", "hf")
     before, after = SafetensorsReader(source), SafetensorsReader(tmp_path / "hf")
     assert all(torch.equal(before.read(name), after.read(name)) for name in before.names())
@@ -251,8 +253,21 @@ def test_wrong_checkpoints(tmp_path, checkpoint, damage, arguments, message):
     if damage:
         damage(tmp_path / "load/iter_0000000")
     with pytest.raises(ValueError, match=message) as caught:
-        run(tmp_path / "load", tmp_path / "results/out", "hf", *arguments)
+        # Files that do not belong together, as they look where no checksums tell.
+        run(tmp_path / "load", tmp_path / "results/out", "hf", "--no-verify-checkpoint", *arguments)
     assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("results/*"))
+
+
+@pytest.mark.parametrize("name", ["midus_plan.json", ".metadata", "hf_assets/config.json", "common.pt"])
+def test_a_flipped_bit_is_one_line(name, tmp_path, checkpoint):
+    shutil.copytree(checkpoint, tmp_path / "load")
+    path = tmp_path / "load/iter_0000000" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        run(tmp_path / "load", tmp_path / "results/out", "hf")
     assert not list(tmp_path.glob("results/*"))
 
 

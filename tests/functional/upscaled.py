@@ -8,6 +8,7 @@ from driver import fork_server
 
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.conversion.checkpoint_layout import iteration_directory, write_latest_iteration
+from megatron_midus.conversion.checksums import write_checksums
 from megatron_midus.upscaling import UpscalePlan, make_plan
 
 BASE = ModelConfig(
@@ -61,6 +62,7 @@ def _write(directory: Path, base: ModelConfig, plan: UpscalePlan) -> None:
     save_weights([chunk], target)
     plan.save(target)
     model.save(target)
+    write_checksums(target)
     write_latest_iteration(directory, 0)
     torch.distributed.destroy_process_group()
 
