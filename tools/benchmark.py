@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -43,8 +44,10 @@ def find_runner(command: str) -> Callable[[RunSettings], Report]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    # Of no consequence for the figures, and longer than the table.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    # What Megatron-Core says of packages that are not there is longer than the table, here and in the processes that
+    # measure memory.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
     command, settings = parse_arguments(arguments)
     for path in filter(None, (settings.json, settings.plot)):
         check_output_file(path)

@@ -80,7 +80,7 @@ def _check(contenders: list[Contender], shape: Shape, function: str, device: str
         operands = separated_operands(shape, function, tokens=tokens, device=device, seed=seed)
 
         def definition(inputs: Inputs) -> torch.Tensor:
-            return run_backend("reference", function, shape.topk, inputs)  # noqa: B023
+            return run_backend("reference", function, shape.topk, inputs)
 
         truth = _with_gradients(definition, operands, torch.float64)
         plain = _with_gradients(definition, operands, shape.torch_dtype)
