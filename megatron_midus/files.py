@@ -27,6 +27,19 @@ def check_output_directory(target: str | Path, *, overwrite: bool = False) -> Pa
     return target
 
 
+def check_output_file(target: str | Path) -> Path:
+    """Raises ``ValueError`` before any work is done when ``target`` cannot become a file."""
+    target = Path(target)
+    if target.is_dir():
+        raise ValueError(f"{target} is a directory; name a file")
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{parent} is not a writable directory, so {target} cannot be written")
+    return target
+
+
 @contextlib.contextmanager
 def staged_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty directory beside ``target`` that becomes ``target`` on success and vanishes on an exception."""

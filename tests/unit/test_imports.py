@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_midus"
 
 FREE = {"files", "cli"}
-NOT_FOR_TRAINING = {"hf", "evaluation", "analysis", "training"}
+NOT_FOR_TRAINING = {"hf", "evaluation", "analysis", "benchmark", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "ops": set(),
@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"config"},
     "evaluation": {"config", "hf", "ops", "upscaling"},
     "analysis": {"config", "hf", "ops", "upscaling"},
+    "benchmark": {"config", "model", "ops", "platform", "training", "upscaling"},
     "platform.py": set(),
     "files.py": set(),
     "cli.py": set(),
@@ -32,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["training"] = {name for name in MAY_IMPORT if "." not in name and "/" not in name} - NOT_FOR_TRAINING
 MAY_IMPORT["training"] |= {"platform"}
-MEGATRON = {"memory", "model", "conversion/megatron_io.py", "data", "training", "platform.py"}
+MEGATRON = {"benchmark", "memory", "model", "conversion/megatron_io.py", "data", "training", "platform.py"}
 NO_TORCH = {"config", "files.py", "cli.py"}
 TOPMOST = {"tools", "examples", "pretrain_midus", "tests"}
 

@@ -1,0 +1,178 @@
+"""What is timed: the backends of this project, and what they are compared with. All are functions of a list of tensors.
+
+Shapes: T tokens, H heads, D channels of one head's query, N sub-keys per half, K top-k, L latent, O channels that one
+head writes, d = H * O hidden size, F FFN hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from megatron_midus.benchmark.shapes import Shape
+from megatron_midus.ops import dispatch
+
+Inputs = list[torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """Attributes:
+    name: in tables.
+    function: which operands it takes and what it computes: ``hive``, ``block`` or ``ffn``.
+    run: operands to output.
+    is_backend: whether it is one of ours.
+    """
+
+    name: str
+    function: str
+    run: Callable[[Inputs], torch.Tensor]
+    is_backend: bool = False
+
+
+@dataclasses.dataclass
+class Operands:
+    """Leaves of one function, the activations first, and a gradient of its output."""
+
+    inputs: Inputs
+    grad_out: torch.Tensor
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """New activations and a new gradient, in place."""
+        self.inputs[0].normal_()
+        self.grad_out.normal_()
+
+
+def make_operands(shape: Shape, function: str, *, tokens: int, device: str, seed: int) -> Operands:
+    """Random operands of the size at which each would be in a network: activations and gradients about 1.
+
+    The value bank is random as well: at its initial zero most gradients would be zero and nothing would be compared.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*size: int, fan_in: int = 1) -> torch.Tensor:
+        drawn = torch.randn(size, generator=generator, device=device) / fan_in**0.5
+        return drawn.to(shape.torch_dtype).requires_grad_()
+
+    heads, width, half = shape.num_heads, shape.hidden_size, shape.kv_channels // 2
+    if function == "ffn":
+        inner = shape.ffn_hidden_size
+        inputs = [draw(tokens, width), draw(2 * inner, width, fan_in=width), draw(width, inner, fan_in=inner)]
+        return Operands(inputs, draw(tokens, width).detach())
+    inputs = [draw(tokens, heads, 2 * half), *(draw(heads, shape.num_keys, half, fan_in=half) for _ in range(2))]
+    if function == "block":
+        return Operands([*inputs, draw(shape.num_slots, width)], draw(tokens, 1, width).detach())
+    inputs += [draw(shape.num_slots, shape.latent_size)]
+    inputs += [draw(heads, shape.latent_size, shape.out_channels, fan_in=shape.latent_size)]
+    return Operands(inputs, draw(tokens, heads, shape.out_channels).detach())
+
+
+# -- ours ------------------------------------------------------------------------------------------------------------
+def run_backend(name: str, variant: str, topk: int, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``[T, H, O]``, or ``[T, 1, d]`` for block, through the public operator with a backend by name."""
+    values_and_projection = inputs[3:] if variant == "hive" else [inputs[3], None]
+    return dispatch.head_wise_memory(*inputs[:3], *values_and_projection, topk=topk, variant=variant, backend=name)
+
+
+def _backend(name: str, variant: str, topk: int) -> Contender:
+    label = name if variant == "hive" else f"{name} ({variant})"
+    return Contender(label, variant, functools.partial(run_backend, name, variant, topk), is_backend=True)
+
+
+# -- what a memory is compared with ----------------------------------------------------------------------------------
+def swiglu_ffn(inputs: Inputs) -> torch.Tensor:
+    """``[T, d]``: the FFN of a Llama block on operands ``[T, d]``, ``[2F, d]``, ``[d, F]``."""
+    hidden, weight_in, weight_out = inputs
+    gate, up = F.linear(hidden, weight_in).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, weight_out)
+
+
+def naive_memory(topk: int, inputs: Inputs) -> torch.Tensor:
+    """``[T, H, O]``: product keys as one would write them down, with all scores and all selected rows in memory."""
+    query, row_keys, col_keys, values, head_proj = inputs
+    num_keys = row_keys.shape[1]
+    row_query, col_query = query.chunk(2, dim=-1)
+    row_best, row_index = torch.einsum("thd,hnd->thn", row_query, row_keys).topk(topk, dim=-1)
+    col_best, col_index = torch.einsum("thd,hnd->thn", col_query, col_keys).topk(topk, dim=-1)
+    scores, pair = (row_best[..., :, None] + col_best[..., None, :]).flatten(-2).topk(topk, dim=-1)
+    slots = (row_index[..., :, None] * num_keys + col_index[..., None, :]).flatten(-2).gather(-1, pair)
+    rows = values[slots]  # [T, H, K, L]
+    latent = torch.einsum("thk,thkl->thl", scores.softmax(-1), rows)
+    return torch.einsum("thl,hlo->tho", latent, head_proj)
+
+
+def product_key_memory(shape: Shape) -> Callable[[Inputs], torch.Tensor]:
+    """``PKM`` of the package product-key-memory, on operands of function ``block``.
+
+    Its query projection and query norm are left out, so that it computes the same function as variant ``block``.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    from product_key_memory import PKM
+
+    with torch.device("meta"):  # its weights are replaced in every call
+        module = PKM(
+            shape.hidden_size,
+            heads=shape.num_heads,
+            num_keys=shape.num_keys,
+            topk=shape.topk,
+            dim_head=shape.kv_channels // 2,
+        )
+    module.to_queries, module.norm = torch.nn.Identity(), torch.nn.Identity()
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        query, row_keys, col_keys, values = inputs
+        halves = query.unflatten(-1, (2, -1)).transpose(1, 2).reshape(1, len(query), -1)  # [1, T, 2 * H * D/2]
+        weights = {"keys": torch.stack([row_keys, col_keys], dim=2), "values.weight": values}
+        return torch.func.functional_call(module, weights, (halves,)).transpose(0, 1)
+
+    return run
+
+
+# -- who takes part --------------------------------------------------------------------------------------------------
+def available_backends(shape: Shape, variant: str, device: str) -> dict[str, str | None]:
+    """Every backend of ``ops.dispatch``, with the reason why it cannot run here."""
+    inputs = make_operands(dataclasses.replace(shape, num_keys=shape.topk), variant, tokens=2, device=device, seed=0)
+    tensors = [*inputs.inputs, *([None] if variant != "hive" else [])]
+    settings = {"topk": shape.topk, "variant": variant, "score_activation": "softmax", "deterministic": True}
+    return {name: dispatch.unsupported_reason(name, *tensors, **settings) for name in dispatch.BACKENDS}
+
+
+def find_contenders(
+    shape: Shape, *, backends: Sequence[str] | None, baselines: Sequence[str], device: str
+) -> tuple[list[Contender], list[str]]:
+    """Who is timed at a shape, and sentences about who is not.
+
+    Raises:
+        ValueError: a backend that was named and is not known or cannot run.
+    """
+    reasons = available_backends(shape, "hive", device)
+    notes = []
+    for name in backends or []:
+        if reasons.get(name, "it is not known") is not None:
+            known = ", ".join(n for n, reason in reasons.items() if reason is None)
+            raise ValueError(f"backend {name!r} cannot run: {reasons.get(name, 'it is not known')}; here run {known}")
+    if backends is None:
+        notes += [f"backend {name}: {reason}" for name, reason in reasons.items() if reason is not None]
+        backends = [name for name, reason in reasons.items() if reason is None]
+    found = [_backend(name, "hive", shape.topk) for name in backends]
+    if "naive" in baselines:
+        found.append(Contender("naive", "hive", functools.partial(naive_memory, shape.topk)))
+    if "ffn" in baselines:
+        found.append(Contender("ffn", "ffn", swiglu_ffn))
+    if "product-key-memory" in baselines:
+        try:
+            package = product_key_memory(shape)
+        except ImportError:
+            notes.append("product-key-memory is not installed: pip install 'megatron-midus[bench]'")
+        else:
+            # Its function is variant block; the first of our backends that has it stands beside it.
+            ours = next(n for n in backends if available_backends(shape, "block", device)[n] is None)
+            found += [_backend(ours, "block", shape.topk), Contender("product-key-memory", "block", package)]
+    return found, notes

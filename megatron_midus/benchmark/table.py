@@ -1,0 +1,76 @@
+"""A report as tables for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_midus.benchmark.report import Report, Row, Section
+from megatron_midus.benchmark.timing import Summary
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Machine, one table per section, and what was left out."""
+    # Wide enough for all columns when the output is a file.
+    console = console or Console(width=None if Console().is_terminal else 170, highlight=False)
+    machine = report.machine
+    device = machine["gpu"] if report.machine["device"] == "cuda" else machine["cpu"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    console.print(f"{device}, {machine['threads']} of {machine['cpu_cores']} CPU threads; {versions}")
+    for section in report.sections:
+        console.print()
+        console.print(section_table(section))
+        for note in section.notes:
+            console.print(f"  not timed: {note}", style="dim")
+
+
+def section_table(section: Section) -> Table:
+    """Medians with quartiles; a ratio under 1 is faster than the baseline."""
+    caption = []
+    if section.ceilings:
+        caption.append(
+            f"ceilings of this run: copy {section.ceilings.gigabytes_per_second:.1f} GB/s, "
+            f"matrix product {section.ceilings.teraflops:.3g} TFLOP/s"
+        )
+    if section.checks:
+        worst = max(section.checks, key=lambda check: check.error / check.allowed)
+        caption.append(f"parity: {len(section.checks)} tensors within bounds, the nearest {worst}")
+    table = Table(title=f"{section.title}: {section.description}", caption="\n".join(caption), caption_justify="left")
+    baselines = [b for b in section.baselines if any(b in row.ratios for row in section.rows)]
+    phases = list(section.rows[0].phases)
+    has_memory = any(row.peak_bytes is not None for row in section.rows)
+    has_rates = any(row.roofline_share is not None for row in section.rows)
+    table.add_column("contender")
+    columns = [f"{phase}, ms" for phase in phases] + (["total, ms"] if len(phases) > 1 else [])
+    columns += [f"time / {baseline}" for baseline in baselines]
+    columns += ["peak, MB"] * has_memory + ["GB/s", "TFLOP/s", "roofline"] * has_rates
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in section.rows:
+        cells = [_time(row.phases[phase]) for phase in phases] + ([_time(row.total)] if len(phases) > 1 else [])
+        cells += [_ratio(row.ratios.get(baseline)) for baseline in baselines]
+        cells += ([_megabytes(row)] * has_memory) + (_rates(row) if has_rates else [])
+        table.add_row(row.name, *cells)
+    return table
+
+
+def _time(summary: Summary) -> str:
+    digits = 1 if summary.median >= 10 else 3
+    spread = f"{summary.lower_quartile:.{digits}f}–{summary.upper_quartile:.{digits}f}"
+    return f"{summary.median:.{digits}f} \\[{spread}]"
+
+
+def _ratio(summary: Summary | None) -> str:
+    if summary is None:
+        return "–"
+    return f"{summary.median:.3f} \\[{summary.lower_quartile:.3f}–{summary.upper_quartile:.3f}]"
+
+
+def _megabytes(row: Row) -> str:
+    return "–" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}"
+
+
+def _rates(row: Row) -> list[str]:
+    if row.roofline_share is None:
+        return ["–"] * 3
+    return [f"{row.gigabytes_per_second:.1f}", f"{row.teraflops:.3g}", f"{100 * row.roofline_share:.1f} %"]

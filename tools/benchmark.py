@@ -1,0 +1,69 @@
+"""Times the head-wise memory, Memory blocks and training with them against what they replace; wrong results are not timed.
+
+python tools/benchmark.py hml --shape cpu-h8 cpu-h32 --threads 2
+python tools/benchmark.py layer --shape paper-1b
+python tools/benchmark.py train --shape train-cpu --threads 2 --json train.json --plot train.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+
+from megatron_midus import cli
+from megatron_midus.benchmark.report import Report
+from megatron_midus.benchmark.settings import HmlSettings, LayerSettings, RunSettings, TrainSettings
+from megatron_midus.benchmark.table import print_report
+from megatron_midus.config.fields import add_arguments, from_namespace
+from megatron_midus.files import check_output_file, write_text_atomically
+
+SETTINGS: dict[str, type[RunSettings]] = {"hml": HmlSettings, "layer": LayerSettings, "train": TrainSettings}
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> tuple[str, RunSettings]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, cls in SETTINGS.items():
+        add_arguments(commands.add_parser(name, help=cls.__doc__), cls)
+    namespace = parser.parse_args(arguments)
+    return namespace.command, from_namespace(SETTINGS[namespace.command], namespace)
+
+
+def find_runner(command: str) -> Callable[[RunSettings], Report]:
+    """Imported where used: ``layer`` and ``train`` need Megatron, ``hml`` does not."""
+    if command == "hml":
+        from megatron_midus.benchmark.hml import run_hml as run
+    elif command == "layer":
+        from megatron_midus.benchmark.layer import run_layer as run
+    else:
+        from megatron_midus.benchmark.train import run_train as run
+    return run
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    # What Megatron-Core says of packages that are not there is longer than the table, here and in the processes that
+    # measure memory.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
+    command, settings = parse_arguments(arguments)
+    for path in filter(None, (settings.json, settings.plot)):
+        check_output_file(path)
+    if settings.plot:
+        from megatron_midus.benchmark.plot import require_matplotlib
+
+        require_matplotlib()
+    report = find_runner(command)(settings)
+    print_report(report)
+    if settings.json:
+        write_text_atomically(settings.json, json.dumps(report.to_dict(), indent=1) + "\n")
+    if settings.plot:
+        from megatron_midus.benchmark.plot import plot_report
+
+        plot_report(report, settings.plot)
+
+
+if __name__ == "__main__":
+    cli.run(main)
