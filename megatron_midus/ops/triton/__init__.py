@@ -1,0 +1,1 @@
+"""Head-wise memory as Triton kernels; importing this package imports no Triton."""
