@@ -5,6 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+_DEPTH_DEPENDENT = (
+    "apply_query_key_layer_scaling",
+    "no_rope_freq",
+    "window_attn_skip_freq",
+    "first_last_layers_bf16",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class CompatibilityConfig:
@@ -52,12 +59,28 @@ class CompatibilityConfig:
     rope_fusion: bool = False
     """Fused rotary embedding."""
 
+    apply_query_key_layer_scaling: bool = False
+    """Scale attention scores by layer number."""
+
+    no_rope_freq: int | None = None
+    """Layers without rotary positions, counted by number."""
+
+    window_attn_skip_freq: int | None = None
+    """Layers without the sliding window, counted by number."""
+
+    first_last_layers_bf16: bool = False
+    """Keep the first and last layers in bf16 under FP8."""
+
     def __post_init__(self) -> None:
         if self.make_vocab_size_divisible_by < 1:
             raise ValueError(f"make_vocab_size_divisible_by={self.make_vocab_size_divisible_by} must be at least 1")
         free = ("make_vocab_size_divisible_by", "untie_embeddings_and_output_weights")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name in _DEPTH_DEPENDENT and value != field.default:
+                raise ValueError(
+                    f"{field.name}={value} depends on layer numbers, which inserted blocks shift; leave the flag out"
+                )
             if field.name not in free and value != field.default:
                 raise ValueError(
                     f"{field.name}={value} is not available here, only {field.default}; leave the flag out"

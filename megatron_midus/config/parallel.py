@@ -25,6 +25,22 @@ class ParallelConfig:
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers per model chunk of the interleaved pipeline schedule; absent = not interleaved."""
 
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """Model chunks per pipeline stage; the same schedule, said the other way round."""
+
+    pipeline_model_parallel_layout: str | None = dataclasses.field(
+        default=None, metadata={"aliases": ("pipeline_layout",)}
+    )
+    """Which blocks go to which stage: E = embedding, t = a block, L = output layer and loss, | between stages (then
+    between chunks), as in 'Ettt|(tt|)*2tL'; auto = the split whose slowest stage is fastest, by the cost of each
+    block; absent = as many blocks on each stage."""
+
+    decoder_first_pipeline_num_layers: int | None = None
+    """Blocks of the first pipeline stage; the others share the rest evenly."""
+
+    decoder_last_pipeline_num_layers: int | None = None
+    """Blocks of the last pipeline stage; the others share the rest evenly."""
+
     context_parallel_size: int = 1
     """Processes that share a sequence (needs the Transformer Engine backend)."""
 
@@ -94,19 +110,41 @@ class ParallelConfig:
         self._check_recompute()
 
     def _check_pipeline(self) -> None:
-        if self.num_layers_per_virtual_pipeline_stage is None:
-            return
-        if self.num_layers_per_virtual_pipeline_stage < 1:
+        per_chunk, chunks = self.num_layers_per_virtual_pipeline_stage, self.num_virtual_stages_per_pipeline_rank
+        ends = (self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers)
+        for name in (
+            "num_layers_per_virtual_pipeline_stage",
+            "num_virtual_stages_per_pipeline_rank",
+            "pipeline_model_parallel_layout",
+            "decoder_first_pipeline_num_layers",
+            "decoder_last_pipeline_num_layers",
+        ):
+            value = getattr(self, name)
+            if value is not None and self.pipeline_model_parallel_size < 2:
+                raise ValueError(f"{name} needs --pipeline-model-parallel-size of at least 2")
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if per_chunk is not None and chunks is not None:
             raise ValueError(
-                f"num_layers_per_virtual_pipeline_stage={self.num_layers_per_virtual_pipeline_stage} must be at least 1"
+                f"num_layers_per_virtual_pipeline_stage={per_chunk} and num_virtual_stages_per_pipeline_rank={chunks} "
+                "say the same in two ways; give one"
             )
-        if self.pipeline_model_parallel_size < 2:
-            raise ValueError("num_layers_per_virtual_pipeline_stage needs --pipeline-model-parallel-size of at least 2")
-        if not self.overlap_p2p_comm:
+        if (per_chunk or chunks) and not self.overlap_p2p_comm:
             # Batched transfers mix up the messages of the chunks of two stages and the loss is wrong without a word.
             raise ValueError(
                 "num_layers_per_virtual_pipeline_stage trains wrongly without overlapped transfers; "
                 "leave --no-overlap-p2p-comm out"
+            )
+        if any(ends) and (per_chunk or chunks or self.pipeline_model_parallel_layout):
+            raise ValueError(
+                f"decoder_first_pipeline_num_layers={ends[0]} and decoder_last_pipeline_num_layers={ends[1]} do not go "
+                "with chunks or a layout; say it all with --pipeline-model-parallel-layout"
+            )
+        if per_chunk is not None and self.pipeline_model_parallel_layout is not None:
+            raise ValueError(
+                f"num_layers_per_virtual_pipeline_stage={per_chunk} makes even chunks, which "
+                f"pipeline_model_parallel_layout={self.pipeline_model_parallel_layout} does not; give "
+                "--num-virtual-stages-per-pipeline-rank instead"
             )
 
     def _check_recompute(self) -> None:

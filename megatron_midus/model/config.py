@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_midus.config import ModelConfig
 from megatron_midus.platform import is_cpu, transformer_engine_available
 from megatron_midus.upscaling import UpscalePlan
+from megatron_midus.upscaling.balance import parse_layout
 
 # Options whose meaning hangs on a layer's number; inserting blocks would move them to other layers without a word.
 _DEPTH_DEPENDENT = (
@@ -71,10 +72,15 @@ def make_transformer_config(
             num_attention_heads=model.num_attention_heads,
             kv_channels=model.kv_channels,
         )
+    if isinstance(layout := overrides.get("pipeline_model_parallel_layout"), str):
+        parts = len(parse_layout(layout, num_layers=plan.num_layers, num_stages=pipeline_model_parallel_size))
+        if parts > pipeline_model_parallel_size and virtual_pipeline_model_parallel_size is None:
+            virtual_pipeline_model_parallel_size = parts // pipeline_model_parallel_size
     _check_tensor_parallel(model, plan, tensor_model_parallel_size, sequence_parallel)
     _check_pipeline(plan, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size, overrides)
     _check_context_parallel(context_parallel_size)
     _check_overrides(overrides)
+    _check_interleaving(virtual_pipeline_model_parallel_size, overrides)
     dtype = torch.bfloat16 if bf16 else torch.float16 if overrides.get("fp16") else torch.float32
     parallel = {
         "tensor_model_parallel_size": tensor_model_parallel_size,
@@ -209,6 +215,16 @@ def _check_pipeline(plan: UpscalePlan, stages: int, chunks: int | None, override
             f"num_layers={plan.num_layers}{added} is not divisible by {parts} pipeline stages and chunks; choose one "
             f"of {_divisors(plan.num_layers)}, or say where they go with pipeline_model_parallel_layout"
         )
+
+
+def _check_interleaving(chunks: int | None, overrides: dict[str, Any]) -> None:
+    """The transfers that ``_pipeline_settings`` chooses are the only ones that train rightly."""
+    right = _pipeline_settings(2, chunks)
+    for name in ("overlap_p2p_comm", "batch_p2p_comm"):
+        if chunks is not None and overrides.get(name, right[name]) != right[name]:
+            raise ValueError(
+                f"{name}={overrides[name]} trains wrongly with several model chunks per pipeline stage; leave it out"
+            )
 
 
 def _check_context_parallel(size: int) -> None:

@@ -71,6 +71,7 @@ def transformer_config(arguments: Arguments, architecture: Architecture, timers:
         calculate_per_token_loss=training.calculate_per_token_loss,
         timers=timers,
         barrier_with_L1_time=arguments.logging.barrier_with_L1_time,
+        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
         **({"fp16": True} if training.fp16 else {}),
     )
 

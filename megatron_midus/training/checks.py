@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 
+from megatron_midus.config import ModelConfig
 from megatron_midus.config.parallel import ParallelConfig
 from megatron_midus.training.arguments import Arguments
+from megatron_midus.upscaling import UpscalePlan
+from megatron_midus.upscaling.balance import balanced_layout, format_layout, parse_layout
+from megatron_midus.upscaling.cost import Train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,22 +33,77 @@ def num_virtual_stages(parallel: ParallelConfig, num_layers: int) -> int | None:
     Raises:
         ValueError: layers that do not divide into such chunks.
     """
-    per_chunk = parallel.num_layers_per_virtual_pipeline_stage
-    if per_chunk is None:
-        return None
     stages = parallel.pipeline_model_parallel_size
-    if num_layers % (stages * per_chunk):
+    if parallel.pipeline_model_parallel_layout not in (None, "auto"):
+        assert parallel.pipeline_model_parallel_layout is not None
+        parts = parse_layout(parallel.pipeline_model_parallel_layout, num_layers=num_layers, num_stages=stages)
+        return len(parts) // stages if len(parts) > stages else None
+    chunks, per_chunk = parallel.num_virtual_stages_per_pipeline_rank, parallel.num_layers_per_virtual_pipeline_stage
+    if per_chunk is not None:
+        if num_layers % (stages * per_chunk):
+            raise ValueError(
+                f"num_layers={num_layers} does not divide into {stages} pipeline stages of chunks of "
+                f"num_layers_per_virtual_pipeline_stage={per_chunk} layers; give "
+                "--num-virtual-stages-per-pipeline-rank and --pipeline-model-parallel-layout auto"
+            )
+        chunks = num_layers // (stages * per_chunk)
+        if chunks < 2:
+            raise ValueError(
+                f"num_layers_per_virtual_pipeline_stage={per_chunk} leaves one chunk per stage, which is the schedule "
+                "without it; leave the flag out or give fewer layers"
+            )
+    return chunks if chunks is not None and chunks > 1 else None
+
+
+def resolve_pipeline(
+    parallel: ParallelConfig, model: ModelConfig, plan: UpscalePlan, *, seq_length: int, train: Train
+) -> ParallelConfig:
+    """Says where every block goes: ``auto`` and the counts of first and last stage become a layout string.
+
+    Raises:
+        ValueError: blocks that do not divide, or a layout that is not this model's.
+    """
+    stages, num_layers = parallel.pipeline_model_parallel_size, plan.num_layers
+    layout = parallel.pipeline_model_parallel_layout
+    chunks = num_virtual_stages(parallel, num_layers) or 1
+    if layout == "auto":
+        layout = balanced_layout(model, plan, stages * chunks, seq_length=seq_length, train=train)
+    elif layout is not None:
+        asked = parallel.num_virtual_stages_per_pipeline_rank
+        if asked not in (None, chunks):
+            raise ValueError(
+                f"num_virtual_stages_per_pipeline_rank={asked} contradicts pipeline_model_parallel_layout={layout}, "
+                f"which has {chunks}; leave one out"
+            )
+        layout = format_layout(parse_layout(layout, num_layers=num_layers, num_stages=stages))
+    elif parallel.decoder_first_pipeline_num_layers or parallel.decoder_last_pipeline_num_layers:
+        layout = format_layout(_sizes_with_given_ends(parallel, num_layers))
+    elif num_layers % (stages * chunks):
         raise ValueError(
-            f"num_layers={num_layers} does not divide into {stages} pipeline stages of chunks of "
-            f"num_layers_per_virtual_pipeline_stage={per_chunk} layers"
+            f"num_layers={num_layers} ({plan.num_base_layers} of the base) do not divide evenly into {stages} pipeline "
+            f"stages of {chunks} chunks; give --pipeline-model-parallel-layout auto, or a layout string"
         )
-    chunks = num_layers // (stages * per_chunk)
-    if chunks < 2:
+    return dataclasses.replace(
+        parallel,
+        pipeline_model_parallel_layout=layout,
+        decoder_first_pipeline_num_layers=None,
+        decoder_last_pipeline_num_layers=None,
+    )
+
+
+def _sizes_with_given_ends(parallel: ParallelConfig, num_layers: int) -> list[int]:
+    stages = parallel.pipeline_model_parallel_size
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    between = stages - (first is not None) - (last is not None)
+    rest = num_layers - (first or 0) - (last or 0)
+    if rest < between or (rest % between if between else rest):
         raise ValueError(
-            f"num_layers_per_virtual_pipeline_stage={per_chunk} leaves one chunk per stage, which is the schedule "
-            "without it; leave the flag out or give fewer layers"
+            f"decoder_first_pipeline_num_layers={first} and decoder_last_pipeline_num_layers={last} leave {rest} of "
+            f"num_layers={num_layers} for {between} pipeline stages, which cannot share them evenly; give "
+            "--pipeline-model-parallel-layout"
         )
-    return chunks
+    middle = [rest // between] * between if between else []
+    return [*([first] if first else []), *middle, *([last] if last else [])]
 
 
 def resolve_layout(arguments: Arguments, world_size: int) -> Layout:
@@ -76,7 +135,6 @@ def resolve_layout(arguments: Arguments, world_size: int) -> Layout:
             f"* data-parallel size {data_parallel_size} = {step}; change it or give --decrease-batch-size-if-needed"
         )
     _check_rampup(arguments, step)
-    _check_pipeline(arguments, global_batch_size // step)
     return Layout(world_size, data_parallel_size, global_batch_size)
 
 
@@ -91,16 +149,26 @@ def _check_rampup(arguments: Arguments, step: int) -> None:
         )
 
 
-def _check_pipeline(arguments: Arguments, num_microbatches: int) -> None:
-    parallel = arguments.parallel
+def check_schedule(arguments: Arguments, layout: Layout, num_layers: int) -> None:
+    """Refuses what the interleaved schedule cannot run, or would run wrongly. ``arguments`` of ``resolve_pipeline``."""
+    parallel, training = arguments.parallel, arguments.training
     stages = parallel.pipeline_model_parallel_size
-    if parallel.num_layers_per_virtual_pipeline_stage is not None and num_microbatches % stages:
+    if num_virtual_stages(parallel, num_layers) is None:
+        return
+    if not parallel.overlap_p2p_comm:
+        # Batched transfers mix up the messages of the chunks of two stages and the loss is wrong without a word.
+        raise ValueError(
+            "several model chunks per pipeline stage train wrongly without overlapped transfers; "
+            "leave --no-overlap-p2p-comm out"
+        )
+    num_microbatches = layout.global_batch_size // (training.micro_batch_size * layout.data_parallel_size)
+    if num_microbatches % stages:
         raise ValueError(
             f"the interleaved schedule needs micro-batches ({num_microbatches}) to be a multiple of "
             f"pipeline_model_parallel_size={stages}; change --global-batch-size"
         )
-    if parallel.num_layers_per_virtual_pipeline_stage is not None and arguments.training.rampup_batch_size:
-        raise ValueError("rampup_batch_size does not go with --num-layers-per-virtual-pipeline-stage; drop one")
+    if training.rampup_batch_size:
+        raise ValueError("rampup_batch_size does not go with several model chunks per pipeline stage; drop either")
 
 
 def check_environment(arguments: Arguments) -> None:

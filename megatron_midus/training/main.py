@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import NoReturn
 from megatron_midus import cli
 from megatron_midus.training.architecture import resolve_model
 from megatron_midus.training.arguments import Arguments, parse_arguments
-from megatron_midus.training.checks import check_environment, num_virtual_stages, resolve_layout
+from megatron_midus.training.checks import check_environment, check_schedule, resolve_layout, resolve_pipeline
 from megatron_midus.training.schedule import schedule_lengths
 from megatron_midus.training.source import find_source
 
@@ -34,7 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         schedule_lengths(arguments.optimizer, arguments.training, layout.global_batch_size)
     source = find_source(arguments.checkpoint)
     tokenizer, architecture = resolve_model(arguments, source)
-    num_virtual_stages(arguments.parallel, architecture.plan.num_layers)
+    parallel = resolve_pipeline(
+        arguments.parallel,
+        architecture.model,
+        architecture.plan,
+        seq_length=arguments.data.seq_length,
+        train=architecture.train,
+    )
+    arguments = dataclasses.replace(arguments, parallel=parallel)
+    check_schedule(arguments, layout, architecture.plan.num_layers)
     _prepare_environment(arguments)
     from megatron_midus import platform
 

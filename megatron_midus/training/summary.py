@@ -34,6 +34,8 @@ def describe_run(arguments: Arguments, architecture: Architecture, layout: Layou
         f"batch: {layout.global_batch_size} samples of {arguments.data.seq_length} tokens "
         f"({max(1, layout.global_batch_size // replica_step)} micro-batches of {arguments.training.micro_batch_size})",
     ]
+    if parallel.pipeline_model_parallel_layout is not None:
+        lines.append(f"pipeline: {parallel.pipeline_model_parallel_layout}")
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
 

@@ -34,6 +34,14 @@ CASES = [
     ({}, {}, {"tensor_model_parallel_size": 4, "sequence_parallel": True}, "no error"),
     ({}, {}, {"pipeline_model_parallel_size": 4, "num_layers_in_first_pipeline_stage": 1,
               "num_layers_in_last_pipeline_stage": 1}, "no error"),
+    ({}, {}, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3, "overlap_p2p_comm": False},
+     "overlap_p2p_comm=False trains wrongly with several model chunks"),
+    # Chunks that only the layout string knows of.
+    ({}, {}, {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|tt|tt|tL",
+              "batch_p2p_comm": True}, "batch_p2p_comm=True trains wrongly with several model chunks"),
+    ({}, {}, {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|tt|tt|L"},
+     "places 5 blocks and the model has 6"),
+    ({}, {}, {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|tt|tt|tL"}, "no error"),
     ({}, {}, {"recompute_granularity": "full", "bf16": True, "hidden_dropout": 0.1}, "no error"),
 ]  # fmt: skip
 

@@ -200,6 +200,10 @@ WRONG = [
     ("--skip-train", "give --load DIR"),
     ("--tie-word-embeddings --untie-embeddings-and-output-weights", "contradict each other"),
     ("--hidden-dropout 0.1", "hidden_dropout=0.1 is not available here"),
+    ("--apply-query-key-layer-scaling", "depends on layer numbers, which inserted blocks shift; leave the flag out"),
+    ("--no-rope-freq 4", "no_rope_freq=4 depends on layer numbers"),
+    ("--window-attn-skip-freq 2", "window_attn_skip_freq=2 depends on layer numbers"),
+    ("--first-last-layers-bf16", "first_last_layers_bf16=True depends on layer numbers"),
     ("--no-swiglu", "swiglu=False is not available here"),
     ("--make-vocab-size-divisible-by 0", "make_vocab_size_divisible_by=0"),
 ]
