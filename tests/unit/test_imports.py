@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_midus"
 
 FREE = {"files", "cli"}
-NOT_FOR_TRAINING = {"hf", "evaluation", "analysis", "training"}
+NOT_FOR_TRAINING = {"hf", "evaluation", "analysis", "integrations", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "ops": set(),
@@ -25,6 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"config"},
     "evaluation": {"config", "hf", "ops", "upscaling"},
     "analysis": {"config", "hf", "ops", "upscaling"},
+    "integrations": set(),
+    "integrations/vllm.py": {"hf"},
     "platform.py": set(),
     "files.py": set(),
     "cli.py": set(),
