@@ -37,6 +37,8 @@ setup(
         "rich",
         "zstandard",
     ],
+    # vLLM calls it in each of its processes; nothing happens where vLLM is not installed.
+    entry_points={"vllm.general_plugins": ["midus = megatron_midus.integrations.vllm:register"]},
     extras_require={
         # apex is not on the package index; megatron_midus.platform says how to get it when it is asked for.
         "gpu": ["transformer-engine[pytorch]>=2.1"],

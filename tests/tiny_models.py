@@ -17,6 +17,8 @@ LLAMA3_ROPE = {
 }
 _FAMILIES = {
     "llama": {},
+    "llama2": {"num_key_value_heads": 6, "rms_norm_eps": 1e-5},
+    "smollm": {"tie_word_embeddings": True, "num_key_value_heads": 2, "intermediate_size": 128},
     "llama3": {"rope_parameters": LLAMA3_ROPE},
     "mistral": {"sliding_window": 9},
     "qwen2": {},
@@ -71,7 +73,7 @@ def make_model(family: str = "llama", *, seed: int = 1, **changes) -> torch.nn.M
         **_FAMILIES[family],
         **changes,
     }
-    name = {"llama": "Llama", "llama3": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    name = {"mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}.get(family, "Llama")
     config = getattr(transformers, f"{name}Config")(**settings)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     return randomize(model, seed).eval()

@@ -237,10 +237,18 @@ def write_model_tensors(
             dcp.save(outline, storage_writer=_ParallelWriter(directory, workers), planner=_LazySavePlanner(make))
     except CheckpointException as error:
         # It is no Exception and hides what happened: a full disk, a source that cannot be read.
-        raise next(iter(error.failures.values()))[0] from None
+        raise _cause(next(iter(error.failures.values()))[0]) from None
     torch.save({"iteration": iteration}, directory / "common.pt")
     # Last: a directory without metadata.json is no checkpoint to Megatron-Core.
     (directory / "metadata.json").write_text(json.dumps(FORMAT))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What began it: on a full disk torch.save ends with a RuntimeError about positions, raised over the OSError."""
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, OSError):
+        link = link.__cause__ or link.__context__
+    return link or error
 
 
 def _outline(source: TensorSource, key: str, names: tuple[str, ...], padded_vocab: int | None) -> torch.Tensor:

@@ -34,18 +34,23 @@ LAYOUTS = {
     "pp2": Layout(pp=2),
     "pp2 tp2 sp": Layout(pp=2, tp=2, sp=True),
 }
-# (family, tied, memory settings; None = llama_pro). Three blocks on five layers: eight, which two stages can share.
+# (family, tied, memory settings or the policy without Memory blocks). Three blocks on five layers: eight, which two
+# stages can share.
 MODELS = {
     "llama hive": ("llama", False, {}),
     "llama tied, full": ("llama", True, {"memory_variant": "full", "memory_query_norm": "rms"}),
+    "llama2": ("llama2", False, {"memory_score_activation": "relu"}),
     "llama3 block": ("llama3", False, {"memory_variant": "block", "memory_num_heads": 2}),
+    "smollm": ("smollm", True, {"memory_query_norm": "rms", "memory_query_temperature": True}),
     "mistral window": ("mistral", False, {"memory_query_temperature": True, "memory_score_activation": "sigmoid"}),
     "qwen2 bias": ("qwen2", True, {"memory_output_projection": "linear"}),
     "qwen3 head norm": ("qwen3", False, {"memory_output_projection": "silu", "memory_query_norm": "rms"}),
     "llama full attention": ("llama", False, {"memory_attention": "full"}),
-    "llama_pro": ("llama", False, None),
+    "llama_pro": ("llama", False, "llama_pro"),
+    "solar": ("qwen3", True, "solar"),
 }
-# Saving takes seconds each: a bias, head norms, tied and untied embeddings and all memory parameters are among these.
+FAMILIES = ("llama", "llama2", "llama3", "smollm", "mistral", "qwen2", "qwen3")
+# Saving takes seconds each: a bias, head norms, tied and untied embeddings are among these.
 SAVED = ("llama hive", "qwen2 bias", "qwen3 head norm")
 
 
@@ -55,8 +60,8 @@ def tokens() -> torch.Tensor:
 
 
 # -- in the processes ------------------------------------------------------------------------------------------------
-def megatron_logits(roots: dict[str, str], layout: Layout, save: str | None) -> dict[str, torch.Tensor | None]:
-    """``[b, s, v]`` of every checkpoint on ranks of the last stage; saves each again from this layout."""
+def megatron_logits(roots: dict[str, str], layout: Layout, saves: dict[str, str]) -> dict[str, torch.Tensor | None]:
+    """``[b, s, v]`` of every checkpoint on ranks of the last stage; saves those that ``saves`` names from this layout."""
     from megatron_midus.model.checkpoint import save_weights
 
     # Megatron's checkpoint writer starts processes of its own, which children of a test launcher may not by default.
@@ -66,8 +71,8 @@ def megatron_logits(roots: dict[str, str], layout: Layout, save: str | None) -> 
     for name, root in roots.items():
         model = load_megatron(Path(root), layout)
         logits[name] = forward(model)
-        if save is not None and name in SAVED:
-            directory = Path(save) / name
+        if name in saves:
+            directory = Path(saves[name])
             directory.mkdir(parents=True, exist_ok=True)
             torch.distributed.barrier()
             save_weights([model], directory)
@@ -133,40 +138,61 @@ def random_tensors(model: ModelConfig, plan: UpscalePlan) -> dict[str, torch.Ten
     return tensors
 
 
+@dataclasses.dataclass
+class Case:
+    """One up-scaled model in both formats.
+
+    Attributes:
+        base: the Hugging Face directory of its base.
+        hf, megatron: itself, every tensor random.
+        logits: of Hugging Face, ``[b, s, v]``.
+    """
+
+    base: Path
+    hf: Path
+    megatron: Path
+    model: ModelConfig
+    plan: UpscalePlan
+    logits: torch.Tensor
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """``{name: (checkpoint root, tensors, model, plan, logits of Hugging Face)}``."""
-    built = {}
-    for name, (family, tied, memory) in MODELS.items():
-        where = tmp_path_factory.mktemp("model")
-        base = write_base(where / "base", family, tie_word_embeddings=tied)
-        model = from_hf_config(read_hf_config(base))
-        settings = None if memory is None else dataclasses.replace(MEMORY, **memory)
-        policy = "llama_pro" if memory is None else "interleave"
-        plan = make_plan(policy, num_layers=BASE_LAYERS, num_blocks=3, memory=settings)
-        tensors = random_tensors(model, plan)
-        write_megatron_checkpoint(DictSource(tensors), where / "megatron", assets=base, model=model, plan=plan)
-        (where / "hf").mkdir()
-        write_hf_directory(
-            DictSource(tensors), where / "hf", assets=base, model=model, plan=plan, code_files=CODE_FILES
-        )
-        with torch.no_grad():
-            logits = load_model(where / "hf")(input_ids=tokens(), use_cache=False).logits
-        built[name] = (where / "megatron", tensors, model, plan, logits)
-    return built
+    """``{name: Case}``."""
+    return {name: make_case(tmp_path_factory.mktemp("model"), *row) for name, row in MODELS.items()}
+
+
+def make_case(where: Path, family: str, tied: bool, memory: dict | str) -> Case:
+    base, hf, megatron = where / "base", where / "hf", where / "megatron"
+    write_base(base, family, tie_word_embeddings=tied)
+    model = from_hf_config(read_hf_config(base))
+    policy, settings = (memory, None) if isinstance(memory, str) else ("interleave", dataclasses.replace(MEMORY, **memory))  # fmt: skip
+    plan = make_plan(policy, num_layers=BASE_LAYERS, num_blocks=3, memory=settings)
+    hf.mkdir()
+    write_hf_directory(
+        DictSource(random_tensors(model, plan)), hf, assets=base, model=model, plan=plan, code_files=CODE_FILES
+    )
+    write_megatron_checkpoint(SafetensorsReader(hf), megatron, assets=base, model=model, plan=plan)
+    loaded = load_model(hf)
+    if isinstance(memory, str):
+        assert type(loaded).__module__.startswith("transformers.models."), "a stock class"
+    with torch.no_grad():
+        logits = loaded(input_ids=tokens(), use_cache=False).logits
+    return Case(base, hf, megatron, model, plan, logits)
 
 
 @pytest.fixture(scope="module")
 def results(models, tmp_path_factory):
-    """``results(layout)``: what every rank returned and where it saved; one launch per layout."""
+    """``results(layout, names)``: what every rank returned, and where it saved the models of those names."""
     done = {}
 
-    def run(layout: str):
-        if layout not in done:
-            save = tmp_path_factory.mktemp("saved")
-            roots = {name: str(model[0]) for name, model in models.items()}
-            done[layout] = launch(megatron_logits, LAYOUTS[layout].world_size, roots, LAYOUTS[layout], str(save)), save
-        return done[layout]
+    def run(layout: str, names: tuple[str, ...] = ()):
+        if (layout, names) not in done:
+            saves = {name: str(tmp_path_factory.mktemp("saved") / "model") for name in names}
+            roots = {name: str(models[name].megatron) for name in names or models}
+            ranks = launch(megatron_logits, LAYOUTS[layout].world_size, roots, LAYOUTS[layout], saves)
+            done[layout, names] = ranks, saves
+        return done[layout, names]
 
     return run
 
@@ -175,7 +201,7 @@ def results(models, tmp_path_factory):
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_agree(models, results, layout, name):
     ranks, _ = results(layout)
-    wanted = models[name][4]
+    wanted = models[name].logits
     found = [rank[name] for rank in ranks if rank[name] is not None]
     assert len(found) == LAYOUTS[layout].tp
     for logits in found:
@@ -185,29 +211,50 @@ def test_logits_agree(models, results, layout, name):
         assert torch.equal(logits.argmax(-1), wanted.argmax(-1))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def check_round_trip(case: Case, saved: str, again: Path) -> None:
+    """What Megatron saved from a layout becomes the same file of safetensors that it was made of, bit for bit."""
+    again.mkdir()
+    reader = MegatronReader(saved, case.model, case.plan)
+    write_hf_directory(reader, again, assets=case.base, model=case.model, plan=case.plan, code_files=CODE_FILES)
+    before, after = SafetensorsReader(case.hf), SafetensorsReader(again)
+    assert set(before.names()) == set(after.names())
+    for name in before.names():
+        assert torch.equal(before.read(name), after.read(name)), name
+    for path in case.hf.iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2 tp2 sp"])
 @pytest.mark.parametrize("name", SAVED)
-def test_weights_come_back_from_any_layout(models, results, layout, name):
-    """What Megatron saved from a layout, read on one process: bit for bit what it had loaded, padding gone."""
-    _, save = results(layout)
-    _, tensors, model, plan, _ = models[name]
-    reader = MegatronReader(save / name, model, plan)
-    assert set(reader.names()) == set(tensors)
-    for tensor_name, tensor in tensors.items():
-        assert torch.equal(reader.read(tensor_name), tensor), tensor_name
+def test_weights_come_back_from_any_layout(models, results, tmp_path, layout, name):
+    _, saves = results(layout, SAVED)
+    check_round_trip(models[name], saves[name], tmp_path / "again")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2"])
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_of_every_family_come_back(models, results, tmp_path, layout, name):
+    _, saves = results(layout, tuple(MODELS))
+    check_round_trip(models[name], saves[name], tmp_path / "again")
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2 sp", "pp2"])
 def test_identity_at_step_zero(tmp_path, layout):
-    """Up-scaled and base model in Megatron: logits equal bit for bit at the same layout."""
-    base = write_base(tmp_path / "base", num_hidden_layers=4)
-    model = from_hf_config(read_hf_config(base))
+    """Up-scaled and base model in Megatron: logits equal bit for bit at the same layout, for every family."""
     roots = {}
-    for policy, blocks in (("none", {}), ("interleave", {"num_blocks": 2}), ("llama_pro", {"num_blocks": 2})):
-        plan = make_plan(policy, num_layers=4, memory=MEMORY if policy == "interleave" else None, **blocks)
-        source = UpscaledTensors(SafetensorsReader(base), model, plan)
-        roots[policy] = str(tmp_path / policy)
-        write_megatron_checkpoint(source, roots[policy], assets=base, model=model, plan=plan)
-    for rank in launch(megatron_logits, LAYOUTS[layout].world_size, roots, LAYOUTS[layout], None):
-        if rank["none"] is not None:
-            assert torch.equal(rank["interleave"], rank["none"]) and torch.equal(rank["llama_pro"], rank["none"])
+    for family in FAMILIES:
+        base = write_base(tmp_path / family / "base", family, num_hidden_layers=4)
+        model = from_hf_config(read_hf_config(base))
+        for policy, blocks in (("none", {}), ("interleave", {"num_blocks": 2}), ("llama_pro", {"num_blocks": 2})):
+            plan = make_plan(policy, num_layers=4, memory=MEMORY if policy == "interleave" else None, **blocks)
+            source = UpscaledTensors(SafetensorsReader(base), model, plan)
+            roots[family, policy] = str(tmp_path / family / policy)
+            write_megatron_checkpoint(source, roots[family, policy], assets=base, model=model, plan=plan)
+    ranks = launch(megatron_logits, LAYOUTS[layout].world_size, roots, LAYOUTS[layout], {})
+    for family in FAMILIES:
+        found = [rank for rank in ranks if rank[family, "none"] is not None]
+        assert len(found) == LAYOUTS[layout].tp
+        for rank in found:
+            assert torch.equal(rank[family, "interleave"], rank[family, "none"]), family
+            assert torch.equal(rank[family, "llama_pro"], rank[family, "none"]), family
