@@ -50,10 +50,11 @@ class DataConfig:
     """Tokens in one sample."""
 
     reset_position_ids: bool = False
-    """Start the positions again at 0 after every end-of-document token."""
+    """Start the positions again at 0 after every end-of-document token. Rotary positions only count as distances, so
+    on its own this changes nothing; launch scripts give it with --reset-attention-mask."""
 
     reset_attention_mask: bool = False
-    """Keep a document of a packed sample from attending to the documents before it."""
+    """Keep a document of a packed sample from attending to the documents before it. Needs the local layers."""
 
     eod_mask_loss: bool = False
     """Leave out the loss of the prediction that follows an end-of-document token."""

@@ -80,7 +80,7 @@ class ParallelConfig:
 
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation: local = plain torch; transformer_engine; auto = Transformer Engine on a GPU when it is
-    installed, local otherwise."""
+    installed and no --reset-attention-mask was given, local otherwise."""
 
     memory_backend: Literal["auto", "reference", "torch", "triton"] = "auto"
     """Implementation of the head-wise memory look-up."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,9 +161,9 @@ def check_indexed_dataset(prefix: str, *, vocab_size: int) -> numpy.ndarray:
     for suffix in (".idx", ".bin"):
         if not Path(prefix + suffix).is_file():
             raise ValueError(f"{prefix}{suffix} does not exist{_hint(prefix)}")
-    # Before the reader maps the file: its checks are asserts, and a short file is only noticed in the middle of a run.
-    if _read_head(prefix + ".idx", 9) != b"MMIDIDX\x00\x00":
-        raise ValueError(f"{prefix}.idx is not the index of an indexed dataset; make it with tools/preprocess_data.py")
+    # Before the reader maps the file: its checks are asserts that leave half an object behind, and a short file is only
+    # noticed in the middle of a run.
+    _check_index_file(prefix + ".idx")
     try:
         dataset = IndexedDataset(prefix)
     except (AssertionError, ValueError, IndexError, OSError, KeyError) as error:
@@ -177,6 +178,20 @@ def check_indexed_dataset(prefix: str, *, vocab_size: int) -> numpy.ndarray:
     _check_ids(prefix, index.dtype, vocab_size)
     # A copy: the reader unmaps its file when it goes, and views of it then crash the process.
     return index.sequence_lengths.copy()
+
+
+def _check_index_file(path: str) -> None:
+    """Header, version, type and size: 34 bytes, then lengths, places and document ends."""
+    head = _read_head(path, 34)
+    if head[:9] != b"MMIDIDX\x00\x00":
+        raise ValueError(f"{path} is not the index of an indexed dataset; make it with tools/preprocess_data.py")
+    if len(head) == 34:
+        version, dtype, num_sequences, num_ends = struct.unpack("<QBQQ", head[9:])
+        # A type of 4 bytes and one of 8 for each sequence, one of 8 for each end. Multimodal ones have more.
+        needed = 34 + 12 * num_sequences + 8 * num_ends
+        if version == 1 and 1 <= dtype <= 8 and os.path.getsize(path) >= needed:
+            return
+    raise ValueError(f"{path} is damaged or cut off; make it again")
 
 
 def _hint(prefix: str) -> str:

@@ -108,5 +108,13 @@ def _check(arguments: Arguments) -> None:
             raise ValueError(f"lr_decay_style=WSD needs --lr-wsd-decay-{unit}, the length of its last phase")
     if not arguments.data.has_data:
         raise ValueError("no data were named; give --data-path, --train-data-path or --mock-data")
+    if arguments.data.reset_attention_mask and (
+        parallel.transformer_impl == "transformer_engine" or parallel.context_parallel_size > 1
+    ):
+        # Its causal attention takes no other mask and would leave this one out without a word.
+        raise ValueError(
+            "reset_attention_mask needs the local layers, because Transformer Engine's causal attention ignores the mask "
+            "between documents; give --transformer-impl local and no context parallelism"
+        )
     if training.fp16 and parallel.distributed_backend == "gloo":
         raise ValueError("fp16 needs a GPU; use --bf16 or neither with --distributed-backend gloo")

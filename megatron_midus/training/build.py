@@ -26,6 +26,7 @@ from megatron_midus.data.tokenizer import Tokenizer
 from megatron_midus.model.builder import build_model, freeze
 from megatron_midus.model.checkpoint import load_weights
 from megatron_midus.model.config import make_transformer_config
+from megatron_midus.model.specs import TransformerImpl
 from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.checkpointing import readable
@@ -76,6 +77,12 @@ def transformer_config(arguments: Arguments, architecture: Architecture, timers:
     )
 
 
+def transformer_impl(arguments: Arguments) -> TransformerImpl:
+    """What ``auto`` means for this run: masks between documents need attention that looks at masks."""
+    chosen = arguments.parallel.transformer_impl
+    return "local" if chosen == "auto" and arguments.data.reset_attention_mask else chosen
+
+
 def build_model_chunks(
     arguments: Arguments,
     architecture: Architecture,
@@ -95,7 +102,7 @@ def build_model_chunks(
             model=architecture.model,
             plan=architecture.plan,
             sequence_length=arguments.data.seq_length,
-            transformer_impl=arguments.parallel.transformer_impl,
+            transformer_impl=transformer_impl(arguments),
             make_vocab_size_divisible_by=arguments.compatibility.make_vocab_size_divisible_by,
             memory_backend=arguments.parallel.memory_backend,
             value_placement=value_placement,

@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from megatron_midus.config import MemoryConfig, ModelConfig
+from megatron_midus.data import get_batch
 from megatron_midus.model.builder import build_model, freeze, make_transformer_config
 from megatron_midus.model.checkpoint import load_weights, save_weights, sharded_state_dict
 from megatron_midus.upscaling import UpscalePlan, make_plan
@@ -241,6 +242,53 @@ def logits_of(setting: Setting, layout: Layout) -> torch.Tensor | None:
     with torch.no_grad():
         found = run_schedule(chunks, 0, logits=True)
     return torch.stack(found) if found else None
+
+
+# -- packed documents ------------------------------------------------------------------------------------------------
+EOD = VOCABULARY - 1
+# A document of 5 tokens and one of 7, their ends included: first, another one first, and the second alone in front.
+SECOND = [9, 3, 17, 5, 30, 2, EOD]
+PACKED = [[11, 4, 8, 25, EOD, *SECOND], [7, 7, 1, 33, EOD, *SECOND], [*SECOND, 11, 4, 8, 25, EOD]]
+
+
+def _packed_step(iterator: Any, model: torch.nn.Module, *, separate: bool) -> tuple:
+    stage = {"ignore_virtual": False, "vp_stage": model.vp_stage}
+    batch = get_batch(
+        iterator,
+        micro_batch_size=len(PACKED),
+        seq_length=SEQUENCE,
+        is_first_stage=parallel_state.is_pipeline_first_stage(**stage),
+        is_last_stage=parallel_state.is_pipeline_last_stage(**stage),
+        device="cpu",
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        reset_attention_mask=separate,
+        eod=EOD,
+    )
+    return model(batch["tokens"], batch["position_ids"], batch["attention_mask"]), _gather_logits
+
+
+def packed_logits(setting: Setting, layout: Layout, separate: bool) -> torch.Tensor | None:
+    """``[b, s, v]`` of ``PACKED`` on ranks of the last stage, with documents kept ``separate`` or not."""
+    chunks, _ = build(setting, layout)
+    tokens = torch.tensor(PACKED)
+    names = ("tokens", "position_ids", "labels", "loss_mask")
+    (chunk,) = chunks
+    with torch.no_grad():
+        found = get_forward_backward_func()(
+            forward_step_func=partial(_packed_step, separate=separate),
+            data_iterator=iter([dict.fromkeys(names, tokens)]),
+            model=chunk.eval(),
+            num_microbatches=1,
+            seq_length=SEQUENCE,
+            micro_batch_size=len(PACKED),
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return found[0] if found else None
+
+
+def packed_and_plain(layout: Layout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return packed_logits(Setting(), layout, True), packed_logits(Setting(), layout, False)
 
 
 # -- training --------------------------------------------------------------------------------------------------------

@@ -31,6 +31,26 @@ def test_with_values_of_zero_the_model_is_its_base(layout: Layout) -> None:
             assert torch.equal(logits, base)
 
 
+@pytest.mark.parametrize("layout", [*LAYOUTS.values(), Layout(pp=3)], ids=[*LAYOUTS, "pp3"])
+def test_packed_documents_do_not_see_each_other(layout: Layout) -> None:
+    """With --reset-attention-mask the logits of a document are those that it has alone, whatever is packed before it."""
+    ranks = launch(scenarios.packed_and_plain, layout.world_size, layout)
+    seen = [rank for rank in ranks if rank[0] is not None]
+    assert seen
+    length = len(scenarios.SECOND)
+    for separate, plain in seen:
+        assert separate.shape == (3, scenarios.SEQUENCE, scenarios.VOCABULARY)
+        behind_one, behind_other = separate[:2, -length:]
+        assert torch.equal(behind_one, behind_other)
+        # Alone it begins at position 0: fp32 rounding of the rotary angles, 1e-7 each, over six blocks; logits are of
+        # order 1.
+        torch.testing.assert_close(behind_one, separate[2, :length], rtol=0, atol=2e-5)
+        assert (plain[0, -length:] - plain[1, -length:]).abs().max() > 0.01
+        assert (plain[0, -length:] - plain[2, :length]).abs().max() > 0.01
+        # The first document is behind nothing.
+        assert torch.equal(separate[0, :5], plain[0, :5])
+
+
 @pytest.mark.parametrize("train", ["all", "inserted"])
 def test_recompute_changes_no_gradient(train: str) -> None:
     configs = [

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 
+import numpy
 import pytest
 import torch
 from driver import TINY_MODEL, TINY_RUN, Run, train
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from upscaled import BASE, MEMORY, read_weights, write_upscaled
 
 STEPS = "--train-iters 4"
@@ -83,6 +85,38 @@ def test_interleaved_pipeline_trains_alike(tmp_path):
     reference = train(*TINY_RUN, STEPS, "--load", checkpoint).check()
     run = train(*TINY_RUN, STEPS, "--load", checkpoint, flags, processes=2, timeout=300).check()
     assert_same_curve(run, reference)
+
+
+@pytest.fixture(scope="module")
+def packed_documents(tmp_path_factory):
+    """Documents of 3 to 20 random ids, so that every sample of 32 tokens holds several."""
+    generator = numpy.random.default_rng(5)
+    prefix = str(tmp_path_factory.mktemp("packed") / "documents")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    for _ in range(60):
+        document = [*generator.integers(0, 100, size=generator.integers(3, 20)), 100]
+        builder.add_document(numpy.array(document), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def test_packed_documents_train_alike_at_every_layout(packed_documents, upscaled):
+    """The middle stage of three has no data of its own and still needs the mask."""
+    data = f"--no-mock-data --data-path {packed_documents} --split 1 --tokenizer-type NullTokenizer"
+    packing = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
+    run = train(*TINY_RUN, STEPS, data, packing, "--load", upscaled).check()
+    for layout, processes in (
+        ("--tensor-model-parallel-size 2 --sequence-parallel", 2),
+        ("--pipeline-model-parallel-size 3", 3),
+    ):
+        flags = f"{data} {packing} {layout}"
+        assert_same_curve(train(*TINY_RUN, STEPS, flags, "--load", upscaled, processes=processes).check(), run)
+    plain = train(*TINY_RUN, STEPS, data, "--load", upscaled).check()
+    for flag in ("--reset-attention-mask", "--eod-mask-loss"):
+        alone = train(*TINY_RUN, STEPS, data, flag, "--load", upscaled).check()
+        assert alone.losses[1] not in (plain.losses[1], run.losses[1])
+    positions = train(*TINY_RUN, STEPS, data, "--reset-position-ids", "--load", upscaled).check()
+    assert positions.losses == plain.losses
 
 
 def test_gradient_accumulation_equals_one_batch(upscaled, reference):

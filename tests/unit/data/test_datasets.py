@@ -117,6 +117,17 @@ def test_blend_follows_its_weights(make):
             assert abs(origins[origin] - total * weight / 4) <= 3, origins
 
 
+@pytest.mark.parametrize("old_documents", [3, 500])
+def test_replay_takes_the_share_that_was_asked_for(make, old_documents):
+    """0.95 new 0.05 old, whether the old data are a handful that repeats or more than will be read."""
+    new, old = make("new", [[1] * 99] * 100), make("old", [[2] * 99] * old_documents)
+    train, _, _ = build((1000, 0, 0), train_data_path=["0.95", new, "0.05", old])
+    origins = [next(t for t in tokens if t != EOD) for tokens in tokens_of(train)][:1000]
+    # At any time, so that a run that is stopped early had its replay too; the greedy blend is off by one a dataset.
+    for samples in (100, 400, 1000):
+        assert abs(origins[:samples].count(2) - 0.05 * samples) <= 2
+
+
 def test_blend_without_weights_follows_the_sizes(make):
     small, large = make("s", [[1] * 99] * 10), make("l", [[2] * 99] * 30)
     train, _, _ = build((None, 0, 0), train_data_path=[small, large])
@@ -206,11 +217,20 @@ def test_cache_does_not_outlive_the_data(make, documents, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def overwrite(path, offset, content):
+    with open(path, "r+b") as stream:
+        stream.seek(offset)
+        stream.write(content)
+
+
 DAMAGE = {
     "no bin": (lambda p: Path(p + ".bin").unlink(), r"a\.bin does not exist"),
     "no idx": (lambda p: Path(p + ".idx").unlink(), r"a\.idx does not exist"),
     "bin cut": (lambda p: Path(p + ".bin").write_bytes(Path(p + ".bin").read_bytes()[:-6]), "it is truncated"),
     "idx cut": (lambda p: Path(p + ".idx").write_bytes(Path(p + ".idx").read_bytes()[:-6]), "is damaged"),
+    "idx head cut": (lambda p: Path(p + ".idx").write_bytes(Path(p + ".idx").read_bytes()[:20]), "is damaged"),
+    "idx of another version": (lambda p: overwrite(p + ".idx", 9, b"\x02"), "is damaged"),
+    "idx of an unknown type": (lambda p: overwrite(p + ".idx", 17, b"\x77"), "is damaged"),
     "idx is text": (lambda p: Path(p + ".idx").write_text("hello world, I am no index"), "not the index of"),
     "idx is empty": (lambda p: Path(p + ".idx").write_bytes(b""), "not the index of"),
     "bin of another": (lambda p: Path(p + ".bin").write_bytes(bytes(10)), "its index says"),
@@ -218,6 +238,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE.keys())
 def test_damaged_files(make, documents, damage, message):
     prefix = make("a", documents)

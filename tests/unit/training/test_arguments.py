@@ -188,6 +188,8 @@ WRONG = [
         "--num-layers-per-virtual-pipeline-stage 1 --pipeline-model-parallel-size 2 --no-overlap-p2p-comm",
         "trains wrongly without overlapped transfers",
     ),
+    ("--reset-attention-mask --transformer-impl transformer_engine", "needs the local layers"),
+    ("--reset-attention-mask --context-parallel-size 2", "give --transformer-impl local and no context parallelism"),
     ("--recompute-granularity full", "needs --recompute-method"),
     ("--recompute-method uniform", "settings of --recompute-granularity full"),
     ("--save-interval 5", "needs --save DIR"),
