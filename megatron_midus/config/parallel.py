@@ -13,7 +13,7 @@ class ParallelConfig:
     distributed_backend: Literal["nccl", "gloo"] = "nccl"
     """nccl = GPUs; gloo = processes on the CPU (refused where CUDA is available)."""
 
-    distributed_timeout_minutes: int = 10
+    distributed_timeout_minutes: float = 10
     """Minutes after which a collective that hangs ends the run."""
 
     tensor_model_parallel_size: int = 1
@@ -94,6 +94,8 @@ class ParallelConfig:
     """Use deterministic kernels only."""
 
     def __post_init__(self) -> None:
+        if self.distributed_timeout_minutes <= 0:
+            raise ValueError(f"distributed_timeout_minutes={self.distributed_timeout_minutes} must be more than 0")
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

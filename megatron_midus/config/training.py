@@ -68,7 +68,7 @@ class TrainingConfig:
     """Save and exit after so many minutes of training."""
 
     exit_signal_handler: bool = True
-    """On SIGTERM finish the step, save and exit with 0."""
+    """On SIGTERM or SIGUSR1 finish the step, save and exit with 0."""
 
     check_for_nan_in_loss_and_grad: bool = True
     """Refuse a loss that is NaN or infinite before the optimizer sees it."""

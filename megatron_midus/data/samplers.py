@@ -142,14 +142,30 @@ def build_data_loader(
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
-        worker_init_fn=_outlive_sigterm,
+        worker_init_fn=_outlive_signals,
     )
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """torchrun and SLURM send SIGTERM to every process of a job; a reader that dies of it would take down the rank,
-    which is still to finish its step and save. Readers end with the rank anyway."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def sample_indices(
+    total_samples: int, *, start: int, count: int, dataloader_type: Literal["single", "cyclic"], seed: int
+) -> list[int]:
+    """The ``count`` samples of a dataset that a run reads once it has consumed ``start``, over all ranks."""
+    settings = {
+        "total_samples": total_samples,
+        "consumed_samples": start,
+        "micro_batch_size": count,
+        "data_parallel_rank": 0,
+        "data_parallel_size": 1,
+    }
+    sampler = CyclicSampler(seed=seed, **settings) if dataloader_type == "cyclic" else SequentialSampler(**settings)
+    return next(iter(sampler))
+
+
+def _outlive_signals(worker: int) -> None:
+    """torchrun and SLURM send SIGTERM or SIGUSR1 to every process of a job; a reader that dies of it would take down the
+    rank, which is still to finish its step and save. Readers end with the rank anyway."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def cyclic_iterator(loader: Iterable[Any]) -> Iterator[Any]:

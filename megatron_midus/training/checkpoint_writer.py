@@ -29,6 +29,7 @@ from megatron_midus.conversion.checkpoint_layout import (
 from megatron_midus.conversion.checksums import file_sha256, write_checksums
 from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.checkpointing import optimizer_metadata
+from megatron_midus.training.helper_process import start_result_queue
 
 
 class CheckpointWriter:
@@ -49,6 +50,7 @@ class CheckpointWriter:
         self._assets = architecture.assets
         self._queue = AsyncCallsQueue() if is_async else None
         self._run = _agree_on_name()
+        start_result_queue()
         if torch.distributed.get_rank() == 0:
             self.root.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.root)

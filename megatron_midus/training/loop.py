@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.timers import Timers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_midus.data.samplers import sample_indices
 from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.build import build_iterators
@@ -28,6 +29,7 @@ from megatron_midus.training.optimizer import learning_rates
 from megatron_midus.training.signals import TerminationSignal
 from megatron_midus.training.step import (
     BatchShape,
+    DivergedError,
     StepResult,
     evaluate,
     make_forward_step,
@@ -165,7 +167,10 @@ class Trainer:
             if result.exit_code is not None:
                 if result.save_before_exit:
                     self._save()
-                print_rank_0(f"the step after iteration {self.progress.iteration} was refused; exit {result.exit_code}")
+                print_rank_0(
+                    f"the step after iteration {self.progress.iteration} was refused, its loss is NaN or infinite. "
+                    f"{self._describe_batch(samples)}; exit {result.exit_code}"
+                )
                 return result.exit_code
             self._advance(result, samples)
             if self._after_step():
@@ -201,19 +206,36 @@ class Trainer:
         assert self.optimizer is not None and self.scheduler is not None
         update_num_microbatches(self.progress.consumed_train_samples, consistency_check=True)
         samples = get_current_running_global_batch_size()
-        result = train_step(
-            self.forward_step,
-            iterator,
-            self.model_chunks,
-            self.optimizer,
-            self.scheduler,
-            self.shape,
-            self.arguments.optimizer,
-            samples=samples,
-            check_loss=training.check_for_nan_in_loss_and_grad,
-            empty_cache_level=training.empty_unused_memory_level,
-        )
+        try:
+            result = train_step(
+                self.forward_step,
+                iterator,
+                self.model_chunks,
+                self.optimizer,
+                self.scheduler,
+                self.shape,
+                self.arguments.optimizer,
+                samples=samples,
+                check_loss=training.check_for_nan_in_loss_and_grad,
+                empty_cache_level=training.empty_unused_memory_level,
+            )
+        except DivergedError as error:
+            raise ValueError(f"{error}. {self._describe_batch(samples)}") from None
         return result, samples
+
+    def _describe_batch(self, samples: int) -> str:
+        """Which samples the next step reads; ranks that read no data only know their places in the order."""
+        start, data, dataset = self.progress.consumed_train_samples, self.arguments.data, self.datasets[0]
+        if dataset is None:
+            return f"It read places {start} to {start + samples - 1} of the order of training samples"
+        indices = sample_indices(
+            len(dataset),
+            start=start,
+            count=samples,
+            dataloader_type=data.dataloader_type,
+            seed=self.arguments.training.seed,
+        )
+        return f"It read training samples {', '.join(map(str, indices))}"
 
     def _advance(self, result: StepResult, samples: int) -> None:
         """Counts the step and reports it."""
@@ -248,8 +270,8 @@ class Trainer:
     # -- stopping ------------------------------------------------------------------------------------------------
     def _reason_to_stop(self) -> str | None:
         training = self.arguments.training
-        if training.exit_signal_handler and self.signal.received_anywhere():
-            return "SIGTERM was received"
+        if training.exit_signal_handler and (name := self.signal.received_anywhere()):
+            return f"{name} was received"
         if training.exit_duration_in_mins is not None and self._agree(
             time.monotonic() - self._start > training.exit_duration_in_mins * 60
         ):

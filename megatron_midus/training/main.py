@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import re
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from megatron_midus import cli
@@ -68,6 +70,26 @@ def _prepare_environment(arguments: Arguments) -> None:
         os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
 
 
+@contextlib.contextmanager
+def _lost_ranks_named(rank: int) -> Iterator[None]:
+    """Turns what a collective raises when another rank is gone into one line, an ``OSError``; the rank that is gone, or
+    its launcher, says why."""
+    try:
+        yield
+    except RuntimeError as error:
+        import torch
+
+        reason = " ".join(str(error).split())
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in reason.lower():
+            raise
+        # Source lines of the library and advice that comes after the reason.
+        reason = re.sub(r"\[\S*gloo\S*\] ", "", reason).split(". This is typically")[0][:200]
+        raise ConnectionError(
+            f"rank {rank} lost another rank ({reason}), so this run cannot go on; the first message of the job says what "
+            "happened there. Start it again: it goes on from the latest checkpoint in --load"
+        ) from None
+
+
 def run() -> NoReturn:
     """``main`` with the exit codes and the one-line errors of all tools, said once and not by every rank."""
     cli.run(_main_of_rank)
@@ -76,12 +98,20 @@ def run() -> NoReturn:
 def _main_of_rank() -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
-        return main()
+        with _lost_ranks_named(rank):
+            return main()
     except (ValueError, OSError):
         if rank > 0:
             # Mistakes are mostly everybody's. Rank 0 says so and the launcher ends us; otherwise we speak after a while.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(_SECONDS_FOR_RANK_0)
+            _wait_for_rank_0()
         raise
     finally:
         sys.stdout.flush()
+
+
+def _wait_for_rank_0() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signals = sys.modules.get("megatron_midus.training.signals")
+    if signals is not None and signals.TerminationSignal.received_here == signal.SIGTERM:
+        sys.exit(1)  # the launcher was quicker than we
+    time.sleep(_SECONDS_FOR_RANK_0)

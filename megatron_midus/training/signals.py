@@ -1,4 +1,7 @@
-"""SIGTERM: a scheduler takes the machines back. The step is finished, a checkpoint saved, and the exit code is 0."""
+"""SIGTERM and SIGUSR1: a scheduler takes the machines back. The step is finished, a checkpoint saved, the exit code 0.
+
+``sbatch --signal=USR1@300`` sends SIGUSR1 five minutes before the time is up; SIGTERM comes at the end, or from torchrun.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,26 @@ from types import FrameType
 
 import torch
 
+HANDLED = (signal.SIGTERM, signal.SIGUSR1)
+
 
 class TerminationSignal:
-    """Remembers that SIGTERM came to this process; ranks agree on it once a step."""
+    """Remembers which signal came to this process; ranks agree on it once a step."""
 
-    def __init__(self) -> None:
-        self._received = False
+    # Of the class, because signals come to the process.
+    received_here = 0
 
     def install(self) -> None:
-        """Takes over SIGTERM, for this process."""
-        signal.signal(signal.SIGTERM, self._on_signal)
+        """Takes over the signals, for this process."""
+        for number in HANDLED:
+            signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
+        TerminationSignal.received_here = number
 
-    def received_anywhere(self) -> bool:
-        """Whether any rank was told to end. A collective: signals reach ranks at different times, and a rank that
-        stopped alone would leave the others waiting in the next step."""
-        flag = torch.tensor([int(self._received)], dtype=torch.int32, device="cuda")
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
+    def received_anywhere(self) -> str | None:
+        """Name of a signal that told any rank to end. A collective: signals reach ranks at different times, and a rank
+        that stopped alone would leave the others waiting in the next step."""
+        number = torch.tensor([self.received_here], dtype=torch.int32, device="cuda")
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+        return signal.Signals(int(number)).name if int(number) else None

@@ -27,6 +27,10 @@ from megatron_midus.training.optimizer import optimizer_step
 DataIterator = RerunDataIterator | list[RerunDataIterator | None] | None
 
 
+class DivergedError(ValueError):
+    """A loss that is NaN or infinite, where no step can be computed again."""
+
+
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
     """What is alike in all micro-batches of a run."""
@@ -130,7 +134,7 @@ def train_step(
     loss = mean_loss(reports)
     if check_loss and is_first and loss is not None and not math.isfinite(loss):
         # The rerun machine lets the first step pass, because it could not save a checkpoint yet.
-        raise ValueError(f"the loss of the first step is {loss}; check the checkpoint, the data and the precision")
+        raise DivergedError(f"the loss of the first step is {loss}; check the checkpoint, the data and the precision")
     updated, grad_norm, num_zeros = _reduce(*optimizer_step(optimizer, settings))
     if updated:
         scheduler.step(increment=samples)
@@ -148,7 +152,7 @@ def _forward_backward(
         # What the rerun machine says when it is disabled.
         if "Unexpected result" not in str(error):
             raise
-        raise ValueError(f"training diverged: {error}; lower --lr, or check the data and the precision") from None
+        raise DivergedError(f"training diverged: {error}; lower --lr, or check the data and the precision") from None
 
 
 def _run_schedule(

@@ -5,7 +5,6 @@ Importing Megatron takes seconds. A fork server imports it once; every process o
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import multiprocessing
 import os
@@ -20,6 +19,8 @@ from multiprocessing.managers import SyncManager
 from pathlib import Path
 
 import torch
+
+from megatron_midus.training.helper_process import live_as_long_as_the_rank
 
 _PRELOAD = ["megatron_midus.training.pretrain"]
 
@@ -169,11 +170,5 @@ def _start_result_queue_by_fork() -> None:
 
     assert filesystem_async._results_queue is None
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(_die_with_the_parent)
+    manager.start(live_as_long_as_the_rank, (os.getpid(),))
     filesystem_async._results_queue = manager.Queue()
-
-
-def _die_with_the_parent() -> None:
-    """Ranks are killed in some tests; what they started must not outlive them."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

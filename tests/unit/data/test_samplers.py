@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_midus.data import CyclicSampler, SequentialSampler, build_data_loader, cyclic_iterator
+from megatron_midus.data.samplers import sample_indices
 
 
 def global_order(kind, *, total, consumed, micro_batch, ranks, steps, seed=5):
@@ -145,3 +146,13 @@ def test_readers_outlive_sigterm():
     for _ in range(5):  # more than are read ahead
         next(batches)
     assert all(reader.is_alive() for reader in readers)
+
+
+@pytest.mark.parametrize("dataloader_type", ["single", "cyclic"])
+def test_the_samples_of_a_batch_can_be_named_afterwards(dataloader_type):
+    """Two ranks, micro-batches of three: a global batch of six, of which the third reads places 12 to 17 of 23."""
+    settings = {"total_samples": 23, "consumed_samples": 0, "micro_batch_size": 3, "data_parallel_size": 2}
+    build = SequentialSampler if dataloader_type == "single" else lambda **kw: CyclicSampler(seed=5, **kw)
+    read = [next(itertools.islice(build(**settings, data_parallel_rank=rank), 2, None)) for rank in (0, 1)]
+    named = sample_indices(23, start=12, count=6, dataloader_type=dataloader_type, seed=5)
+    assert named == read[0] + read[1]
