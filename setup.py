@@ -11,6 +11,9 @@ VERSION = next(
     if "__version__" in line
 )
 
+# With its packages for Hugging Face models.
+EVAL = ["lm-eval[hf]>=0.4.13,<0.5"]
+
 setup(
     name="megatron-midus",
     version=VERSION,
@@ -42,8 +45,9 @@ setup(
     extras_require={
         # apex is not on the package index; megatron_midus.platform says how to get it when it is asked for.
         "gpu": ["transformer-engine[pytorch]>=2.1"],
-        "eval": ["lm-eval>=0.4.8,<0.5"],
+        "eval": EVAL,
         "dev": [
+            *EVAL,
             "pytest>=8",
             "pytest-xdist",
             "ruff>=0.8",

@@ -17,6 +17,8 @@ from tiny_models import write_base, write_tokenizer
 from megatron_midus.upscaling import UpscalePlan
 
 TOOLS = Path(__file__).parents[2] / "tools"
+TASK_DATA = TOOLS.parent / "examples" / "task_data"
+TASKS = "wikitext,arc_easy,arc_challenge,logiqa,piqa,winogrande,commonsense_qa,boolq,mmlu"
 MEMORY = ["--memory-num-keys", "16", "--memory-topk", "4", "--memory-latent-size", "8"]
 
 
@@ -59,8 +61,7 @@ def run(models, data, *more):
         [
             "--model",
             *map(str, models),
-            "--data",
-            *map(str, data),
+            *(["--data", *map(str, data)] if data else []),
             "--seq-length",
             "32",
             "--device",
@@ -144,6 +145,43 @@ def test_settings_change_the_figures(base, data, tmp_path, more):
     assert a["tokens"] == b["tokens"] and a["nats"] != b["nats"]
 
 
+def test_tasks_of_base_and_twin_side_by_side(base, midus, data, tmp_path, capsys):
+    """Every task of the paper, texts and latency in one table; before training the twin answers as the base does."""
+    outputs = ["--json", tmp_path / "out.json", "--markdown", tmp_path / "out.md"]
+    more = ["--tasks", TASKS, "--task-data", TASK_DATA, "--max-length", 100, "--batch-size", 4, "--latency"]
+    run([base, midus], [data / "lines.jsonl"], *more, "--latency-rounds", 1, "--latency-prompt-tokens", 9, *outputs)
+    report = json.loads((tmp_path / "out.json").read_text())
+    first, second = report["models"]
+    assert report["settings"]["max_length"] == 100 and report["settings"]["num_fewshot"] == 0
+    assert set(TASKS.split(",")) <= set(first["tasks"]) and first["tasks"] == second["tasks"]
+    differences = report["differences"]["midus"]
+    # Equal item by item, and so without spread.
+    assert all(change == {"value": 0.0, "stderr": 0.0} for change in differences.values())
+    assert second["latency"]["cache_bytes_per_token"] == 7 / 5 * first["latency"]["cache_bytes_per_token"]
+    printed, table = capsys.readouterr().out, (tmp_path / "out.md").read_text()
+    for text in (f"{first['tasks']['mmlu']['acc']['value']:.4f}", "lines.jsonl", "decoding step", "word_perplexity"):
+        assert text in printed and text in table
+    assert "lost their beginning" in table and "| wikitext | word_perplexity ↓ | 5 |" in table
+
+
+def test_another_tokenizer_in_tasks_gets_a_note(base, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    write_tokenizer(other, vocab_size=258)
+    run([base, other], [], "--tasks", "piqa", "--task-data", TASK_DATA, "--task-limit", 3)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "accuracies, word perplexity and byte perplexity compare across tokenizers" in printed
+    assert " 3 " in printed
+
+
+def test_task_data_are_saved(tmp_path, capsys):
+    evaluate.main(
+        ["--tasks", "boolq,mmlu_anatomy", "--task-data", str(TASK_DATA), "--save-task-data", str(tmp_path / "new")]
+    )
+    assert (tmp_path / "new" / "boolq.jsonl").is_file() and (tmp_path / "new" / "mmlu" / "anatomy.jsonl").is_file()
+    assert str(tmp_path / "new" / "boolq.jsonl") in capsys.readouterr().out
+
+
 def truncate(directory):
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-50])
@@ -184,6 +222,13 @@ MISTAKES = {
     "bound": (["--max-tokens", "0"], "max_tokens=0"),
     "device": (["--device", "toaster"], "device 'toaster' is not available"),
     "key": (["--json-key", "body"], r"lines\.jsonl:1: no key 'body'"),
+    "task": (["--tasks", "arc_esy", "--task-data", str(TASK_DATA)], "'arc_esy' is not known; did you mean arc_easy"),
+    "task data": (["--tasks", "piqa", "--task-data", "nowhere"], "task data directory nowhere does not exist"),
+    "task limit": (["--tasks", "piqa", "--task-data", str(TASK_DATA), "--task-limit", "0"], "task_limit=0"),
+    "length": (["--tasks", "piqa", "--task-data", str(TASK_DATA), "--max-length", "0"], "max_length=0"),
+    "tasks missing": (["--task-data", str(TASK_DATA)], "belong to --tasks"),
+    "saved task": (["--save-task-data", "x", "--tasks", "hellaswag"], "task 'hellaswag' is not known"),
+    "rounds": (["--latency", "--latency-rounds", "0"], "latency rounds=0"),
     "generation": (["--generate", "x", "--generate-tokens", "0"], "max_new_tokens=0"),
 }
 
@@ -192,6 +237,18 @@ MISTAKES = {
 def test_mistakes(base, data, more, message):
     with pytest.raises(ValueError, match=message):
         run([base], [data / "lines.jsonl"], *more)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data", "x.txt"], "no model to evaluate; give --model"),
+        (["--model", "x"], "nothing to measure; give --data"),
+    ],
+)
+def test_nothing_to_do(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.main(arguments)
 
 
 @pytest.mark.parametrize("content", ["", "  \n\n", "\f \f"])

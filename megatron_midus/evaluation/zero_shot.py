@@ -1,0 +1,228 @@
+"""Zero-shot tasks through lm-eval (https://github.com/EleutherAI/lm-evaluation-harness): prompts and metrics are its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_midus.evaluation.scores import Score, influences_of, root_sum_of_squares
+from megatron_midus.evaluation.task_data import (
+    LOCAL_TASKS,
+    check_names,
+    find_task_files,
+    lm_eval_tasks_directory,
+    write_task_yamls,
+)
+
+_LONGEST_DEFAULT = 2048
+
+
+def default_max_length(configs: Sequence[dict[str, Any]]) -> int:
+    """One limit for all models: the shortest context that their ``config.json`` name, at most 2048 tokens."""
+    contexts = [config["max_position_embeddings"] for config in configs if config.get("max_position_embeddings")]
+    return min([_LONGEST_DEFAULT, *contexts])
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResults:
+    """What lm-eval found of one model."""
+
+    scores: dict[tuple[str, str], Score]
+    """By (task, metric), groups before their tasks."""
+    group_members: dict[str, tuple[str, ...]]
+    """Members of every group; what is no member of any was asked for."""
+    versions: dict[str, Any]
+    """lm-eval's version of each task's prompt."""
+    num_truncated: int
+    """Requests whose prompt lost its beginning, because it was longer than ``max_length``."""
+
+    @property
+    def top_level(self) -> list[tuple[str, str]]:
+        """Keys of ``scores`` that are not parts of a group."""
+        parts = {name for members in self.group_members.values() for name in members}
+        return [key for key in self.scores if key[0] not in parts]
+
+
+@contextlib.contextmanager
+def open_tasks(tasks: Sequence[str], data: str | Path | None = None) -> Iterator[Any]:
+    """lm-eval's ``TaskManager`` that knows ``tasks``.
+
+    Args:
+        tasks: names. With ``data`` those of ``LOCAL_TASKS`` and ``mmlu_<subject>``, otherwise any of lm-eval.
+        data: directory of local files (see ``task_data``); nothing is asked of the network then.
+
+    Raises:
+        ValueError: lm-eval is missing, a task is not known, or local files are missing or wrong.
+    """
+    if not tasks:
+        raise ValueError("there is no task to run; name some, for example " + ",".join(LOCAL_TASKS))
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"task {next(t for t in tasks if list(tasks).count(t) > 1)!r} is named twice")
+    lm_eval_tasks_directory()
+    from lm_eval.tasks import TaskManager
+
+    _quiet_lm_eval()
+    if data is None:
+        manager = TaskManager()
+        check_names(tasks, manager.all_tasks)
+        yield manager
+        return
+    files = find_task_files(data, tasks)
+    with tempfile.TemporaryDirectory(prefix="midus_tasks_") as directory:
+        # The index of lm-eval's own tasks takes seconds to read; what is needed of it is included by path.
+        write_task_yamls(directory, files, cache=Path(directory) / "cache")
+        yield TaskManager(include_path=directory, include_defaults=False)
+
+
+def load_tasks(manager: Any, tasks: Sequence[str]) -> dict[str, Any]:
+    """The tasks with their data, groups resolved; raises ``ValueError`` when the data cannot be had."""
+    loaded: dict[str, Any] = {}
+    for name in tasks:
+        try:
+            loaded.update(manager.load([name])["tasks"])
+        # datasets and the Hub's client raise dozens of classes when there is no network, cache or such file.
+        except Exception as error:
+            reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+            raise ValueError(
+                f"the data of task {name} cannot be had ({reason}); give local files with --task-data DIR"
+            ) from error
+    return loaded
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    manager: Any,
+    *,
+    max_length: int,
+    batch_size: int = 8,
+    limit: int | None = None,
+    add_bos: bool = False,
+) -> TaskResults:
+    """Measures ``model`` on ``tasks`` without examples in the prompt.
+
+    Args:
+        model: a transformers model, in evaluation mode.
+        tokenizer: its transformers tokenizer.
+        tasks: names that ``manager`` knows.
+        manager: of ``open_tasks``.
+        max_length: tokens that the model reads at most; longer prompts lose their beginning.
+        batch_size: requests in one call of the model.
+        limit: only the first items of each task, for a trial.
+        add_bos: start every request with the beginning-of-sequence token; otherwise as the tokenizer does by default.
+
+    Raises:
+        ValueError: a setting out of range, or an answer longer than ``max_length``.
+    """
+    for name, number in (("batch_size", batch_size), ("max_length", max_length), ("limit", limit)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name}={number} must be at least 1")
+    if add_bos and tokenizer.bos_token_id is None:
+        raise ValueError("the tokenizer has no beginning-of-sequence token to start requests with")
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    with _count_truncations() as counter:
+        wrapped = HFLM(
+            pretrained=model,
+            backend="causal",
+            tokenizer=tokenizer,
+            max_length=max_length,
+            batch_size=batch_size,
+            add_bos_token=True if add_bos else None,
+        )
+        try:
+            output = lm_eval.simple_evaluate(
+                model=wrapped, tasks=list(tasks), num_fewshot=0, limit=limit, task_manager=manager, log_samples=True
+            )
+        except AssertionError as error:
+            # lm-eval cuts prompts, never answers, and asserts that they fit.
+            if "max_length" not in (traceback.extract_tb(error.__traceback__)[-1].line or ""):
+                raise
+            raise ValueError(
+                f"an answer is longer than max_length={max_length} tokens and cannot be scored; give a larger one"
+            ) from error
+    return collect(output, num_truncated=counter.count)
+
+
+def collect(output: dict[str, Any], *, num_truncated: int = 0) -> TaskResults:
+    """The scores in what ``lm_eval.simple_evaluate`` returns."""
+    samples = {
+        name: sorted(items, key=lambda item: item["doc_id"]) for name, items in (output.get("samples") or {}).items()
+    }
+    members = {name: tuple(parts) for name, parts in (output.get("group_subtasks") or {}).items() if parts}
+    scores: dict[tuple[str, str], Score] = {}
+    for task, results in output["results"].items():
+        leaves = [leaf for leaf in _leaves(task, members) if leaf in samples]
+        directions = output.get("higher_is_better", {}).get(task, {})
+        for entry, value in results.items():
+            metric, _, filter_name = entry.partition(",")
+            if not filter_name or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            kept = [[s for s in samples[leaf] if s.get("filter", "none") == filter_name] for leaf in leaves]
+            strata = [[sample[metric] for sample in part] for part in kept if all(metric in s for s in part)]
+            influences = influences_of(metric, strata) if strata else None
+            reported = results.get(f"{metric}_stderr,{filter_name}")
+            if not isinstance(reported, float) and influences is not None:
+                reported = root_sum_of_squares(influences)
+            scores[task, metric] = Score(
+                task=task,
+                metric=metric,
+                value=float(value),
+                stderr=reported if isinstance(reported, float) else None,
+                higher_is_better=bool(directions.get(metric, "perplexity" not in metric and "bits" not in metric)),
+                items=sum(len(part) for part in kept),
+                influences=None if influences is None else tuple(influences),
+            )
+    return TaskResults(scores, members, dict(output.get("versions", {})), num_truncated)
+
+
+def _leaves(task: str, members: dict[str, tuple[str, ...]]) -> list[str]:
+    """The tasks below a group, or the task itself."""
+    if task not in members:
+        return [task]
+    return [leaf for part in members[task] for leaf in _leaves(part, members)]
+
+
+class _TruncationCounter(logging.Handler):
+    """Counts lm-eval's warnings about cut prompts and shows none of them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += record.getMessage().startswith("Combined length of context")
+
+
+@contextlib.contextmanager
+def _count_truncations() -> Iterator[_TruncationCounter]:
+    logger, counter = logging.getLogger("lm_eval.models.huggingface"), _TruncationCounter()
+    before = logger.level, logger.propagate
+    logger.addHandler(counter)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield counter
+    finally:
+        logger.removeHandler(counter)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+def _quiet_lm_eval() -> None:
+    """Its notes on every overridden default are not for the users of this tool."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
