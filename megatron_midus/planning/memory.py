@@ -1,0 +1,199 @@
+"""Bytes that one rank holds in training: weights, gradients, optimizer state, activations.
+
+Activations are what autograd keeps for the backward pass, tensor by tensor; the test suite compares the formulas with what
+a real model keeps, exactly for the local layers. Transformer Engine's layers differ a little (they keep 16-bit inputs
+of norms, where plain torch keeps an fp32 copy, and key and value heads once per group).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from megatron_midus.config import ModelConfig, padded_vocab_size
+from megatron_midus.planning.layout import Layout, Workload
+from megatron_midus.upscaling.plan import UpscalePlan
+from megatron_midus.upscaling.tensors import block_shapes
+
+GRADIENT_BYTES = 4  # accumulated in fp32 whatever the precision
+MOMENT_BYTES = 8
+MASTER_BYTES = 4  # of weights that are not fp32 themselves
+_REPLICATED = ("layernorm.weight", "_norm.weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class RankMemory:
+    """Of one rank; bytes but for the counts of parameters."""
+
+    parameters: int
+    trained: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    transient: int
+    """Largest temporary beside the kept activations: logits and their gradient, or one recomputed layer."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.transient
+
+
+def rank_memory(
+    model: ModelConfig,
+    plan: UpscalePlan,
+    layout: Layout,
+    workload: Workload,
+    *,
+    stage: int,
+    vocab_divisible_by: int = 128,
+) -> RankMemory:
+    """What a rank of pipeline stage ``stage`` holds.
+
+    Args:
+        model: architecture; its number of layers does not matter.
+        vocab_divisible_by: ``--make-vocab-size-divisible-by``.
+    """
+    total, trained = stage_parameters(model, plan, layout, workload, stage=stage, vocab_divisible_by=vocab_divisible_by)
+    state = MOMENT_BYTES + (MASTER_BYTES if workload.itemsize < 4 else 0)
+    kept = layout.in_flight(stage, workload.num_microbatches(layout.data))
+    return RankMemory(
+        parameters=total,
+        trained=trained,
+        weights=total * workload.itemsize,
+        gradients=trained * GRADIENT_BYTES,
+        optimizer=math.ceil(trained * state / (layout.data if layout.distributed_optimizer else 1)),
+        activations=round(kept * stage_activations(model, plan, layout, workload, stage=stage)),
+        transient=_transient(model, plan, layout, workload, stage=stage, vocab_divisible_by=vocab_divisible_by),
+    )
+
+
+# -- parameters ------------------------------------------------------------------------------------------------------
+def local_elements(name: str, shape: tuple[int, ...], layout: Layout) -> int:
+    """Elements of a tensor of a block (name without the layer prefix) that one tensor-parallel rank holds."""
+    elements = math.prod(shape)
+    if name.endswith(_REPLICATED):
+        return elements
+    if name == "memory.values" and len(shape) == 2 and not layout.latent_values:
+        return elements
+    return elements // layout.tensor
+
+
+def stage_parameters(
+    model: ModelConfig, plan: UpscalePlan, layout: Layout, workload: Workload, *, stage: int, vocab_divisible_by: int
+) -> tuple[int, int]:
+    """``(all, trained)`` parameters of one rank of a stage."""
+    trained = workload.trained(plan)
+    total = learning = 0
+    for index in layout.stages[stage]:
+        count = sum(local_elements(name, shape, layout) for name, shape in block_shapes(model, plan, index).items())
+        total += count
+        learning += count * trained[index]
+    rows = padded_vocab_size(
+        model.vocab_size, divisible_by=vocab_divisible_by, tensor_model_parallel_size=layout.tensor
+    )
+    table = rows // layout.tensor * model.hidden_size
+    is_first, is_last = stage == 0, stage == layout.pipeline - 1
+    shared = model.tie_word_embeddings and is_first and is_last
+    outside = table * (is_first + is_last - shared) + model.hidden_size * is_last
+    return total + outside, learning + outside * (workload.train == "all")
+
+
+# -- activations -----------------------------------------------------------------------------------------------------
+def stage_activations(model: ModelConfig, plan: UpscalePlan, layout: Layout, workload: Workload, *, stage: int) -> int:
+    """Bytes that one micro-batch leaves on a rank between forward and backward pass."""
+    gradient, trained = workload.gradient(plan, layout), workload.trained(plan)
+    kept = 0.0
+    for index in layout.stages[stage]:
+        if gradient[index] == "none":
+            continue
+        if layout.recompute:
+            kept += model.hidden_size * workload.itemsize / _sequence_share(layout)
+        else:
+            starts = gradient[index] == "starts"
+            kept += block_activations(model, plan, layout, workload, index, trained=trained[index], starts=starts)
+    if stage == layout.pipeline - 1 and any(trained):
+        kept += _head_activations(model, layout, workload)
+    return round(kept * workload.tokens)
+
+
+def block_activations(
+    model: ModelConfig,
+    plan: UpscalePlan,
+    layout: Layout,
+    workload: Workload,
+    index: int,
+    *,
+    trained: bool,
+    starts: bool,
+) -> float:
+    """Bytes a token that block ``index`` keeps.
+
+    Args:
+        trained: whether its weights learn; only then are the inputs of its matrices kept.
+        starts: whether no gradient goes further down, so that its first norm need not keep its input.
+    """
+    item, tensor = workload.itemsize, layout.tensor
+    norm = _norm_activations(model, layout, item, trained=trained, needs_input=not starts)
+    width = model.num_attention_heads * model.kv_channels
+    # Queries, keys, values (repeated for every head), output, the log of the sum of each row, the rotary tables.
+    attention = (4 * width * item + 4 * model.num_attention_heads) / tensor
+    attention += 4 * model.kv_channels * item / workload.micro_batch_size
+    if model.qk_layernorm:
+        heads = model.num_attention_heads + model.num_query_groups
+        attention += (heads * model.kv_channels * (4 + (item if trained else 0)) + 4 * heads) / tensor
+    if plan.blocks[index].kind == "memory":
+        return norm + attention + _memory_activations(model, plan, item) / tensor
+    # Gate and up side by side, silu(gate), the chunk of up that the product needs, and the input of the last matrix.
+    mlp = (4 + trained) * model.ffn_hidden_size * item / tensor
+    return norm + attention + _norm_activations(model, layout, item, trained=trained, needs_input=True) + mlp
+
+
+def _norm_activations(model: ModelConfig, layout: Layout, item: int, *, trained: bool, needs_input: bool) -> float:
+    """Of an RMSNorm and of the matrix behind it: input in fp32 and its scale, normalised input, output."""
+    width = model.hidden_size / _sequence_share(layout)
+    kept = (4 * width + 4 / _sequence_share(layout)) if needs_input else 0.0
+    if trained:
+        kept += width * item + width * item
+    return kept
+
+
+def _memory_activations(model: ModelConfig, plan: UpscalePlan, item: int) -> float:
+    """Slots (int32) and weights (fp32) that were selected, and what the settings add to the query and to the result.
+
+    The query itself is the attention's output, which is kept there.
+    """
+    memory = plan.memory
+    assert memory is not None
+    heads = memory.num_memory_heads(model.num_attention_heads)
+    kept = 8.0 * heads * memory.memory_topk
+    if memory.memory_output_projection == "linear":
+        kept += model.hidden_size * item  # input of the mixer
+    return kept
+
+
+def _head_activations(model: ModelConfig, layout: Layout, workload: Workload) -> float:
+    """Final norm, its output for the output layer, and the fp32 softmax of the logits."""
+    trained = workload.train == "all"
+    norm = _norm_activations(model, layout, workload.itemsize, trained=trained, needs_input=True)
+    return norm + 4 * model.vocab_size / layout.tensor
+
+
+def _transient(
+    model: ModelConfig, plan: UpscalePlan, layout: Layout, workload: Workload, *, stage: int, vocab_divisible_by: int
+) -> int:
+    """Logits in the compute precision and in fp32 on the last stage; one whole layer where it is recomputed."""
+    found = 0.0
+    if stage == layout.pipeline - 1:
+        found = (4 + workload.itemsize) * model.vocab_size / layout.tensor
+    if layout.recompute:
+        plain = dataclasses.replace(layout, recompute=False)
+        found = max(found, *(
+            block_activations(model, plan, plain, workload, index, trained=True, starts=False)
+            for index in layout.stages[stage]
+        ), 0.0)  # fmt: skip
+    return round(found * workload.tokens)
+
+
+def _sequence_share(layout: Layout) -> int:
+    return layout.tensor if layout.sequence_parallel else 1

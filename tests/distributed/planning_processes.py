@@ -1,0 +1,66 @@
+"""What the processes of the planning tests do: one training step whose tensors and messages are counted."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from counting import CountMessages, KeptForBackward
+from megatron.core import parallel_state
+from scenarios import Layout, Setting, build, run_schedule, wrap
+
+
+def measure(setting: Setting, layout: Layout) -> dict[str, Any]:
+    """Of one rank: its stage, parameters, optimizer bytes, bytes kept for one backward pass, bytes of messages."""
+    chunks, plan = build(setting, layout)
+    wrapped, optimizer = wrap(chunks, plan, setting)
+    for chunk in wrapped:
+        chunk.zero_grad_buffer()
+    kept: list[KeptForBackward] = []
+    with contextlib.ExitStack() as stack:
+        for chunk in chunks:
+            kept.append(_keep_first_forward(chunk, stack))
+        with CountMessages() as messages:
+            run_schedule(wrapped, 0, logits=False)
+            optimizer.step()
+    return {
+        "stage": parallel_state.get_pipeline_model_parallel_rank(),
+        "parameters": sum(p.numel() for chunk in chunks for p in chunk.parameters()),
+        "trained": sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad),
+        "optimizer": _state_bytes(optimizer),
+        "activations": sum(each.bytes for each in kept),
+        "messages": dict(messages.bytes),
+    }
+
+
+def _keep_first_forward(chunk: torch.nn.Module, stack: contextlib.ExitStack) -> KeptForBackward:
+    """Counts what the chunk's first forward pass keeps."""
+    kept = KeptForBackward(chunk)
+    state = {"calls": 0}
+    forward = chunk.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        state["calls"] += 1
+        with kept if state["calls"] == 1 else contextlib.nullcontext():
+            return forward(*args, **kwargs)
+
+    chunk.forward = counted
+    stack.callback(lambda: setattr(chunk, "forward", forward))
+    return kept
+
+
+def _state_bytes(optimizer: Any) -> int:
+    """Of all tensors of the torch optimizers inside, and of the fp32 copies of 16-bit weights."""
+    total = 0
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        total += sum(
+            value.nbytes
+            for state in inner.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor) and value.dim()
+        )
+        if part.config.bf16:
+            total += sum(p.nbytes for group in inner.param_groups for p in group["params"])
+    return total

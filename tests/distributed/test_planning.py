@@ -1,0 +1,93 @@
+"""The figures of tools/plan.py against real runs: parameters and messages exactly, activations of the local layers exactly."""
+
+import dataclasses
+
+import pytest
+from launcher import launch
+from planning_processes import measure
+from scenarios import GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, Layout, Setting, make_setting_plan, model_config
+
+from megatron_midus import planning
+
+BF16 = {"bf16": True}
+CASES = {
+    "one": (Layout(), Setting()),
+    "one inserted": (Layout(), Setting(train="inserted")),
+    "tp": (Layout(tp=2), Setting(train="inserted")),
+    "tp sp": (Layout(tp=2, sp=True), Setting()),
+    "tp sp inserted": (Layout(tp=2, sp=True), Setting(train="inserted")),
+    "tp full bank": (Layout(tp=2), Setting(memory={"memory_variant": "full"})),
+    "tp block": (Layout(tp=2, sp=True), Setting(memory={"memory_variant": "block"})),
+    "tp mixer": (Layout(tp=2, sp=True), Setting(memory={"memory_output_projection": "linear"})),
+    "pp": (Layout(pp=2), Setting()),
+    "pp inserted": (Layout(pp=2), Setting(train="inserted")),
+    "pp tied": (Layout(pp=2), Setting(model={"tie_word_embeddings": True})),
+    "pp vpp": (Layout(pp=2, vpp=3), Setting(train="inserted")),
+    "pp tp sp": (Layout(pp=2, tp=2, sp=True), Setting()),
+    "dp": (Layout(dp=2), Setting()),
+    "dp distributed": (Layout(dp=2), Setting(distributed_optimizer=True)),
+    "copies": (Layout(tp=2), Setting(policy="llama_pro", train="inserted")),
+}
+
+
+def planned(layout: Layout, setting: Setting):
+    plan = make_setting_plan(setting)
+    chunks = layout.pp * (layout.vpp or 1)
+    size = plan.num_layers // chunks
+    stages = tuple(
+        tuple(i for i in range(plan.num_layers) if (i // size) % layout.pp == stage) for stage in range(layout.pp)
+    )
+    ours = planning.Layout(
+        stages,
+        tensor=layout.tp,
+        data=layout.dp,
+        chunks=layout.vpp or 1,
+        sequence_parallel=layout.sp,
+        distributed_optimizer=setting.distributed_optimizer,
+    )
+    workload = planning.Workload(
+        SEQUENCE, MICRO_BATCH, GLOBAL_BATCH, itemsize=2 if setting.config else 4, train=setting.train
+    )
+    return model_config(plan.num_layers, **setting.model), plan, ours, workload
+
+
+def expected(layout: Layout, setting: Setting, stage: int) -> dict:
+    model, plan, ours, workload = planned(layout, setting)
+    memory = planning.rank_memory(model, plan, ours, workload, stage=stage, vocab_divisible_by=1)
+    messages: dict[tuple[str, int], float] = {}
+    for message in planning.rank_traffic(model, plan, ours, workload, stage=stage, vocab_divisible_by=1):
+        key = (message.kind, message.ranks)
+        messages[key] = messages.get(key, 0.0) + message.size
+    return {"memory": memory, "messages": messages, "kept": ours.in_flight(stage, workload.num_microbatches(ours.data))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_rank_holds_and_sends(name):
+    layout, setting = CASES[name]
+    for found in launch(measure, layout.world_size, setting, layout):
+        wanted = expected(layout, setting, found["stage"])
+        memory = wanted["memory"]
+        assert found["parameters"] == memory.parameters
+        assert found["trained"] == memory.trained
+        # The distributed optimizer pads its buffers.
+        assert found["optimizer"] == pytest.approx(memory.optimizer, rel=0.02 if setting.distributed_optimizer else 0)
+        assert found["activations"] * wanted["kept"] == pytest.approx(memory.activations, rel=0.01)
+        for key in found["messages"].keys() | wanted["messages"].keys():
+            # Grad norm, flags and losses are a few numbers a step; the distributed optimizer pads its buffers.
+            assert found["messages"].get(key, 0) == pytest.approx(wanted["messages"].get(key, 0), rel=0.03, abs=200), (
+                key,
+                found["messages"],
+                wanted["messages"],
+            )
+
+
+@pytest.mark.slow
+def test_sixteen_bits():
+    layout, setting = Layout(tp=2, sp=True), Setting(train="inserted", config=BF16)
+    setting = dataclasses.replace(setting)
+    for found in launch(measure, 2, setting, layout):
+        memory = expected(layout, setting, 0)["memory"]
+        assert (found["parameters"], found["trained"]) == (memory.parameters, memory.trained)
+        assert found["optimizer"] == memory.optimizer
+        assert found["activations"] == pytest.approx(memory.activations, rel=0.01)
