@@ -165,7 +165,7 @@ def test_generation_after_the_export(tmp_path, base):
 
     random_checkpoint(tmp_path / "trained", base)
     run(tmp_path / "trained", tmp_path / "hf", "hf")
-    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "hf"))
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "hf"), trust_remote_code=True)
     model = load_model(tmp_path / "hf")
     ids = tokenizer("tiny texts", return_tensors="pt").input_ids
     with torch.no_grad():

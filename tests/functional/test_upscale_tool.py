@@ -77,7 +77,7 @@ def check_what_survives(source, out, base, result):
     assert result.config.sliding_window == (9 if base.config.model_type == "mistral" else None)
     old, new = (GenerationConfig.from_pretrained(str(d)) for d in (source, out))
     assert old.to_dict() == new.to_dict() and old.top_k == 7
-    old, new = (AutoTokenizer.from_pretrained(str(d)) for d in (source, out))
+    old, new = (AutoTokenizer.from_pretrained(str(d), trust_remote_code=True) for d in (source, out))
     message = [{"role": "user", "content": "tiny texts"}]
     assert old.apply_chat_template(message, tokenize=False) == new.apply_chat_template(message, tokenize=False) == "user: tiny texts\n"  # fmt: skip
 
@@ -228,7 +228,9 @@ def entropy_of_usage(directory):
     from megatron_midus.upscaling.calibration import collect_queries
 
     model = load_model(directory)
-    ids = AutoTokenizer.from_pretrained(str(directory))("models of texts and texts of models " * 9)["input_ids"]
+    ids = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=True)(
+        "models of texts and texts of models " * 9
+    )["input_ids"]
     memory = model.model.layers[3].memory
     queries = collect_queries(model, [torch.tensor(ids)[None, :100]])[3]
     slots = select_slots(queries, memory.row_keys, memory.col_keys, topk=4)[0]
