@@ -102,7 +102,9 @@ def write_tokenizer(directory: str | Path, *, vocab_size: int = 260) -> None:
 def write_base(directory: str | Path, family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 1, **changes) -> Path:  # fmt: skip
     """A whole Hugging Face directory: model, tokenizer, generation config, and a license to carry along."""
     directory = Path(directory)
-    make_model(family, seed=seed, **changes).to(dtype).save_pretrained(str(directory))
+    model = make_model(family, seed=seed, **changes).to(dtype)
+    model.generation_config.update(do_sample=True, top_k=7, temperature=0.7)
+    model.save_pretrained(str(directory))
     write_tokenizer(directory)
     (directory / "LICENSE").write_text("any use\n")
     (directory / "README.md").write_text("# the base's own card\n")

@@ -91,7 +91,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="--to hf: compare every file of the checkpoint with its checksum first (default: yes)",
     )
     add("--overwrite", action="store_true", help="replace the output directory when it exists")
-    add("--verify", action="store_true", help="read the output back and compare every tensor before it is kept")  # fmt: skip
+    add(
+        "--verify",
+        nargs="?",
+        choices=["logits", "tensors"],
+        const="logits",
+        help="before the output is kept: tensors = read it back and compare every tensor; logits = that, and fp32 logits of both ends on the CPU, which takes the memory of the model in fp32 (--verify alone: logits)",
+    )
     return parser
 
 
@@ -131,6 +137,21 @@ def check_round_trip(wanted: TensorSource, found: TensorSource) -> None:
     print(f"verified: {len(wanted.names())} tensors are equal when read back")
 
 
+def check_logits(hf: str | Path, iteration: Path, model: ModelConfig, *, dtype: str) -> None:
+    """Compares Hugging Face's model and Megatron's; ``ValueError`` when they differ by more than rounding."""
+    from megatron_midus.conversion.megatron_logits import megatron_logits
+    from megatron_midus.conversion.verify import compare, load_fp32, logits_of, random_tokens
+    from megatron_midus.hf import register
+
+    register()
+    ids = random_tokens(vocab_size=model.vocab_size)
+    comparison = compare(logits_of(load_fp32(hf), ids), megatron_logits(iteration, ids, round_to=dtype))
+    # fp32 sums in another order, through tens of layers: a millionth of sigma each.
+    if comparison.max_difference > 1e-4 * comparison.sigma:
+        raise ValueError(f"Hugging Face and Megatron do not compute the same function: {comparison.describe()}")
+    print(f"verified: {comparison.describe()}")
+
+
 def to_hf(args: argparse.Namespace) -> str:
     directory, iteration = find_checkpoint(args.load, args.ckpt_step)
     if args.verify_checkpoint and not check_checkpoint(directory):
@@ -165,6 +186,8 @@ def to_hf(args: argparse.Namespace) -> str:
             )
         if args.verify:
             check_round_trip(source, SafetensorsReader(target))
+        if args.verify == "logits":
+            check_logits(target, directory, model, dtype=dtype_name(source.dtype(EMBEDDING)))
     return f"iteration {iteration}, {dtype_name(source.dtype(EMBEDDING))}"
 
 
@@ -211,6 +234,8 @@ def to_megatron(args: argparse.Namespace) -> str:
             )
         if args.verify:
             check_round_trip(source, MegatronReader(iteration_directory(target, 0), model, plan))
+        if args.verify == "logits":
+            check_logits(args.load, iteration_directory(target, 0), model, dtype=model.hf_dtype)
     return f"{plan.num_layers} layers, {model.hf_dtype}"
 
 

@@ -183,6 +183,6 @@ def _loading(plan: UpscalePlan) -> list[str]:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("DIR"{remote})',
-        'tokenizer = AutoTokenizer.from_pretrained("DIR")',
+        f'tokenizer = AutoTokenizer.from_pretrained("DIR"{remote})',  # it may ask the configuration which class it is
         "```",
     ]

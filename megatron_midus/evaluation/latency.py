@@ -119,7 +119,7 @@ def _time_once(model: Any, prompts: torch.Tensor, decode_tokens: int) -> tuple[f
     prompts = prompts.to(device)
     _wait(device)
     began = time.perf_counter()
-    output = model(input_ids=prompts, use_cache=True)
+    output = model(input_ids=prompts, use_cache=True, logits_to_keep=1)
     _wait(device)
     filled = time.perf_counter()
     _decode(model, output, prompts.shape[1], decode_tokens)
@@ -143,7 +143,7 @@ def _measure_memory(model: Any, prompts: torch.Tensor, decode_tokens: int) -> tu
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         others = torch.cuda.memory_allocated(device) - weight_bytes(model)
-    output = model(input_ids=prompts.to(device), use_cache=True)
+    output = model(input_ids=prompts.to(device), use_cache=True, logits_to_keep=1)
     cache_bytes = sum(tensor.numel() * tensor.element_size() for tensor in _cache_tensors(output.past_key_values))
     _decode(model, output, prompts.shape[1], decode_tokens)
     return cache_bytes, torch.cuda.max_memory_allocated(device) - others if device.type == "cuda" else None

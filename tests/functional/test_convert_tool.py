@@ -25,6 +25,7 @@ from megatron_midus.upscaling import PLAN_FILE, UpscalePlan, make_plan
 from megatron_midus.upscaling.tensors import model_shapes
 
 TOOL = Path(__file__).parents[2] / "tools/convert_checkpoint.py"
+FAMILIES = ["llama", "llama2", "llama3", "smollm", "mistral", "qwen2", "qwen3"]
 MEMORY = MemoryConfig(memory_num_keys=16, memory_topk=4, memory_latent_size=8)
 SETTINGS = {
     "hive": MEMORY,
@@ -73,8 +74,8 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hugging_face_there_and_back(tmp_path, family, tied, dtype):
     source = write_base(tmp_path / "source", family, dtype=dtype, tie_word_embeddings=tied)
-    run(source, tmp_path / "megatron", "megatron", "--verify")
-    run(tmp_path / "megatron", tmp_path / "hf", "hf", "--verify")
+    run(source, tmp_path / "megatron", "megatron", "--verify", "tensors")
+    run(tmp_path / "megatron", tmp_path / "hf", "hf", "--verify", "tensors")
     before, after = SafetensorsReader(source), SafetensorsReader(tmp_path / "hf")
     assert set(before.names()) == set(after.names())
     for name in before.names():
@@ -116,7 +117,7 @@ def test_plain_policies_there_and_back(tmp_path, base, policy):
     result = load_model(tmp_path / "hf", trust_remote_code=False)
     assert type(result).__name__ == "LlamaForCausalLM" and len(result.model.layers) == plan.num_layers
     assert all(torch.equal(result.state_dict()[name], tensor) for name, tensor in tensors.items())
-    run(tmp_path / "hf", tmp_path / "again", "megatron", "--verify")
+    run(tmp_path / "hf", tmp_path / "again", "megatron", "--verify", "tensors")
     assert UpscalePlan.load(tmp_path / "again/iter_0000000") == plan
 
 
@@ -125,7 +126,7 @@ def test_later_iterations_and_dtypes(tmp_path, base):
     root = tmp_path / "trained"
     shutil.copytree(iteration_directory(root, 0), iteration_directory(root, 40))
     write_latest_iteration(root, 40)
-    run(root, tmp_path / "latest", "hf", "--dtype", "bfloat16", "--verify")
+    run(root, tmp_path / "latest", "hf", "--dtype", "bfloat16", "--verify", "logits")
     assert "trained for 40 iterations" in (tmp_path / "latest/README.md").read_text()
     reader = SafetensorsReader(tmp_path / "latest")
     assert all(torch.equal(reader.read(name), tensor.bfloat16()) for name, tensor in tensors.items())
@@ -166,7 +167,7 @@ def test_generation_after_the_export(tmp_path, base):
 
     random_checkpoint(tmp_path / "trained", base)
     run(tmp_path / "trained", tmp_path / "hf", "hf")
-    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "hf"))
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "hf"), trust_remote_code=True)
     model = load_model(tmp_path / "hf")
     ids = tokenizer("tiny texts", return_tensors="pt").input_ids
     with torch.no_grad():
@@ -314,6 +315,32 @@ def test_the_wrong_way_round(tmp_path, base, checkpoint):
         run(checkpoint / "iter_0000000", checkpoint, "hf", "--overwrite")
 
 
+@pytest.mark.parametrize("family", ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama3", "solar"))])  # fmt: skip
+def test_verify_compares_megatron_with_hugging_face(tmp_path, family, capfd):
+    """From a Hugging Face directory with every tensor random, and back; reported with figures."""
+    policy = family if family in ("llama_pro", "solar") else "interleave"
+    source = write_base(tmp_path / "base", family if family in FAMILIES else "qwen2", dtype=torch.bfloat16)
+    random_checkpoint(tmp_path / "trained", source, policy, num_blocks=2, dtype=torch.bfloat16)
+    run(tmp_path / "trained", tmp_path / "hf", "hf", "--verify")
+    run(tmp_path / "hf", tmp_path / "again", "megatron", "--verify", "logits", "--dtype", "float32")
+    reports = [line for line in capfd.readouterr().out.splitlines() if "KL" in line]
+    assert len(reports) == 2 and all("argmax agreement 100.00 %" in line for line in reports)
+
+
+def test_verify_catches_a_layout_that_is_its_own_inverse(tmp_path, base, monkeypatch):
+    """Gate and up exchanged on the way in and on the way out: every tensor comes back, and the function is another."""
+    from megatron_midus.conversion import megatron_io
+
+    fuse, split = megatron_io.fuse, megatron_io.split
+    turn = lambda parts: parts[::-1] if len(parts) == 2 else parts  # noqa: E731
+    monkeypatch.setattr(megatron_io, "fuse", lambda parts, model: fuse(turn(parts), model))
+    monkeypatch.setattr(megatron_io, "split", lambda *arguments: turn(split(*arguments)))
+    run(base, tmp_path / "tensors", "megatron", "--verify", "tensors")
+    with pytest.raises(ValueError, match="do not compute the same function: max difference"):
+        run(base, tmp_path / "logits", "megatron", "--verify", "logits")
+    assert not (tmp_path / "logits").exists()
+
+
 def test_verify_catches_a_wrong_layout(tmp_path, base, monkeypatch):
     """A fused tensor whose parts were swapped is found when it is read back."""
     from megatron_midus.conversion import megatron_io
@@ -321,7 +348,7 @@ def test_verify_catches_a_wrong_layout(tmp_path, base, monkeypatch):
     original = megatron_io.fuse
     monkeypatch.setattr(megatron_io, "fuse", lambda parts, model: original(parts[::-1] if len(parts) == 2 else parts, model))  # fmt: skip
     with pytest.raises(ValueError, match="gate_proj.weight differs by up to"):
-        run(base, tmp_path / "out", "megatron", "--verify")
+        run(base, tmp_path / "out", "megatron", "--verify", "tensors")
     assert not (tmp_path / "out").exists()
 
 
@@ -329,7 +356,7 @@ def test_as_a_command(tmp_path, checkpoint):
     def command(*arguments):
         return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True)
 
-    good = command("--load", checkpoint, "--save", tmp_path / "out", "--to", "hf", "--verify")
+    good = command("--load", checkpoint, "--save", tmp_path / "out", "--to", "hf", "--verify", "tensors")
     assert (
         good.returncode == 0 and "tensors are equal" in good.stdout and (tmp_path / "out/modeling_midus.py").is_file()
     )

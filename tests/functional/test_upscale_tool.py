@@ -48,14 +48,52 @@ def run(model, save, *arguments):
 
 
 # -- what comes out --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
+FAMILIES = ["llama", "llama2", "llama3", "smollm", "mistral", "qwen2", "qwen3"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_midus_equals_its_base_bit_for_bit(tmp_path, family):
     source = write_base(tmp_path / "source", family)
     run(source, tmp_path / "out", "--save-format", "hf", "--num-blocks", 2, *MEMORY, "--memory-query-norm", "rms")
     result = load_model(tmp_path / "out")
-    assert type(result).__name__ == "MidusForCausalLM" and "transformers_modules" in type(result).__module__
+    # Its own code, or the package's where another test of this process registered that; they are the same files.
+    assert type(result).__name__ == "MidusForCausalLM"
     assert result.config.block_types.count("memory") == 2
-    assert torch.equal(logits_of(result), logits_of(load_model(source)))
+    base = load_model(source)
+    assert torch.equal(logits_of(result), logits_of(base))
+    check_what_survives(source, tmp_path / "out", base, result)
+
+
+def check_what_survives(source, out, base, result):
+    """Everything of the base that is not weights, as transformers sees it after loading."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    for name in ("vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+                 "num_attention_heads", "num_key_value_heads", "bos_token_id", "eos_token_id"):  # fmt: skip
+        wanted, found = getattr(base.config, name), getattr(result.config, name)
+        if name == "rope_parameters":  # what the base's class adds to it is of no effect
+            found, wanted = ({k: v for k, v in rope.items() if k in found} for rope in (found, wanted))
+        assert found == wanted, name
+    assert result.config.head_dim == base.model.layers[0].self_attn.head_dim
+    assert result.config.sliding_window == (9 if base.config.model_type == "mistral" else None)
+    old, new = (GenerationConfig.from_pretrained(str(d)) for d in (source, out))
+    assert old.to_dict() == new.to_dict() and old.top_k == 7
+    old, new = (AutoTokenizer.from_pretrained(str(d), trust_remote_code=True) for d in (source, out))
+    message = [{"role": "user", "content": "tiny texts"}]
+    assert old.apply_chat_template(message, tokenize=False) == new.apply_chat_template(message, tokenize=False) == "user: tiny texts\n"  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", ["llama_pro", "solar"])
+def test_plain_policies_keep_the_class_of_every_family(tmp_path, family, policy):
+    source = write_base(tmp_path / "source", family)
+    run(source, tmp_path / "out", "--save-format", "hf", "--policy", policy, "--num-blocks", 3, "--verify")
+    base, result = load_model(source), load_model(tmp_path / "out", trust_remote_code=False)
+    assert type(result) is type(base) and type(result).__module__.startswith("transformers.models.")
+    assert len(result.model.layers) == 8
+    assert torch.equal(logits_of(result), logits_of(base)) == (policy == "llama_pro")
+    names = {name for name in result.state_dict() if ".layers.7." in name}
+    assert len(names) == len({name for name in base.state_dict() if ".layers.4." in name})  # biases and norms too
 
 
 def test_identity_is_not_an_accident(tmp_path, base):
@@ -200,7 +238,9 @@ def entropy_of_usage(directory):
     from megatron_midus.upscaling.calibration import collect_queries
 
     model = load_model(directory)
-    ids = AutoTokenizer.from_pretrained(str(directory))("models of texts and texts of models " * 9)["input_ids"]
+    ids = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=True)(
+        "models of texts and texts of models " * 9
+    )["input_ids"]
     memory = model.model.layers[3].memory
     queries = collect_queries(model, [torch.tensor(ids)[None, :100]])[3]
     slots = select_slots(queries, memory.row_keys, memory.col_keys, topk=4)[0]

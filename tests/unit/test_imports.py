@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"config", "memory", "upscaling", "platform"},
     "conversion": {"config", "upscaling"},
     "conversion/megatron_io.py": {"config", "upscaling", "model", "platform"},
+    "conversion/megatron_logits.py": {"config", "upscaling", "model", "platform"},
     "data": {"config"},
     "evaluation": {"config", "hf", "ops", "upscaling"},
     "analysis": {"config", "hf", "ops", "upscaling"},
@@ -36,7 +37,16 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["training"] = {name for name in MAY_IMPORT if "." not in name and "/" not in name} - NOT_FOR_TRAINING
 MAY_IMPORT["training"] |= {"platform"}
-MEGATRON = {"benchmark", "memory", "model", "conversion/megatron_io.py", "data", "training", "platform.py"}
+MEGATRON = {
+    "benchmark",
+    "memory",
+    "model",
+    "conversion/megatron_io.py",
+    "conversion/megatron_logits.py",
+    "data",
+    "training",
+    "platform.py",
+}
 NO_TORCH = {"config", "files.py", "cli.py"}
 TOPMOST = {"tools", "examples", "pretrain_midus", "tests"}
 

@@ -111,6 +111,13 @@ def hf_dtype(config: dict[str, Any]) -> str | None:
     return config.get("dtype") or config.get("torch_dtype")
 
 
+def check_full_attention(config: dict[str, Any]) -> None:
+    """Raises ``ValueError`` when ``layer_types`` gives some layer another attention than the full one."""
+    types = sorted(set(config.get("layer_types") or ()))
+    if types not in ([], ["full_attention"]):
+        raise ValueError(f"layer_types has {', '.join(types)}; only full_attention for all layers is supported")
+
+
 def uniform_sliding_window(config: dict[str, Any]) -> int | None:
     """The window of models whose layers all have the same attention; ``ValueError`` for a mixture."""
     types = set(config.get("layer_types") or ())

@@ -1,6 +1,14 @@
 """Qwen3 (dense): Llama with a norm on every head's query and key, and a head size of its own."""
 
-from megatron_midus.conversion.families.common import Family
+from typing import Any
+
+from megatron_midus.conversion.families.common import Family, check_full_attention
+
+
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    check_full_attention(config)
+    return {"qk_layernorm": True}
+
 
 FAMILY = Family(
     name="qwen3",
@@ -12,5 +20,5 @@ FAMILY = Family(
         "head_dim": 128,
     },
     required={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
-    settings=lambda config: {"qk_layernorm": True},
+    settings=settings,
 )

@@ -87,8 +87,54 @@ def test_defaults_are_those_of_transformers():
             assert theirs[name] == value, (family.name, name)
 
 
+# What the config.json of the named models say where they differ from each other.
+RELEASED = {
+    "Llama-2-7b": ({"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False, "pretraining_tp": 1, "hidden_act": "silu", "torch_dtype": "float16"},
+                   {"num_query_groups": 32, "kv_channels": 128, "rotary_base": 10000.0, "rope_scaling": None, "hf_dtype": "float16"}),
+    "Llama-3-8B": ({"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 500000.0, "tie_word_embeddings": False, "attention_bias": False, "hidden_act": "silu", "torch_dtype": "bfloat16"},
+                   {"num_query_groups": 8, "rotary_base": 500000.0, "rope_scaling": None}),
+    "Llama-3.2-1B": ({"architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "rope_theta": 500000.0, "tie_word_embeddings": True, "mlp_bias": False, "torch_dtype": "bfloat16"},
+                     {"kv_channels": 64, "tie_word_embeddings": True, "rotary_base": 500000.0}),
+    "Mistral-7B-v0.1": ({"architectures": ["MistralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05, "sliding_window": 4096, "rope_theta": 10000.0, "tie_word_embeddings": False},
+                        {"sliding_window": 4096, "num_query_groups": 8}),
+    "Mistral-7B-v0.3": ({"architectures": ["MistralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32768, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05, "sliding_window": None, "rope_theta": 1000000.0},
+                        {"sliding_window": None, "rotary_base": 1000000.0}),
+    "Qwen2.5-0.5B": ({"architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768, "rms_norm_eps": 1e-06, "max_window_layers": 24, "sliding_window": 32768, "use_sliding_window": False, "use_mrope": False, "rope_theta": 1000000.0, "tie_word_embeddings": True},
+                     {"add_qkv_bias": True, "sliding_window": None, "kv_channels": 64, "tie_word_embeddings": True}),
+    "Qwen3-0.6B": ({"architectures": ["Qwen3ForCausalLM"], "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-06, "max_window_layers": 28, "sliding_window": None, "use_sliding_window": False, "rope_theta": 1000000, "tie_word_embeddings": True, "attention_bias": False},
+                   {"qk_layernorm": True, "kv_channels": 128, "rotary_base": 1000000.0}),
+    "SmolLM-135M": ({"architectures": ["LlamaForCausalLM"], "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 2048, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "rope_scaling": None, "tie_word_embeddings": True, "attention_bias": False},
+                    {"kv_channels": 64, "num_query_groups": 3, "tie_word_embeddings": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_models(name):
+    config, wanted = RELEASED[name]
+    model = from_hf_config(config)
+    assert {field: getattr(model, field) for field in wanted} == wanted
+    assert (model.hidden_size, model.num_layers) == (config["hidden_size"], config["num_hidden_layers"])
+    # Memory blocks fit: the output of a head is hidden_size / heads channels, whatever its size.
+    plan = make_plan("interleave", num_layers=model.num_layers, num_blocks=2, memory=MEMORY)
+    plan.memory.check_model(hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads, kv_channels=model.kv_channels)  # fmt: skip
+    assert from_hf_config(to_hf_config(config, model, plan, dtype="bfloat16")).rotary_base == model.rotary_base
+
+
 REFUSED = [
     ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; supported are LlamaForCausalLM, Mist"),
+    (
+        {"architectures": ["Olmo2ForCausalLM"]},
+        "Olmo2ForCausalLM is not supported; supported are LlamaForCausalLM, Mistral",
+    ),
+    ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM is not supported"),
+    ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported"),
+    ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM is not supported"),
+    ({"architectures": ["Phi3ForCausalLM"]}, "Phi3ForCausalLM is not supported"),
+    ({"architectures": ["Qwen2ForCausalLM"], "layer_types": ["sliding_attention"] * 5}, "sliding_attention"),
+    (
+        {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention", "sliding_attention"]},
+        "full_attention, sliding_attention",
+    ),
     ({"architectures": None, "model_type": "opt"}, "opt is not supported"),
     ({"architectures": [], "model_type": None}, "none named"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),

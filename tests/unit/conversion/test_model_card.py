@@ -36,7 +36,7 @@ def test_midus_card():
     assert "ab" * 32 in card and "computes the same function as its base" in card
     assert f"parameters: {total_parameters(MODEL, plan):,}" in card and "memory_num_keys: `16`" in card
     assert "do not divide into 3 equal groups" in card
-    assert 'from_pretrained("DIR", trust_remote_code=True)' in card and "2512.13751" in card
+    assert card.count('from_pretrained("DIR", trust_remote_code=True)') == 2 and "2512.13751" in card
 
 
 def test_plain_card():
