@@ -33,6 +33,7 @@ setup(
         "psutil",
         "numpy",
         "pyarrow",
+        "pyyaml",
         "tqdm",
         "rich",
         "zstandard",
