@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import yaml
 CONFIG_FLAG = "--config"
 
 
-def parse_arguments_with_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments_with_file(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """``parser.parse_args(argv)`` with ``--config FILE``, whose entries stand before the flags of the command line.
 
     Raises:
@@ -31,8 +32,13 @@ def parse_arguments_with_file(parser: argparse.ArgumentParser, argv: Sequence[st
     )
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument(CONFIG_FLAG)
+    argv = sys.argv[1:] if argv is None else argv
     path = finder.parse_known_args(argv)[0].config
-    return parser.parse_args([*(words_of_file(parser, path) if path is not None else ()), *argv])
+    namespace = parser.parse_args([*(words_of_file(parser, path) if path is not None else ()), *argv])
+    if namespace.config != path:
+        # A parser that takes abbreviations knew the flag, and its file was not read.
+        raise ValueError(f"write {CONFIG_FLAG} in full to read {namespace.config}")
+    return namespace
 
 
 def words_of_file(parser: argparse.ArgumentParser, path: str | Path) -> list[str]:

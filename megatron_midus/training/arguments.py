@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """Parses the command line; raises ``ValueError`` for values that do not fit each other."""
-    namespace = parse_arguments_with_file(build_parser(), sys.argv[1:] if argv is None else argv)
+    namespace = parse_arguments_with_file(build_parser(), argv)
     groups: dict[str, Any] = {name: from_namespace(cls, namespace) for name, cls in _GROUPS.items()}
     architecture = _given(ModelConfig, namespace)
     if groups["compatibility"].untie_embeddings_and_output_weights:

@@ -135,6 +135,11 @@ def test_mistakes(parse, text):
     assert "run.yaml" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_an_abbreviated_flag_is_not_passed_over(tmp_path):
+    with pytest.raises(ValueError, match="write --config in full to read run.yaml"):
+        parse_arguments_with_file(argparse.ArgumentParser(), ["--conf", "run.yaml"])
+
+
 def test_no_file(tmp_path):
     with pytest.raises(ValueError, match="nowhere.yaml is not a file"):
         parse = argparse.ArgumentParser()
