@@ -154,6 +154,7 @@ def test_keep_last_deletes_older_checkpoints(upscaled, tmp_path):
         "iter_0000004",
         "iter_0000005",
         "latest_checkpointed_iteration.txt",
+        "run.yaml",
     ]
 
 
