@@ -36,6 +36,7 @@ setup(
         "psutil",
         "numpy",
         "pyarrow",
+        "pyyaml",
         "tqdm",
         "rich",
         "zstandard",

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from megatron_midus import cli
 from megatron_midus.config.fields import add_arguments, from_namespace
+from megatron_midus.config.run_file import parse_arguments_with_file
 from megatron_midus.data.preprocess import PreprocessConfig, preprocess
 from megatron_midus.data.statistics import PreprocessResult
 
@@ -18,7 +19,7 @@ from megatron_midus.data.statistics import PreprocessResult
 def parse_arguments(arguments: Sequence[str] | None) -> PreprocessConfig:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser, PreprocessConfig)
-    return from_namespace(PreprocessConfig, parser.parse_args(arguments))
+    return from_namespace(PreprocessConfig, parse_arguments_with_file(parser, arguments))
 
 
 def print_result(result: PreprocessResult) -> None:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from megatron_midus import cli
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.config.fields import add_arguments, from_namespace
+from megatron_midus.config.run_file import parse_arguments_with_file
 from megatron_midus.conversion.checkpoint_layout import iteration_directory
 from megatron_midus.conversion.directories import write_hf_directory, write_megatron_checkpoint
 from megatron_midus.conversion.families import from_hf_config, to_hf_config
@@ -323,7 +324,7 @@ def verify(args: argparse.Namespace, directory: Path, model: ModelConfig, plan: 
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+    args = parse_arguments_with_file(make_parser(), argv)
     check_arguments(args)
     config = read_hf_config(args.hf_model)
     model = from_hf_config(config)

@@ -34,6 +34,21 @@ class LoggingConfig:
     barrier_with_L1_time: bool = True
     """Wait for all ranks before timers of level 1 start, so that they measure work and not waiting."""
 
+    profile: bool = False
+    """Record the steps from --profile-step-start to --profile-step-end with torch's profiler."""
+
+    profile_step_start: int = 10
+    """First step recorded, counted as in the log."""
+
+    profile_step_end: int = 12
+    """First step that is not recorded any more."""
+
+    profile_ranks: list[int] = dataclasses.field(default_factory=lambda: [0])
+    """Ranks that record."""
+
+    profile_dir: str | None = None
+    """Directory for the traces, one rank_N.json a rank for chrome://tracing or Perfetto; --save/profile when absent."""
+
     tensorboard_dir: str | None = None
     """Directory for TensorBoard events; none when absent."""
 
@@ -59,5 +74,10 @@ class LoggingConfig:
         for name in ("log_interval", "tensorboard_log_interval", "tensorboard_queue_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.profile and not 1 <= self.profile_step_start < self.profile_step_end:
+            raise ValueError(
+                f"profile_step_start={self.profile_step_start} and profile_step_end={self.profile_step_end} hold no "
+                "step; give 1 <= start < end"
+            )
         if self.wandb_project is not None and self.wandb_exp_name is None:
             raise ValueError(f"wandb_project={self.wandb_project!r} needs --wandb-exp-name")

@@ -58,6 +58,10 @@ class TrainingConfig:
     eval_at_start: bool = False
     """Evaluate before the first step as well."""
 
+    dry_run: bool = False
+    """Build model, optimizer and data at this layout, run one forward and backward pass, report parameters, memory and
+    FLOPs, and end: nothing is trained and nothing is written."""
+
     skip_train: bool = False
     """Only evaluate the checkpoint that --load names."""
 
@@ -77,6 +81,10 @@ class TrainingConfig:
     """What a refused loss leads to: disabled = stop; validate_results = compute the step again, save and exit with 16
     when it repeats or 17 when it does not; report_determinism_stats = compute every step twice and report."""
 
+    check_weight_hash_across_dp_replicas_interval: int | None = None
+    """Steps between comparisons of the weights that ranks hold as copies (over data parallelism, and over tensor
+    parallelism what it does not divide); a difference ends the run. Copies all weights to the CPU; absent = never."""
+
     manual_gc: bool = False
     """Collect Python's garbage at the same step on every rank instead of whenever Python likes."""
 
@@ -92,13 +100,22 @@ class TrainingConfig:
                 f"train_iters={self.train_iters} and train_samples={self.train_samples}: give exactly one of "
                 "--train-iters and --train-samples"
             )
-        for name in ("train_iters", "train_samples", "micro_batch_size", "global_batch_size", "exit_interval"):
+        for name in (
+            "train_iters",
+            "train_samples",
+            "micro_batch_size",
+            "global_batch_size",
+            "exit_interval",
+            "check_weight_hash_across_dp_replicas_interval",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         for name in ("eval_interval", "eval_iters", "manual_gc_interval"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 (never) or more")
+        if self.dry_run and self.skip_train:
+            raise ValueError("dry_run builds a training run and skip_train has none; give one of the two flags")
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other; give one of --bf16 and --fp16")
         self._check_rampup()

@@ -5,6 +5,7 @@
     DIR/
       latest_checkpointed_iteration.txt      "0" after up-scaling, then the iteration of the newest whole checkpoint
       latest_checkpointed_iteration.sha256   its hash
+      run.yaml                               configuration of the newest training run, for --config
       iter_0000000/
         metadata.json, .metadata, common.pt, __0_0.distcp …    Megatron-Core torch_dist files
         model_config.json                                      ModelConfig of the (up-scaled) model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron_midus.config.data import DataConfig
 from megatron_midus.config.fields import add_arguments, from_namespace
 from megatron_midus.config.optimizer import OptimizerSettings
 from megatron_midus.config.parallel import ParallelConfig
+from megatron_midus.config.run_file import parse_arguments_with_file, write_run_file
 from megatron_midus.config.telemetry import LoggingConfig
 from megatron_midus.config.training import TrainingConfig
 
@@ -37,6 +39,23 @@ class Arguments:
     architecture: dict[str, Any]
     memory: dict[str, Any]
 
+    def to_yaml(self, *, only_changed: bool = False) -> str:
+        """A file for ``--config`` that makes these arguments again; with ``only_changed`` without the defaults."""
+        groups = {_heading(cls): getattr(self, name) for name, cls in _GROUPS.items()}
+        groups |= {_ARCHITECTURE_TITLE: self.architecture, _MEMORY_TITLE: self.memory}
+        return write_run_file(groups, only_changed=only_changed)
+
+    def without_outputs(self) -> Arguments:
+        """The same run, writing nothing, not even what a step needs that is computed again."""
+        return dataclasses.replace(
+            self,
+            training=dataclasses.replace(self.training, rerun_mode="disabled"),
+            checkpoint=dataclasses.replace(self.checkpoint, save=None, save_interval=None),
+            logging=dataclasses.replace(
+                self.logging, tensorboard_dir=None, wandb_project=None, log_progress=False, profile=False
+            ),
+        )
+
 
 _GROUPS: dict[str, type] = {
     "training": TrainingConfig,
@@ -49,6 +68,10 @@ _GROUPS: dict[str, type] = {
 }
 _ARCHITECTURE_TITLE = "Architecture (read from the checkpoint; for training from scratch, or to be checked)"
 _MEMORY_TITLE = "Memory blocks (read from the checkpoint's plan; checked against it when given)"
+
+
+def _heading(cls: type) -> str:
+    return inspect.cleandoc(cls.__doc__ or cls.__name__).splitlines()[0]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """Parses the command line; raises ``ValueError`` for values that do not fit each other."""
-    namespace = build_parser().parse_args(argv)
+    namespace = parse_arguments_with_file(build_parser(), argv)
     groups: dict[str, Any] = {name: from_namespace(cls, namespace) for name, cls in _GROUPS.items()}
     architecture = _given(ModelConfig, namespace)
     if groups["compatibility"].untie_embeddings_and_output_weights:
@@ -108,6 +131,8 @@ def _check(arguments: Arguments) -> None:
             raise ValueError(f"lr_decay_style=WSD needs --lr-wsd-decay-{unit}, the length of its last phase")
     if not arguments.data.has_data:
         raise ValueError("no data were named; give --data-path, --train-data-path or --mock-data")
+    if arguments.logging.profile and not (arguments.logging.profile_dir or arguments.checkpoint.save):
+        raise ValueError("profile writes traces; give --profile-dir DIR, or --save DIR for DIR/profile")
     if arguments.data.reset_attention_mask and (
         parallel.transformer_impl == "transformer_engine" or parallel.context_parallel_size > 1
     ):

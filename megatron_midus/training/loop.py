@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,8 +25,10 @@ from megatron_midus.training.build import build_iterators
 from megatron_midus.training.checkpoint_writer import CheckpointWriter
 from megatron_midus.training.checkpointing import Progress, training_state
 from megatron_midus.training.checks import Layout
-from megatron_midus.training.messages import print_rank_0, warn_rank_0
+from megatron_midus.training.messages import print_rank_0, rank, warn_rank_0
 from megatron_midus.training.optimizer import learning_rates
+from megatron_midus.training.profiler import StepProfiler
+from megatron_midus.training.replicas import check_replicas
 from megatron_midus.training.signals import TerminationSignal
 from megatron_midus.training.step import (
     BatchShape,
@@ -128,6 +131,8 @@ class Trainer:
                 is_async=arguments.checkpoint.async_save,
                 keep_last=arguments.checkpoint.keep_last,
             )
+        directory = Path(arguments.checkpoint.save or ".") / "profile"
+        self.profiler = StepProfiler(arguments.logging, directory=directory, rank=rank())
         self._start = time.monotonic()
         self._gathers_ahead = arguments.parallel.overlap_param_gather
 
@@ -141,6 +146,7 @@ class Trainer:
         if self.arguments.training.eval_at_start:
             self._evaluate("validation")
         code = self._train()
+        self._report_trace(self.profiler.close())
         if self.writer is not None:
             self.writer.finalize(blocking=True)
         if code is not None:
@@ -156,14 +162,16 @@ class Trainer:
         if self.progress.iteration >= self.train_iters:
             print_rank_0(f"nothing to train: iteration {self.progress.iteration} of {self.train_iters} is done")
             return None
-        iterator = self._training_iterator()
+        iterator = self.training_iterator()
         if self.arguments.training.manual_gc:
             gc.disable()
             gc.collect()
         while self.progress.iteration < self.train_iters:
             if self.writer is not None:
                 self.writer.finalize()
+            self.profiler.before_step(self.progress.iteration + 1)
             result, samples = self._step(iterator)
+            self._report_trace(self.profiler.after_step(self.progress.iteration + 1))
             if result.exit_code is not None:
                 if result.save_before_exit:
                     self._save()
@@ -180,6 +188,9 @@ class Trainer:
     def _after_step(self) -> bool:
         """Evaluates and saves where that is due; whether the run has to stop here."""
         iteration, training = self.progress.iteration, self.arguments.training
+        check_interval = training.check_weight_hash_across_dp_replicas_interval
+        if check_interval is not None and iteration % check_interval == 0:
+            self._check_replicas()
         if self._due_evaluation():
             self._evaluate("validation")
         reason = self._reason_to_stop()
@@ -192,7 +203,8 @@ class Trainer:
             print_rank_0(f"exiting after iteration {iteration}: {reason}")
         return reason is not None
 
-    def _training_iterator(self) -> Any:
+    def training_iterator(self) -> Any:
+        """This rank's training batches, from where the run is."""
         return build_iterators(
             self.datasets[0],
             self.arguments,
@@ -266,6 +278,16 @@ class Trainer:
         )
         if due and logging.timing_log_level > 0:
             self.timers.log(_TIMERS, normalizer=logging.log_interval, reset=True)
+
+    def _report_trace(self, path: Path | None) -> None:
+        if path is not None:
+            print(f"rank {rank()} wrote the profile {path}", flush=True)
+
+    def _check_replicas(self) -> None:
+        start = time.perf_counter()
+        self._synchronise_parameters()
+        check_replicas(self.model_chunks, self.progress.iteration)
+        self.telemetry.pause(time.perf_counter() - start)
 
     # -- stopping ------------------------------------------------------------------------------------------------
     def _reason_to_stop(self) -> str | None:

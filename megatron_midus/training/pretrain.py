@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,12 +24,14 @@ from megatron.core.timers import Timers
 from megatron_midus import platform
 from megatron_midus.conversion.checkpoint_layout import read_latest_iteration
 from megatron_midus.data.tokenizer import Tokenizer
+from megatron_midus.files import write_text_atomically
 from megatron_midus.training import build
 from megatron_midus.training.architecture import Architecture, resolve_model
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.checkpoint_writer import set_aside
 from megatron_midus.training.checkpointing import Progress, load_training_state, read_common_state, read_progress
 from megatron_midus.training.checks import Layout
+from megatron_midus.training.dry_run import dry_run
 from megatron_midus.training.loop import Trainer
 from megatron_midus.training.messages import is_last_rank, print_rank_0, rank, warn_rank_0
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
@@ -36,12 +42,17 @@ from megatron_midus.training.telemetry import Telemetry
 from megatron_midus.training.verification import agree_on_source
 from megatron_midus.upscaling.cost import flops_per_token
 
+# Beside the checkpoints: --config of a run like this one.
+RUN_FILE = "run.yaml"
+
 
 def pretrain(
     arguments: Arguments, *, layout: Layout, source: Source, architecture: Architecture, tokenizer: Tokenizer
 ) -> int:
     """Trains; returns the exit code. Raises ``ValueError`` for a user's mistake, if possible before any work."""
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    if arguments.training.dry_run:
+        arguments = arguments.without_outputs()
     signal = TerminationSignal()
     if arguments.training.exit_signal_handler:
         signal.install()
@@ -53,14 +64,46 @@ def pretrain(
         tokenizer, architecture = resolve_model(arguments, source)
     _warn_about_save(arguments, source)
     build.initialize_model_parallel(parallel, arguments.training.seed, architecture.plan.num_layers)
-    trainer = _build_trainer(arguments, source, architecture, tokenizer, layout, signal)
+    with _data_for(arguments) as data_arguments:
+        trainer = _build_trainer(data_arguments, source, architecture, tokenizer, layout, signal)
+        if arguments.training.dry_run:
+            print_rank_0(dry_run(trainer))
+    _record_configuration(arguments)
     try:
-        code = trainer.run()
+        code = 0 if arguments.training.dry_run else trainer.run()
     finally:
         trainer.telemetry.close()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return code
+
+
+@contextlib.contextmanager
+def _data_for(arguments: Arguments) -> Iterator[Arguments]:
+    """A dry run keeps the index of its samples in a directory that goes away: in --data-cache-path, which all nodes see,
+    where that is given."""
+    if not arguments.training.dry_run or arguments.data.mock_data:
+        yield arguments
+        return
+    cache = arguments.data.data_cache_path
+    parent = cache if cache is not None and Path(cache).is_dir() else None
+    name = [tempfile.mkdtemp(prefix="midus_dry_run_", dir=parent) if rank() == 0 else None]
+    torch.distributed.broadcast_object_list(name)
+    assert name[0] is not None
+    try:
+        yield dataclasses.replace(arguments, data=dataclasses.replace(arguments.data, data_cache_path=name[0]))
+    finally:
+        if rank() == 0:
+            shutil.rmtree(name[0], ignore_errors=True)
+
+
+def _record_configuration(arguments: Arguments) -> None:
+    """Says what was changed from the defaults, and keeps the whole beside the checkpoints."""
+    changed = "".join(f"  {line}\n" for line in arguments.to_yaml(only_changed=True).splitlines() if line[0] != "#")
+    print_rank_0(f"configuration (what is not the default):\n{changed}".rstrip())
+    save = arguments.checkpoint.save
+    if save is not None and rank() == 0:
+        write_text_atomically(Path(save) / RUN_FILE, arguments.to_yaml())
 
 
 def _build_trainer(

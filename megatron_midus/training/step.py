@@ -125,7 +125,7 @@ def train_step(
         for chunk in model_chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        reports = _forward_backward(forward_step, iterator, model_chunks, shape)
+        reports = forward_backward(forward_step, iterator, model_chunks, shape)
     save, leave, code = rerun.should_checkpoint_and_exit()
     if leave:
         return StepResult(loss=None, exit_code=code, save_before_exit=save)
@@ -143,9 +143,10 @@ def train_step(
     return StepResult(loss=loss, skipped=not updated, grad_norm=grad_norm, num_zeros=num_zeros)
 
 
-def _forward_backward(
+def forward_backward(
     forward_step: Callable, iterator: DataIterator, model_chunks: Sequence[torch.nn.Module], shape: BatchShape
 ) -> list[dict[str, torch.Tensor]]:
+    """Forward and backward over the micro-batches of one step; the gradients stay in their buffers."""
     try:
         return _run_schedule(forward_step, iterator, model_chunks, shape, get_num_microbatches(), False)
     except RuntimeError as error:

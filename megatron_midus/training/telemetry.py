@@ -120,7 +120,7 @@ class Telemetry:
         self.say(self._line(report, seconds, throughput, tokens_per_second))
         scalars = {"iteration-time": seconds, "throughput": throughput, "tokens-per-second": tokens_per_second}
         if self.config.log_memory_to_tensorboard:
-            scalars["peak-memory-bytes"] = _peak_memory_bytes()
+            scalars["peak-memory-bytes"] = peak_memory_bytes()
         self._write(scalars, report.iteration)
         self._reset_interval()
 
@@ -253,7 +253,8 @@ def _progress_bar(config: LoggingConfig, total: int, done: int) -> Any:
     return tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr, leave=False)
 
 
-def _peak_memory_bytes() -> int:
+def peak_memory_bytes() -> int:
+    """Of the device where there is one, else of this process."""
     import torch
 
     from megatron_midus import platform

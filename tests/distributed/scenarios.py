@@ -22,6 +22,7 @@ from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.data import get_batch
 from megatron_midus.model.builder import build_model, freeze, make_transformer_config
 from megatron_midus.model.checkpoint import load_weights, save_weights, sharded_state_dict
+from megatron_midus.training.replicas import check_replicas
 from megatron_midus.upscaling import UpscalePlan, make_plan
 
 SEQUENCE, MICRO_BATCH, GLOBAL_BATCH = 12, 2, 4
@@ -412,3 +413,26 @@ def train_in_two_parts(setting: Setting, layout: Layout, first: int, directory: 
     optimizer.load_state_dict(dist_checkpointing.load(state, str(directory))["optimizer"])
     curve += [train_step(wrapped, optimizer, step) for step in range(first, setting.steps)]
     return {"curve": curve, "weights": weights(chunks)}
+
+
+# -- replicas --------------------------------------------------------------------------------------------------------
+def damaged_replicas(layout: Layout, names: list[str]) -> list[str | None]:
+    """What ``check_replicas`` says of whole weights (``None``), then with one bit of each of ``names`` flipped on rank 1."""
+    chunks, _ = build(Setting(), layout)
+    parameters = dict(chunks[0].named_parameters())
+    said: list[str | None] = [_replica_error(chunks)]
+    for name in names:
+        first = parameters[name].data.view(-1)[:1].view(torch.int32)
+        flip = 1 if torch.distributed.get_rank() == 1 else 0
+        first.bitwise_xor_(torch.tensor(flip, dtype=torch.int32))
+        said.append(_replica_error(chunks))
+        first.bitwise_xor_(torch.tensor(flip, dtype=torch.int32))
+    return said
+
+
+def _replica_error(chunks: list[torch.nn.Module]) -> str | None:
+    try:
+        check_replicas(chunks, iteration=7)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools/benchmark_preprocessing.py"
 
@@ -16,6 +18,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_both_sides(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "def main() -> int:"}\n\n{"text": "größe"}')
     done = run("--input", tmp_path, "--workers", 2, "--megabytes", 0.3)

@@ -329,3 +329,14 @@ def test_help_names_every_flag(capsys):
     ):
         assert flag in printed
     assert "(default: HuggingFaceTokenizer)" in printed
+
+
+def test_settings_in_a_file(corpus, tokenizer, tmp_path):
+    (tmp_path / "data.yaml").write_text(
+        f"input: [{corpus}]\ntokenizer-model: {tokenizer}\nappend-eod: true\nsplit-by-hash: 90,10\nworkers: 2\n"
+    )
+    preprocess_data.main(["--config", str(tmp_path / "data.yaml"), "--output-prefix", str(tmp_path / "file")])
+    preprocess_data.main(arguments(corpus, tokenizer, tmp_path / "flags", "--split-by-hash", 0.9, 0.1))
+    for split in ("train", "valid"):
+        one, other = (tmp_path / f"{name}_{split}_text_document.bin" for name in ("file", "flags"))
+        assert one.read_bytes() == other.read_bytes()

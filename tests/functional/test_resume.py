@@ -128,6 +128,7 @@ def test_keep_last_deletes_older_checkpoints(upscaled, tmp_path):
         "iter_0000005",
         "latest_checkpointed_iteration.sha256",
         "latest_checkpointed_iteration.txt",
+        "run.yaml",
     ]
 
 

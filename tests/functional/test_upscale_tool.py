@@ -406,3 +406,15 @@ def test_help():
     help_text = upscale.make_parser().format_help()
     for flag in ("--memory-num-keys", "--max-shard-size", "--target-tensor-parallel-size", "default: 5GB"):
         assert flag in help_text
+
+
+def test_settings_in_a_file(tmp_path, base, capsys):
+    file = tmp_path / "upscale.yaml"
+    file.write_text(f"hf-model: {base}\ndry-run: true\ninsert-after: [0]\nmemory_num_keys: 16\nmemory-topk: 4\n")
+    assert upscale.main(["--config", str(file), "--memory-topk", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert upscale.main(["--hf-model", str(base), "--dry-run", "--insert-after", "0", "--memory-num-keys", "16", "--memory-topk", "3"]) == 0  # fmt: skip
+    assert capsys.readouterr().out == printed != ""
+    file.write_text("num-keys: 16")
+    with pytest.raises(ValueError, match="'num-keys' is no flag"):
+        upscale.main(["--config", str(file)])

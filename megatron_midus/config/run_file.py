@@ -1,0 +1,154 @@
+"""Command lines kept in YAML: ``--config run.yaml`` beside flags, and the file that says a run again.
+
+A key is the name of a flag without its dashes, with ``-`` or ``_`` inside. Flags on the command line win over the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG_FLAG = "--config"
+
+
+def parse_arguments_with_file(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """``parser.parse_args(argv)`` with ``--config FILE``, whose entries stand before the flags of the command line.
+
+    Raises:
+        ValueError: a file that cannot be read, an unknown or repeated key, a value that its flag does not take.
+    """
+    parser.add_argument(
+        CONFIG_FLAG,
+        metavar="FILE",
+        help="YAML file with values of these flags (lr: 1e-4); flags on the command line win over it",
+    )
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument(CONFIG_FLAG)
+    argv = sys.argv[1:] if argv is None else argv
+    path = finder.parse_known_args(argv)[0].config
+    namespace = parser.parse_args([*(words_of_file(parser, path) if path is not None else ()), *argv])
+    if namespace.config != path:
+        # A parser that takes abbreviations knew the flag, and its file was not read.
+        raise ValueError(f"write {CONFIG_FLAG} in full to read {namespace.config}")
+    return namespace
+
+
+def words_of_file(parser: argparse.ArgumentParser, path: str | Path) -> list[str]:
+    """The entries of a YAML file as words of a command line; raises ``ValueError``."""
+    actions = {
+        _key(option): action
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--") and option not in (CONFIG_FLAG, "--help")
+    }
+    words: list[str] = []
+    seen: dict[int, str] = {}
+    for name, value in _read(path).items():
+        action = actions.get(_key(name))
+        if action is None:
+            near = difflib.get_close_matches(_key(name), actions, n=1)
+            raise ValueError(f"{path}: {name!r} is no flag{f'; did you mean {near[0]!r}?' if near else ''}")
+        if id(action) in seen:
+            raise ValueError(f"{path}: {seen[id(action)]!r} and {name!r} are the same flag; give one")
+        seen[id(action)] = name
+        if value is not None:
+            words += _words(action, name, value, str(path))
+    return words
+
+
+def write_run_file(groups: Mapping[str, Any], *, only_changed: bool = False) -> str:
+    """YAML from which ``--config`` makes the same configuration again.
+
+    Args:
+        groups: dataclasses, or dicts of the fields that were given, by the heading of their part.
+        only_changed: leave out what has its default.
+    """
+    lines: list[str] = []
+    for heading, group in groups.items():
+        entries = group if isinstance(group, Mapping) else _entries(group, only_changed)
+        if entries:
+            # A JSON value is a YAML value, on one line and quoted where it must be.
+            lines += [f"# {heading}", *(f"{name}: {json.dumps(value)}" for name, value in entries.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _entries(group: Any, only_changed: bool) -> dict[str, Any]:
+    entries = {}
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        if value is None or not field.metadata.get("flag", True) or (only_changed and value == field.default):
+            continue
+        entries[field.name] = value
+    return entries
+
+
+def _key(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path} is not a file")
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path} is not a list of 'flag: value' lines")
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, of which the usual loader keeps the last without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"{twice!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def _words(action: argparse.Action, name: str, value: Any, path: str) -> list[str]:
+    """One entry as words, checked so that a mistake is told with the file's name and not with the usage of the tool."""
+    # The positive spelling comes first: --load-optim, --no-load-optim.
+    options = [option for option in action.option_strings if option.startswith("--")]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"{path}: {name}: {value!r} is not true or false")
+        if not isinstance(action, argparse.BooleanOptionalAction):
+            return options[:1] if value else []
+        is_negated = _key(name).startswith("no_") and _key(options[0]) != _key(name)
+        return [options[0] if value != is_negated else f"--no-{options[0][2:]}"]
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and action.nargs not in ("+", "*"):
+        raise ValueError(f"{path}: {name}: a list, where one value is expected")
+    texts = [_checked(action, name, element, path) for element in values]
+    return [options[0], *texts] if action.nargs in ("+", "*") else [f"{options[0]}={texts[0]}"]
+
+
+def _checked(action: argparse.Action, name: str, value: Any, path: str) -> str:
+    if isinstance(value, (bool, dict, list)):
+        raise ValueError(f"{path}: {name}: {json.dumps(value)} is not a value of {action.option_strings[0]}")
+    convert = action.type if callable(action.type) else str
+    try:
+        converted = convert(str(value))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise ValueError(f"{path}: {name}: {value!r} is not {_article(convert)}") from None
+    if action.choices is not None and converted not in action.choices:
+        raise ValueError(f"{path}: {name}: {value!r} is not one of {', '.join(map(str, action.choices))}")
+    return str(value)
+
+
+def _article(convert: Any) -> str:
+    return {int: "a whole number", float: "a number"}.get(convert, f"a value of {convert}")

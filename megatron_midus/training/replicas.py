@@ -1,0 +1,62 @@
+"""Are weights that should be copies of each other still equal? Bit by bit, over data and tensor parallelism.
+
+A difference never heals: it is a broken device, a missed collective, or a bug, and the gradients that follow average over
+different models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from megatron.core import parallel_state
+
+
+def check_replicas(model_chunks: Sequence[torch.nn.Module], iteration: int) -> None:
+    """Compares hashes of all parameters. Collective; copies every weight to the CPU, so not for every step.
+
+    Raises:
+        ValueError: on all ranks, when a parameter differs from its copy on another data-parallel rank, or one that
+            tensor parallelism does not divide (norms, the values of a memory) from its copy on another such rank.
+    """
+    hashes = {
+        f"chunk {index}, {name}" if len(model_chunks) > 1 else name: (_hash(parameter), _is_divided(parameter))
+        for index, chunk in enumerate(model_chunks)
+        for name, parameter in chunk.named_parameters()
+    }
+    different = _different(
+        {name: digest for name, (digest, _) in hashes.items()},
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    different += _different(
+        {name: digest for name, (digest, divided) in hashes.items() if not divided},
+        parallel_state.get_tensor_model_parallel_group(),
+    )
+    of_all: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(of_all, different)
+    found = [f"rank {rank}: {name}" for rank, names in enumerate(of_all) for name in names]
+    if found:
+        raise ValueError(
+            f"after iteration {iteration} weights differ between replicas ({len(found)} in all: "
+            f"{'; '.join(found[:4])}); go on from the last checkpoint, and look at the devices if it happens again"
+        )
+
+
+def _is_divided(parameter: torch.nn.Parameter) -> bool:
+    """Whether tensor-parallel ranks hold different parts of it."""
+    return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def _hash(parameter: torch.nn.Parameter) -> str:
+    content = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(content.numpy()).hexdigest()
+
+
+def _different(hashes: dict[str, str], group: torch.distributed.ProcessGroup) -> list[str]:
+    """Names whose hash is another one than on the first rank of the group."""
+    if group.size() == 1:
+        return []
+    of_group: list[dict[str, str]] = [{} for _ in range(group.size())]
+    torch.distributed.all_gather_object(of_group, hashes, group=group)
+    return [name for name, digest in hashes.items() if digest != of_group[0].get(name)]
