@@ -157,30 +157,26 @@ def _merge_halves(row, row_score, col, col_score, N: tl.constexpr, TOPK: tl.cons
     """The K best sums of a row and a column: ``(slot int32, score fp32)``, ``[BLOCK_T, TOPK_PADDED]``, best first.
 
     Each row holds out its best column that is not yet taken; the best of these sums is next. So only the pairs (i, j)
-    with (i + 1) * (j + 1) <= K are ever taken, and no more than 2 * K looked at. A NaN comes before everything.
+    with (i + 1) * (j + 1) <= K are ever taken, and no more than 2 * K looked at. NaN and infinity come before
+    everything, as NaN.
     """
     rank = tl.broadcast_to(tl.arange(0, row.shape[1])[None, :], row.shape)
-    row_score = tl.where(rank < TOPK, row_score, float("-inf"))
-    first = rank == 0
-    taken = tl.zeros_like(row)  # columns that a row has given up
-    held = tl.broadcast_to(tl.sum(tl.where(first, col_score, 0.0), 1)[:, None], row.shape)
-    held_col = tl.broadcast_to(tl.sum(tl.where(first, col, 0), 1)[:, None], row.shape)
-    slots = tl.zeros_like(row)
+    code = rank * 256  # the row's rank, and below it the rank of the column that it holds out
+    held = tl.broadcast_to(tl.sum(tl.where(rank == 0, col_score, 0.0), 1)[:, None], row.shape)
+    codes = tl.zeros_like(row)
     scores = tl.zeros_like(row_score)
     for i in tl.range(0, TOPK):
         sums = row_score + held
         order = tl.where(sums == sums, sums, float("inf"))
         order = tl.where(rank < TOPK, order, float("-inf"))
-        winner = tl.min(tl.where(order == tl.max(order, 1)[:, None], rank, row.shape[1]), 1)[:, None]  # [BLOCK_T, 1]
-        won = rank == winner
-        slot = tl.sum(tl.where(won, row * N + held_col, 0), 1)
-        score = tl.sum(tl.where(won, sums, 0.0), 1)
-        slots = tl.where(rank == i, slot[:, None], slots)
-        scores = tl.where(rank == i, score[:, None], scores)
-        taken = tl.where(won, taken + 1, taken)
-        following = rank == tl.sum(tl.where(won, taken, 0), 1)[:, None]  # the winner's next column
-        held = tl.where(won, tl.sum(tl.where(following, col_score, 0.0), 1)[:, None], held)
-        held_col = tl.where(won, tl.sum(tl.where(following, col, 0), 1)[:, None], held_col)
+        best = tl.max(order, 1)[:, None]  # [BLOCK_T, 1]
+        winner = tl.min(tl.where(order == best, code, 0x7FFFFFFF), 1)[:, None]
+        codes = tl.where(rank == i, winner, codes)
+        scores = tl.where(rank == i, tl.where(best < float("inf"), best, float("nan")), scores)
+        following = tl.sum(tl.where(rank == (winner & 255) + 1, col_score, 0.0), 1)[:, None]
+        held = tl.where(code == winner, following, held)
+        code = tl.where(code == winner, code + 1, code)
+    slots = tl.gather(row, codes // 256, 1) * N + tl.gather(col, codes & 255, 1)
     return slots, scores
 
 
