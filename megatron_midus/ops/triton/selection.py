@@ -353,7 +353,8 @@ def select(
             query_THD, row_keys_HND, col_keys_HND, indices, weights, tokens, heads,
             N=num_keys, HALF=channels // 2, TOPK=topk, TOPK_PADDED=triton.next_power_of_2(topk),
             ACTIVATION=activation, WIDE=wide, BITS=(num_keys - 1).bit_length(),
-            BLOCK_T=block_t, BLOCK_N=max(64 if wide else 128, triton.next_power_of_2(topk)), BLOCK_D=max(16, triton.next_power_of_2(channels // 2)),
+            BLOCK_T=block_t, BLOCK_N=max(64 if wide else 128, triton.next_power_of_2(topk)),
+            BLOCK_D=max(16, triton.next_power_of_2(channels // 2)),
             num_warps=4, num_stages=2,
         )  # fmt: skip
     return indices, weights
