@@ -56,6 +56,9 @@ class HeadWiseMemory(MegatronModule):
         backend: of ``megatron_midus.ops.head_wise_memory``.
         value_placement: where the bank that the heads of hive and block share lies: whole on every rank, or split on
             its columns. Checkpoints are the same.
+        deterministic: of ``megatron_midus.ops.head_wise_memory``.
+        values_main_grad: where Megatron's data parallelism keeps an fp32 gradient of the values, add to it directly.
+            Values that several ranks replicate keep their own gradient, which is summed over them.
 
     Parameters and their global shapes are ``MemoryConfig.parameter_shapes``; each carries its name there as
     ``memory_parameter_kind``, and ``is_memory_value`` says whether it is the value bank.
@@ -76,6 +79,8 @@ class HeadWiseMemory(MegatronModule):
         seed: int = 0,
         backend: str = "auto",
         value_placement: ValuePlacement = "replicated",
+        deterministic: bool = True,
+        values_main_grad: bool = False,
         init_method: Any = None,
         bias: bool = False,
         input_is_parallel: bool = True,
@@ -90,6 +95,8 @@ class HeadWiseMemory(MegatronModule):
         self.layer_index = layer_index
         self.seed = seed
         self.backend = backend
+        self.deterministic = deterministic
+        self.values_main_grad = values_main_grad
         self.tp_group = tp_group
         is_split = value_placement == "latent" and memory.memory_variant != "full" and tp_group.size() > 1
         self.value_placement: ValuePlacement = "latent" if is_split else "replicated"
@@ -197,6 +204,8 @@ class HeadWiseMemory(MegatronModule):
             variant=self.memory.memory_variant,
             score_activation=self.memory.memory_score_activation,
             backend=self.backend,
+            deterministic=self.deterministic,
+            values_main_grad=self._values_main_grad(),
         )
 
     def _read_split(self, query: torch.Tensor) -> torch.Tensor:
@@ -220,6 +229,17 @@ class HeadWiseMemory(MegatronModule):
         )
         head_proj = self._parameters.get("head_proj")
         return found if head_proj is None else torch.einsum("thl,hlo->tho", found, head_proj)
+
+    def _values_main_grad(self) -> torch.Tensor | None:
+        """Megatron's fp32 gradient of the values, when this pass is to add to it."""
+        replicated = partition_axis("values", self.memory) is None and self.tp_group.size() > 1
+        if not self.values_main_grad or replicated or not (torch.is_grad_enabled() and self.values.requires_grad):
+            return None
+        main_grad = getattr(self.values, "main_grad", None)
+        if main_grad is None or main_grad.dtype != torch.float32:
+            return None
+        self.values.grad_added_to_main_grad = True  # Megatron's hook adds no gradient then; it resets this every step
+        return main_grad
 
     def _leave(self, found: torch.Tensor) -> torch.Tensor:
         """From channels split over the ranks, ``[s, b, h/p]``, to the layout of the residual stream."""

@@ -67,6 +67,8 @@ def get_midus_layer_spec(
     seed: int = 0,
     memory_backend: str = "auto",
     value_placement: ValuePlacement = "replicated",
+    memory_deterministic: bool = True,
+    memory_values_main_grad: bool = False,
     backend: BackendSpecProvider | None = None,
 ) -> ModuleSpec:
     """The spec of one decoder layer.
@@ -79,6 +81,7 @@ def get_midus_layer_spec(
         seed: of the memory's initial values.
         memory_backend: of ``megatron_midus.ops.head_wise_memory``.
         value_placement: of ``megatron_midus.memory.HeadWiseMemory``.
+        memory_deterministic, memory_values_main_grad: of ``HeadWiseMemory``.
         backend: which linear layers, norms and attention to use; ``get_backend()`` when absent.
     """
     backend = backend or get_backend()
@@ -94,6 +97,8 @@ def get_midus_layer_spec(
         "seed": seed,
         "backend": memory_backend,
         "value_placement": value_placement,
+        "deterministic": memory_deterministic,
+        "values_main_grad": memory_values_main_grad,
     }
     return _layer_spec(MIDUSMemoryLayer, backend, config, ModuleSpec(HeadWiseMemory, params=params), None)
 
@@ -140,6 +145,8 @@ def get_midus_block_spec(
     transformer_impl: TransformerImpl = "auto",
     memory_backend: str = "auto",
     value_placement: ValuePlacement = "replicated",
+    memory_deterministic: bool = True,
+    memory_values_main_grad: bool = False,
     seed: int = 0,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
@@ -153,6 +160,7 @@ def get_midus_block_spec(
         transformer_impl: see ``get_backend``; ``backend`` overrides it.
         memory_backend: of ``megatron_midus.ops.head_wise_memory``.
         value_placement: of ``megatron_midus.memory.HeadWiseMemory``.
+        memory_deterministic, memory_values_main_grad: of ``HeadWiseMemory``.
         seed: of the memories' initial values.
         vp_stage: virtual pipeline stage, when there are several on this rank.
         pp_rank: pipeline rank; of this process when absent.
@@ -168,6 +176,8 @@ def get_midus_block_spec(
             seed=seed,
             memory_backend=memory_backend,
             value_placement=value_placement,
+            memory_deterministic=memory_deterministic,
+            memory_values_main_grad=memory_values_main_grad,
             backend=backend,
         )
         for index in local_layer_indices(config, vp_stage=vp_stage, pp_rank=pp_rank)

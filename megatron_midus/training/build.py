@@ -106,6 +106,8 @@ def build_model_chunks(
             make_vocab_size_divisible_by=arguments.compatibility.make_vocab_size_divisible_by,
             memory_backend=arguments.parallel.memory_backend,
             value_placement=value_placement,
+            memory_deterministic=arguments.parallel.memory_deterministic,
+            memory_values_main_grad=arguments.parallel.memory_values_main_grad,
             seed=arguments.training.seed,
             vp_stage=vp_stage,
         )
