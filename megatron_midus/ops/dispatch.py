@@ -20,6 +20,7 @@ SCORE_ACTIVATIONS = ("softmax", "sigmoid", "relu")
 # Name of a backend -> module with `head_wise_memory(...)` and `unsupported_reason(...) -> str | None`. A new one is a
 # line here; "auto" takes the first that can run, so the fastest stands first and the definition last.
 BACKENDS = {
+    "triton": "megatron_midus.ops.triton.function",
     "torch": "megatron_midus.ops.cpu",
     "reference": "megatron_midus.ops.reference",
 }
@@ -37,6 +38,7 @@ def head_wise_memory(
     score_activation: str = "softmax",
     backend: str = "auto",
     deterministic: bool = True,
+    values_main_grad: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Product-key memory with one look-up per head (Kim et al., MIDUS, arXiv 2512.13751).
 
@@ -54,6 +56,8 @@ def head_wise_memory(
         score_activation: ``softmax``, ``sigmoid`` or ``relu`` turns the K scores into weights.
         backend: ``auto``, ``reference``, ``torch`` or ``triton``. ``auto`` takes the fastest that can run.
         deterministic: ask for gradients that are equal bit by bit from run to run. ``False`` merely allows otherwise.
+        values_main_grad: fp32 buffer of the shape of ``values``, to which the backward pass adds their gradient;
+            autograd then sees zeros. Backend ``triton`` alone; saves a pass over the bank and its gradient.
 
     Returns:
         ``[T, H, d_o]``, for ``block`` ``[T, 1, d]``, in the dtype of the query. Scores, weights and sums are fp32 at
@@ -68,9 +72,11 @@ def head_wise_memory(
     )  # fmt: skip
     tensors = (query_THD, row_keys_HND, col_keys_HND, values, head_proj)
     settings: dict[str, Any] = {"topk": topk, "variant": variant, "score_activation": score_activation}
-    name = choose_backend(backend, *tensors, **settings, deterministic=deterministic)
+    name = choose_backend(backend, *tensors, **settings, deterministic=deterministic, values_main_grad=values_main_grad)
     if name not in ("torch", "reference"):
         settings["deterministic"] = deterministic
+    if values_main_grad is not None:
+        settings["values_main_grad"] = values_main_grad
     if not torch.is_autocast_enabled(query_THD.device.type):  # a context costs as much as a few look-ups of one token
         return _module(name).head_wise_memory(*tensors, **settings)
     with torch.autocast(query_THD.device.type, enabled=False):
@@ -94,9 +100,9 @@ def select_slots(
 def unsupported_reason(backend: str, *tensors: torch.Tensor | None, **settings: Any) -> str | None:
     """Why ``backend`` cannot run ``head_wise_memory(*tensors, **settings)``, in words; ``None`` when it can."""
     if backend not in BACKENDS:
-        if backend == "triton":
-            return "this version has no Triton kernels; choose auto, torch or reference"
         return f"it is not known; choose one of {['auto', *BACKENDS]}"
+    if backend != "triton" and settings.get("values_main_grad") is not None:
+        return "only triton adds the gradient of the values to a buffer; give values_main_grad=None"
     if backend == "reference":
         return None
     return _module(backend).unsupported_reason(*tensors, **settings)
@@ -111,12 +117,12 @@ def choose_backend(backend: str, *tensors: torch.Tensor | None, **settings: Any)
         return backend
     rejected: list[str] = []
     for name in BACKENDS:
-        reason = unsupported_reason(name, *tensors, **settings)
+        reason = unsupported_reason(name, *tensors, **settings, automatic=True)
         if reason is None:
             _log_once(name, "; ".join(rejected))
             return name
         rejected.append(f"not {name}: {reason}")
-    raise AssertionError("the reference runs everywhere")
+    raise ValueError(f"no memory backend can run: {'; '.join(rejected)}")
 
 
 @functools.cache
@@ -125,7 +131,7 @@ def _log_once(name: str, rejected: str) -> None:
 
 
 def _module(backend: str) -> Any:
-    return importlib.import_module(BACKENDS[backend])
+    return importlib.import_module(BACKENDS[backend])  # at the first use: triton takes seconds
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------

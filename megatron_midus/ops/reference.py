@@ -67,6 +67,17 @@ def activate_scores(scores_THK: torch.Tensor, score_activation: str) -> torch.Te
     return scores_THK.sigmoid() if score_activation == "sigmoid" else scores_THK.relu()
 
 
+def activation_backward(
+    grad_weights_THK: torch.Tensor, weights_THK: torch.Tensor, score_activation: str
+) -> torch.Tensor:
+    """Gradient of the scores; all three derivatives follow from the weights alone. May overwrite ``grad_weights_THK``."""
+    if score_activation == "softmax":
+        return torch._softmax_backward_data(grad_weights_THK, weights_THK, -1, weights_THK.dtype)
+    if score_activation == "sigmoid":
+        return grad_weights_THK.mul_(weights_THK).mul_(1 - weights_THK)
+    return grad_weights_THK.mul_(weights_THK > 0)
+
+
 def head_wise_memory(
     query_THD: torch.Tensor,
     row_keys_HND: torch.Tensor,

@@ -1,1 +1,1 @@
-"""Head-wise memory as Triton kernels."""
+"""Head-wise memory as Triton kernels; importing this package imports no Triton."""

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("query", "row_keys", "col_keys", "values", "head_proj")
 
 
@@ -67,6 +68,48 @@ def run_with_gradients(function, inputs, **settings):
     given = {name: leaf for name, leaf in zip(NAMES, leaves) if leaf is not None}
     grads = torch.autograd.grad(out, list(given.values()), grad_out)
     return {"out": out.detach(), **dict(zip(given, grads))}
+
+
+def head_wise_memory_of(backend: str):
+    """``head_wise_memory`` of one backend for tensors of the CPU; Triton's runs on the GPU where there is one."""
+    from megatron_midus.ops import head_wise_memory
+
+    def run(*tensors, **settings):
+        if backend != "triton":
+            return head_wise_memory(*tensors, backend=backend, **settings)
+        moved = [None if t is None else t.to(DEVICE) for t in tensors]
+        return head_wise_memory(*moved, backend=backend, **settings).cpu()
+
+    run.backend = backend
+    return run
+
+
+@pytest.fixture
+def device():
+    """Where Triton's kernels run: the GPU, or the CPU when they are interpreted."""
+    return DEVICE
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Memory that is handed out uninitialised holds NaN, integers their lowest number."""
+
+    def poisoned(make):
+        def run(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            lowest = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
+            return tensor.fill_(lowest)
+
+        return run
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(name="head_wise_memory_of")
+def _head_wise_memory_of():
+    return head_wise_memory_of
 
 
 @pytest.fixture(name="make_inputs")

@@ -53,11 +53,11 @@ def test_select_slots_checks_too():
         select_slots(torch.randn(7, 2, 6), torch.randn(2, 9, 3), torch.randn(2, 9, 3), topk=10)
 
 
-def test_triton_is_named_where_it_is_missing():
-    if "triton" in dispatch.BACKENDS:
-        return
-    with pytest.raises(ValueError, match="'triton' cannot run: this version has no Triton kernels; choose auto"):
-        head_wise_memory(**arguments(backend="triton"))
+def test_a_buffer_for_the_values_gradient_needs_triton():
+    buffer = torch.zeros(81, 4)
+    for backend in ("torch", "reference", "auto"):
+        with pytest.raises(ValueError, match="only triton adds the gradient of the values to a buffer"):
+            head_wise_memory(**arguments(backend=backend), values_main_grad=buffer)
 
 
 def test_auto_takes_the_first_that_can_run_and_says_why_once(monkeypatch, caplog):
@@ -66,14 +66,14 @@ def test_auto_takes_the_first_that_can_run_and_says_why_once(monkeypatch, caplog
         fast = head_wise_memory(**arguments())
         head_wise_memory(**arguments())
     assert [record.getMessage() for record in caplog.records] == [
-        "head-wise memory: backend torch (the fastest there is)"
+        "head-wise memory: backend torch (not triton: its kernels need CUDA tensors and these are on cpu)"
     ]
     assert fast.shape == (7, 2, 5)
     caplog.clear()
     monkeypatch.setattr(cpu, "unsupported_reason", lambda *args, **settings: "it rains")
     with caplog.at_level(logging.INFO, logger=dispatch.__name__):
         head_wise_memory(**arguments())
-    assert "backend reference (not torch: it rains)" in caplog.text
+    assert "backend reference (not triton: " in caplog.text and "; not torch: it rains)" in caplog.text
 
 
 def test_a_named_backend_that_cannot_run_raises(monkeypatch):

@@ -1,22 +1,31 @@
 """Numerical traps of product-key memories, for every backend that there is."""
 
+import functools
+
 import pytest
 import torch
 
-from megatron_midus.ops import head_wise_memory, reference, select_slots
+from megatron_midus.ops import reference, select_slots
 from megatron_midus.ops.dispatch import BACKENDS
 
 VARIANTS = ("hive", "full", "block")
 
 
 @pytest.fixture(params=list(BACKENDS))
-def memory(request):
+def memory(request, head_wise_memory_of):
     """``head_wise_memory`` of one backend."""
+    return head_wise_memory_of(request.param)
 
-    def run(*inputs, **settings):
-        return head_wise_memory(*inputs, backend=request.param, **settings)
 
-    return run
+def fewer(tokens: int, memory) -> int:
+    """Triton's kernels may be interpreted, a thousand times slower: a block of 64 tokens and a ragged end will do."""
+    return min(tokens, 67) if memory.backend == "triton" else tokens
+
+
+@pytest.fixture
+def make_inputs(memory, make_inputs):
+    """Fewer tokens where each costs more."""
+    return functools.partial(make_inputs, tokens=9) if memory.backend == "triton" else make_inputs
 
 
 def check_slots(index: torch.Tensor, num_keys: int) -> None:
@@ -24,13 +33,13 @@ def check_slots(index: torch.Tensor, num_keys: int) -> None:
     assert index.sort(-1).values.diff(dim=-1).gt(0).all(), "a slot was selected twice"
 
 
-@pytest.mark.parametrize("topk", [1, 9, 100])
-def test_all_scores_tied(memory, make_inputs, topk):
+@pytest.mark.parametrize("topk, num_keys", [(1, 100), (9, 100), (40, 40)])
+def test_all_scores_tied(memory, make_inputs, topk, num_keys):
     """A query of zeros: any K slots will do, but K different ones, the same every time, with weights 1/K."""
-    query, rows, cols, values, proj = make_inputs(tokens=5, topk=topk, gap=0)
+    query, rows, cols, values, proj = make_inputs(tokens=5, num_keys=num_keys, topk=topk, gap=0)
     zero = torch.zeros_like(query)
     index, scores = select_slots(zero, rows, cols, topk=topk)
-    check_slots(index, 100)
+    check_slots(index, num_keys)
     assert torch.equal(index, select_slots(zero, rows, cols, topk=topk)[0])
     assert not scores.any()
     first = memory(zero, rows, cols, values, proj, topk=topk)
@@ -78,7 +87,7 @@ def test_a_bad_query_stays_alone(memory, make_inputs, run_with_gradients, varian
         inputs[0][5, 1, 2] = bad
     check_slots(select_slots(*inputs[:3], topk=9)[0], 100)
     found = run_with_gradients(memory, inputs, topk=9, variant=variant)
-    others = torch.arange(63) != 5
+    others = torch.arange(len(inputs[0])) != 5
     assert torch.equal(found["out"][others], clean["out"][others])
     assert torch.equal(found["query"][others], clean["query"][others])
     bad_head = 0 if variant == "block" else 1
@@ -103,7 +112,7 @@ def test_a_bad_key_spoils_its_own_head_alone(memory, make_inputs, run_with_gradi
 def test_every_token_reads_the_same_slots(memory, make_inputs, run_with_gradients, variant):
     """Collapsed usage: K rows get the gradient of all tokens. fp32 sums of 3001 * 3 terms stay close to float64."""
     inputs = make_inputs(tokens=1, variant=variant)
-    inputs[0] = inputs[0].detach().expand(3001, -1, -1)
+    inputs[0] = inputs[0].detach().expand(fewer(3001, memory), -1, -1)
     found = run_with_gradients(memory, inputs, topk=9, variant=variant)
     exact = run_with_gradients(
         reference.head_wise_memory, [None if t is None else t.double() for t in inputs], topk=9, variant=variant
@@ -117,7 +126,9 @@ def test_every_token_reads_the_same_slots(memory, make_inputs, run_with_gradient
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_runs_are_equal_bit_by_bit(memory, make_inputs, run_with_gradients, variant, dtype):
-    inputs = make_inputs(tokens=701, num_keys=12, variant=variant, dtype=dtype)
+    if memory.backend == "triton" and dtype == torch.bfloat16:
+        dtype = torch.float16  # the interpreter has no bfloat16
+    inputs = make_inputs(tokens=fewer(701, memory), num_keys=12, variant=variant, dtype=dtype)
     first = run_with_gradients(memory, inputs, topk=9, variant=variant)
     second = run_with_gradients(memory, inputs, topk=9, variant=variant)
     for name, value in first.items():

@@ -1,0 +1,265 @@
+"""Fused product-key retrieval: scores in tiles, exact running top-k in registers, merge of the halves, activation.
+
+One program handles BLOCK_T tokens of one head. Scores never leave the registers; only K slots and weights are written.
+
+A candidate is one unsigned integer, its *key*: rank of the score above, complement of the position below, so that keys
+are distinct and the lower position wins a tie. The best K are taken by ``m += max(key - m)``: modulo 2^32 the keys below
+m wrap round to the top, so the maximum is the greatest key below m, and neither masks nor writes are needed.
+
+* wide, 64 bits: the rank is the score's own 32 bits, ordered. Exact for any fp32 scores.
+* narrow, 32 bits, a quarter of the work, for 16-bit inputs: the rank is the score's distance from a lower bound of the
+  K-th best, in steps of 2^-23 (1024 sub-keys: 2^-22) of the way to the best. The bound: of K groups of scores take
+  the best; K scores are no less than the least of these. So what ties is what fp32 sums of this size round away, far
+  below what 16-bit queries and keys resolve.
+
+Shapes: T tokens, H heads, D channels of a query, N sub-keys per half, K top-k (TOPK_PADDED: to a power of two).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_T = 64  # tokens of a program: the height of Hopper's matrix instructions
+NARROW_KEYS = 1024  # up to here 22 bits are left for the rank in a narrow key
+
+# In [2^23, 2^24) a float's mantissa is an integer: ranks are made by float arithmetic and their bits used as they are.
+# No key is 0, which stands for "none". What is below the bound has the lowest rank, what is at the bound the next.
+LOWEST = tl.constexpr(8388609.0)
+BOUND = tl.constexpr(8388610.0)
+FAR = tl.constexpr(1e37)  # infinite scores count as this far, so that distances stay finite
+
+
+@triton.jit
+def _scores(query, keys, start, N: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``[BLOCK_T, BLOCK_N]`` products of a tile of queries with sub-keys ``start``…; beyond N they are zero."""
+    position = start + tl.arange(0, BLOCK_N)
+    channel = tl.arange(0, BLOCK_D)
+    inside = (position < N)[None, :] & (channel < HALF)[:, None]
+    tile = tl.load(keys + position[None, :] * HALF + channel[:, None], mask=inside, other=0.0)  # [BLOCK_D, BLOCK_N]
+    return tl.dot(query, tile, input_precision="ieee")
+
+
+# -- keys ------------------------------------------------------------------------------------------------------------
+@triton.jit
+def _lower_bound(
+    query, keys, N: tl.constexpr, HALF: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``(low, top) [BLOCK_T]``: at least K scores are no less than ``low``, no finite one is above ``top``."""
+    best = tl.full([BLOCK_T, BLOCK_N], -FAR, tl.float32)
+    for start in tl.range(0, N, BLOCK_N):
+        scores = _scores(query, keys, start, N, HALF, BLOCK_N, BLOCK_D)
+        if N % BLOCK_N != 0:
+            scores = tl.where((start + tl.arange(0, BLOCK_N) < N)[None, :], scores, -FAR)
+        best = tl.where(scores > best, scores, best)  # and not tl.maximum: a NaN has no say
+    best = tl.max(tl.reshape(best, [BLOCK_T, BLOCK_N // GROUPS, GROUPS]), 1)  # [BLOCK_T, GROUPS]
+    best = tl.minimum(best, FAR)
+    low = tl.where((tl.arange(0, GROUPS) < N)[None, :], best, FAR)  # but groups of padding alone
+    return tl.min(low, 1), tl.max(best, 1)
+
+
+@triton.jit
+def _num_ranks(BITS: tl.constexpr):
+    """Ranks that a narrow key has room for, when the position takes ``BITS``."""
+    return 2.0 ** (32 - BITS if BITS > 9 else 23)
+
+
+@triton.jit
+def _narrow_keys(scores, low, step, position, BITS: tl.constexpr):
+    """uint32 keys; NaN and infinity come first, all that is below ``low`` last. ``low``, ``step`` ``[BLOCK_T]``."""
+    HIGHEST: tl.constexpr = LOWEST + _num_ranks(BITS) - 2.0
+    rank = (scores - low[:, None]) * (1.0 / step)[:, None] + BOUND
+    rank = tl.where(rank < HIGHEST, rank, HIGHEST)  # and not tl.minimum: a NaN becomes the highest
+    rank = tl.where(rank > LOWEST, rank, LOWEST)
+    complement = ((1 << BITS) - 1 - position).to(tl.uint32)
+    return rank.to(tl.uint32, bitcast=True) * (1 << BITS) + complement[None, :]  # the exponent drops out at the top
+
+
+@triton.jit
+def _read_narrow(key, low, step, BITS: tl.constexpr):
+    """``(position int32, score fp32)`` of a narrow key; what stood at the highest rank was not finite: NaN."""
+    HIGHEST: tl.constexpr = LOWEST + _num_ranks(BITS) - 2.0
+    mantissa = (key >> BITS) & 0x7FFFFF
+    if BITS > 9:
+        mantissa = key >> BITS
+    rank = mantissa.to(tl.float32) + 8388608.0
+    score = (rank - BOUND) * step[:, None] + low[:, None]
+    position = (1 << BITS) - 1 - (key & ((1 << BITS) - 1)).to(tl.int32)
+    return position, tl.where(rank < HIGHEST, score, float("nan"))
+
+
+@triton.jit
+def _wide_keys(scores, position):
+    """uint64 keys: the order of floats, NaN of either sign above all, then the complement of the position."""
+    bits = scores.to(tl.int32, bitcast=True)
+    bits = tl.where(scores == scores, bits, 0x7FC00000)
+    rank = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+    return (rank.to(tl.uint64) << 32) | (0x7FFFFFFF - position).to(tl.uint64)[None, :]
+
+
+@triton.jit
+def _read_wide(key):
+    """``(position int32, score fp32)`` of a wide key."""
+    rank = (key >> 32).to(tl.uint32).to(tl.int32, bitcast=True)
+    score = (rank ^ ((~rank >> 31) | -2147483648)).to(tl.float32, bitcast=True)
+    return 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32), score
+
+
+# -- top-k -----------------------------------------------------------------------------------------------------------
+@triton.jit
+def _merge_best(keys, best, TOPK: tl.constexpr):
+    """The greatest TOPK of ``keys [BLOCK_T, *]`` and ``best [BLOCK_T, TOPK_PADDED]``, in falling order, then zeros."""
+    rank = tl.arange(0, best.shape[1])
+    found = tl.zeros_like(best)
+    last = tl.max(found, 1)
+    for i in tl.range(0, TOPK):
+        last += tl.maximum(tl.max(keys - last[:, None], 1), tl.max(best - last[:, None], 1))
+        found = tl.where((rank == i)[None, :], last[:, None], found)
+    return found
+
+
+@triton.jit
+def _best_of_half(
+    query_ptr, keys, inside_token,
+    N: tl.constexpr, HALF: tl.constexpr, TOPK: tl.constexpr, TOPK_PADDED: tl.constexpr, WIDE: tl.constexpr,
+    BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The K best sub-keys of one half: ``(position int32, score fp32)``, ``[BLOCK_T, TOPK_PADDED]``, best first."""
+    channel = tl.arange(0, BLOCK_D)
+    inside = inside_token[:, None] & (channel < HALF)[None, :]
+    query = tl.load(query_ptr[:, None] + channel[None, :], mask=inside, other=0.0)
+    if WIDE:
+        best = tl.zeros([BLOCK_T, TOPK_PADDED], tl.uint64)
+    else:
+        best = tl.zeros([BLOCK_T, TOPK_PADDED], tl.uint32)
+        low, top = _lower_bound(query, keys, N, HALF, TOPK_PADDED, BLOCK_T, BLOCK_N, BLOCK_D)
+        step = tl.maximum(top - low, 1e-28) / (_num_ranks(BITS) - 8.0)  # the highest rank is for what is not finite
+    for start in tl.range(0, N, BLOCK_N):
+        scores = _scores(query, keys, start, N, HALF, BLOCK_N, BLOCK_D)
+        position = start + tl.arange(0, BLOCK_N)
+        if WIDE:
+            packed = _wide_keys(scores, position)
+        else:
+            packed = _narrow_keys(scores, low, step, position, BITS)
+        if N % BLOCK_N != 0:
+            packed = tl.where((position < N)[None, :], packed, tl.zeros_like(packed))
+        best = _merge_best(packed, best, TOPK)
+    if WIDE:
+        return _read_wide(best)
+    else:
+        return _read_narrow(best, low, step, BITS)
+
+
+@triton.jit
+def _merge_halves(row, row_score, col, col_score, N: tl.constexpr, TOPK: tl.constexpr):
+    """The K best sums of a row and a column: ``(slot int32, score fp32)``, ``[BLOCK_T, TOPK_PADDED]``, best first.
+
+    Each row holds out its best column that is not yet taken; the best of these sums is next. So only the pairs (i, j)
+    with (i + 1) * (j + 1) <= K are ever taken, and no more than 2 * K looked at. A NaN comes before everything.
+    """
+    rank = tl.broadcast_to(tl.arange(0, row.shape[1])[None, :], row.shape)
+    row_score = tl.where(rank < TOPK, row_score, float("-inf"))
+    first = rank == 0
+    taken = tl.zeros_like(row)  # columns that a row has given up
+    held = tl.broadcast_to(tl.sum(tl.where(first, col_score, 0.0), 1)[:, None], row.shape)
+    held_col = tl.broadcast_to(tl.sum(tl.where(first, col, 0), 1)[:, None], row.shape)
+    slots = tl.zeros_like(row)
+    scores = tl.zeros_like(row_score)
+    for i in tl.range(0, TOPK):
+        sums = row_score + held
+        order = tl.where(sums == sums, sums, float("inf"))
+        order = tl.where(rank < TOPK, order, float("-inf"))
+        winner = tl.min(tl.where(order == tl.max(order, 1)[:, None], rank, row.shape[1]), 1)[:, None]  # [BLOCK_T, 1]
+        won = rank == winner
+        slot = tl.sum(tl.where(won, row * N + held_col, 0), 1)
+        score = tl.sum(tl.where(won, sums, 0.0), 1)
+        slots = tl.where(rank == i, slot[:, None], slots)
+        scores = tl.where(rank == i, score[:, None], scores)
+        taken = tl.where(won, taken + 1, taken)
+        following = rank == tl.sum(tl.where(won, taken, 0), 1)[:, None]  # the winner's next column
+        held = tl.where(won, tl.sum(tl.where(following, col_score, 0.0), 1)[:, None], held)
+        held_col = tl.where(won, tl.sum(tl.where(following, col, 0), 1)[:, None], held_col)
+    return slots, scores
+
+
+@triton.jit
+def _activate(scores, inside, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "softmax":
+        scores = tl.where(inside, scores, float("-inf"))
+        powers = tl.exp(scores - tl.max(scores, 1)[:, None])
+        return powers / tl.sum(powers, 1)[:, None]
+    elif ACTIVATION == "sigmoid":
+        return 1.0 / (1.0 + tl.exp(-scores))
+    elif ACTIVATION == "relu":
+        return tl.where(scores < 0, 0.0, scores)  # NaN stays
+    else:
+        return scores
+
+
+@triton.jit
+def select_kernel(
+    query, row_keys, col_keys, indices, weights, num_tokens, num_heads,
+    N: tl.constexpr, HALF: tl.constexpr, TOPK: tl.constexpr, TOPK_PADDED: tl.constexpr, ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr, BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (t, h): query ``[T, H, D]``, keys ``[H, N, D/2]`` -> indices int32, weights fp32 ``[T, H, K]``."""
+    head = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside_token = token < num_tokens
+    line = token.to(tl.int64) * num_heads + head  # of T * H lines; times D or K it passes 2^31
+    row, row_score = _best_of_half(
+        query + line * (2 * HALF), row_keys + head * (N * HALF), inside_token,
+        N, HALF, TOPK, TOPK_PADDED, WIDE, BITS, BLOCK_T, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    col, col_score = _best_of_half(
+        query + line * (2 * HALF) + HALF, col_keys + head * (N * HALF), inside_token,
+        N, HALF, TOPK, TOPK_PADDED, WIDE, BITS, BLOCK_T, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    slots, scores = _merge_halves(row, row_score, col, col_score, N, TOPK)
+    rank = tl.arange(0, TOPK_PADDED)
+    inside = (rank < TOPK)[None, :]
+    place = line[:, None] * TOPK + rank[None, :]
+    stored = inside_token[:, None] & inside
+    tl.store(indices + place, slots, mask=stored)
+    tl.store(weights + place, _activate(scores, inside, ACTIVATION), mask=stored)
+
+
+# -- launch ----------------------------------------------------------------------------------------------------------
+def select(
+    query_THD: torch.Tensor,
+    row_keys_HND: torch.Tensor,
+    col_keys_HND: torch.Tensor,
+    *,
+    topk: int,
+    activation: str,
+    wide: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots and weights of every token and head.
+
+    Args:
+        query_THD: contiguous ``[T, H, D]``.
+        row_keys_HND, col_keys_HND: contiguous ``[H, N, D/2]``, of the dtype of the query.
+        topk: K.
+        activation: ``softmax``, ``sigmoid``, ``relu``, or ``none`` for the scores themselves.
+        wide: 64-bit keys; by default wherever 32 bits are not as good as exact.
+
+    Returns:
+        ``(indices int32, weights fp32)``, both contiguous ``[T, H, K]``, best first.
+    """
+    tokens, heads, channels = query_THD.shape
+    num_keys = row_keys_HND.shape[1]
+    indices = torch.empty(tokens, heads, topk, dtype=torch.int32, device=query_THD.device)
+    weights = torch.empty(tokens, heads, topk, dtype=torch.float32, device=query_THD.device)
+    if wide is None:
+        wide = query_THD.dtype == torch.float32 or num_keys > NARROW_KEYS
+    if tokens > 0:
+        select_kernel[(triton.cdiv(tokens, BLOCK_T), heads)](
+            query_THD, row_keys_HND, col_keys_HND, indices, weights, tokens, heads,
+            N=num_keys, HALF=channels // 2, TOPK=topk, TOPK_PADDED=triton.next_power_of_2(topk),
+            ACTIVATION=activation, WIDE=wide, BITS=(num_keys - 1).bit_length(),
+            BLOCK_T=BLOCK_T, BLOCK_N=max(64 if wide else 128, triton.next_power_of_2(topk)), BLOCK_D=max(16, triton.next_power_of_2(channels // 2)),
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return indices, weights
