@@ -24,6 +24,7 @@ TILE_ELEMENTS = 256  # elements that a program holds: chunks side by side times 
 MAX_BLOCK_W = 256  # channels of the bank's rows taken at a time
 CUT_TILE = 16  # chunks of one long run taken at a time
 ATOMIC_TILE = 64  # selections that one program adds with atomics
+ATOMIC_BLOCK_W = 64
 
 
 def values_backward(
@@ -105,21 +106,22 @@ def _sum_sorted(slots, weights, rows, bank, grad_bank, grad_weights, *, add: boo
     width = bank.shape[1]
     slots, order = torch.sort(slots, stable=True)
     num_entries = slots.numel()
-    chunks = triton.cdiv(num_entries, CHUNK)
-    # What a chunk holds of the run that its first border cuts, and of the one that its last border cuts.
-    heads, tails = torch.empty(2, chunks, width, dtype=torch.float32, device=bank.device)
     block_w = min(MAX_BLOCK_W, max(16, triton.next_power_of_2(width)))
     group = max(1, TILE_ELEMENTS // block_w)
+    chunk = CHUNK * triton.cdiv(width, block_w)  # longer for wide rows: a chunk leaves two rows of partial sums
+    chunks = triton.cdiv(num_entries, chunk)
+    # What a chunk holds of the run that its first border cuts, and of the one that its last border cuts.
+    heads, tails = torch.empty(2, chunks, width, dtype=torch.float32, device=bank.device)
     _sum_runs_kernel[(triton.cdiv(chunks, group),)](
         slots, order, weights, rows, bank, grad_bank, grad_weights, heads, tails,
         num_entries, width,
         PER_ROW=num_entries // rows.shape[0], ADD=add, OFFSET=_offset_type(rows, bank, heads),
-        FULL=num_entries % (CHUNK * group) == 0, FULL_W=width % block_w == 0,
-        CHUNK=CHUNK, GROUP=group, BLOCK_W=block_w, num_warps=1,
+        FULL=num_entries % (chunk * group) == 0, FULL_W=width % block_w == 0,
+        CHUNK=chunk, GROUP=group, BLOCK_W=block_w, num_warps=1,
     )  # fmt: skip
     _sum_cut_runs_kernel[(chunks, triton.cdiv(width, block_w))](
         slots, heads, tails, grad_bank, num_entries, chunks, width,
-        ADD=add, OFFSET=_offset_type(bank, heads), CHUNK=CHUNK, TILE=CUT_TILE, BLOCK_W=block_w, num_warps=1,
+        ADD=add, OFFSET=_offset_type(bank, heads), CHUNK=chunk, TILE=CUT_TILE, BLOCK_W=block_w, num_warps=1,
     )  # fmt: skip
 
 
@@ -134,7 +136,8 @@ def _add_atomically(slots, weights, rows, bank, grad_bank, grad_weights) -> None
     _add_atomically_kernel[(triton.cdiv(slots.numel(), ATOMIC_TILE),)](
         slots, weights, rows, bank, grad_bank, grad_weights,
         slots.numel(), width,
-        PER_ROW=slots.numel() // rows.shape[0], TILE=ATOMIC_TILE, BLOCK_W=min(64, max(16, triton.next_power_of_2(width))), num_warps=4,
+        PER_ROW=slots.numel() // rows.shape[0], TILE=ATOMIC_TILE,
+        BLOCK_W=min(ATOMIC_BLOCK_W, max(16, triton.next_power_of_2(width))), num_warps=4,
     )  # fmt: skip
 
 
