@@ -69,6 +69,13 @@ class ParallelConfig:
     memory_backend: Literal["auto", "reference", "torch", "triton"] = "auto"
     """Implementation of the head-wise memory look-up."""
 
+    memory_deterministic: bool = True
+    """Memory gradients that are equal bit by bit from run to run; otherwise Triton's kernels add with atomics."""
+
+    memory_values_main_grad: bool = False
+    """Add the gradient of memory values straight to Megatron's fp32 gradients, without a gradient of their own (needs
+    the Triton backend; values that tensor parallelism replicates keep their own gradient)."""
+
     deterministic_mode: bool = False
     """Use deterministic kernels only."""
 
@@ -85,6 +92,8 @@ class ParallelConfig:
             raise ValueError("overlap_param_gather needs --use-distributed-optimizer and --overlap-grad-reduce as well")
         if self.ddp_average_in_collective and self.distributed_backend == "gloo":
             raise ValueError("ddp_average_in_collective needs NCCL; gloo has no averaging reduction")
+        if self.deterministic_mode and not self.memory_deterministic:
+            raise ValueError("deterministic_mode needs deterministic memories too; leave --no-memory-deterministic out")
         self._check_pipeline()
         self._check_recompute()
 

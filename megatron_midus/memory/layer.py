@@ -51,6 +51,9 @@ class HeadWiseMemory(MegatronModule):
         layer_index: 0-based position of the block, part of the seed of its initial values.
         seed: of the initial values. They are slices of one global tensor, so the number of ranks does not change them.
         backend: of ``megatron_midus.ops.head_wise_memory``.
+        deterministic: of ``megatron_midus.ops.head_wise_memory``.
+        values_main_grad: where Megatron's data parallelism keeps an fp32 gradient of the values, add to it directly.
+            Values that several ranks replicate keep their own gradient, which is summed over them.
 
     Parameters and their global shapes are ``MemoryConfig.parameter_shapes``; each carries its name there as
     ``memory_parameter_kind``, and ``is_memory_value`` says whether it is the value bank.
@@ -70,6 +73,8 @@ class HeadWiseMemory(MegatronModule):
         layer_index: int,
         seed: int = 0,
         backend: str = "auto",
+        deterministic: bool = True,
+        values_main_grad: bool = False,
         init_method: Any = None,
         bias: bool = False,
         input_is_parallel: bool = True,
@@ -84,6 +89,8 @@ class HeadWiseMemory(MegatronModule):
         self.layer_index = layer_index
         self.seed = seed
         self.backend = backend
+        self.deterministic = deterministic
+        self.values_main_grad = values_main_grad
         self.tp_group = tp_group
         self._check_heads()
         self.num_memory_heads = memory.num_memory_heads(config.num_attention_heads) // tp_group.size()  # M/p
@@ -174,11 +181,24 @@ class HeadWiseMemory(MegatronModule):
             variant=self.memory.memory_variant,
             score_activation=self.memory.memory_score_activation,
             backend=self.backend,
+            deterministic=self.deterministic,
+            values_main_grad=self._values_main_grad(),
         )  # [T, M/p, O]; block: [T, 1, h], summed over this rank's heads
         gate = self._parameters.get("gate")
         if gate is not None:
             found = found * F.silu(torch.einsum("thd,hdo->tho", raw, gate))
         return self._leave(found.reshape(*hidden.shape[:2], -1)), None
+
+    def _values_main_grad(self) -> torch.Tensor | None:
+        """Megatron's fp32 gradient of the values, when this pass is to add to it."""
+        replicated = partition_axis("values", self.memory) is None and self.tp_group.size() > 1
+        if not self.values_main_grad or replicated or not (torch.is_grad_enabled() and self.values.requires_grad):
+            return None
+        main_grad = getattr(self.values, "main_grad", None)
+        if main_grad is None or main_grad.dtype != torch.float32:
+            return None
+        self.values.grad_added_to_main_grad = True  # Megatron's hook adds no gradient then; it resets this every step
+        return main_grad
 
     def _leave(self, found: torch.Tensor) -> torch.Tensor:
         """From heads split over the ranks, ``[s, b, h/p]``, to the layout of the residual stream."""

@@ -33,6 +33,8 @@ def build_model(
     transformer_impl: TransformerImpl = "auto",
     make_vocab_size_divisible_by: int = 1,
     memory_backend: str = "auto",
+    memory_deterministic: bool = True,
+    memory_values_main_grad: bool = False,
     seed: int = 0,
     vp_stage: int | None = None,
 ) -> GPTModel:
@@ -49,6 +51,7 @@ def build_model(
         transformer_impl: ``local``, ``transformer_engine`` or ``auto``.
         make_vocab_size_divisible_by: rows of the embedding are padded to a multiple of this times the TP size.
         memory_backend: of ``megatron_midus.ops.head_wise_memory``.
+        memory_deterministic, memory_values_main_grad: of ``megatron_midus.memory.HeadWiseMemory``.
         seed: of the memories' initial values.
         vp_stage: which chunk, under the interleaved pipeline schedule.
 
@@ -72,6 +75,8 @@ def build_model(
             config,
             transformer_impl=transformer_impl,
             memory_backend=memory_backend,
+            memory_deterministic=memory_deterministic,
+            memory_values_main_grad=memory_values_main_grad,
             seed=seed,
             vp_stage=vp_stage,
         ),

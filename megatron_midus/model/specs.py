@@ -66,6 +66,8 @@ def get_midus_layer_spec(
     index: int = 0,
     seed: int = 0,
     memory_backend: str = "auto",
+    memory_deterministic: bool = True,
+    memory_values_main_grad: bool = False,
     backend: BackendSpecProvider | None = None,
 ) -> ModuleSpec:
     """The spec of one decoder layer.
@@ -77,6 +79,7 @@ def get_midus_layer_spec(
         index: 0-based position in the decoder, part of the seed of the memory's initial values.
         seed: of the memory's initial values.
         memory_backend: of ``megatron_midus.ops.head_wise_memory``.
+        memory_deterministic, memory_values_main_grad: of ``HeadWiseMemory``.
         backend: which linear layers, norms and attention to use; ``get_backend()`` when absent.
     """
     backend = backend or get_backend()
@@ -86,7 +89,14 @@ def get_midus_layer_spec(
         )
     if memory is None:
         raise ValueError(f"block {index} is a Memory block; give its memory settings")
-    params = {"memory": memory, "layer_index": index, "seed": seed, "backend": memory_backend}
+    params = {
+        "memory": memory,
+        "layer_index": index,
+        "seed": seed,
+        "backend": memory_backend,
+        "deterministic": memory_deterministic,
+        "values_main_grad": memory_values_main_grad,
+    }
     return _layer_spec(MIDUSMemoryLayer, backend, config, ModuleSpec(HeadWiseMemory, params=params), None)
 
 
@@ -131,6 +141,8 @@ def get_midus_block_spec(
     *,
     transformer_impl: TransformerImpl = "auto",
     memory_backend: str = "auto",
+    memory_deterministic: bool = True,
+    memory_values_main_grad: bool = False,
     seed: int = 0,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
@@ -143,6 +155,7 @@ def get_midus_block_spec(
         config: of the model, ``config.num_layers`` equal to ``plan.num_layers``.
         transformer_impl: see ``get_backend``; ``backend`` overrides it.
         memory_backend: of ``megatron_midus.ops.head_wise_memory``.
+        memory_deterministic, memory_values_main_grad: of ``HeadWiseMemory``.
         seed: of the memories' initial values.
         vp_stage: virtual pipeline stage, when there are several on this rank.
         pp_rank: pipeline rank; of this process when absent.
@@ -157,6 +170,8 @@ def get_midus_block_spec(
             index=index,
             seed=seed,
             memory_backend=memory_backend,
+            memory_deterministic=memory_deterministic,
+            memory_values_main_grad=memory_values_main_grad,
             backend=backend,
         )
         for index in local_layer_indices(config, vp_stage=vp_stage, pp_rank=pp_rank)

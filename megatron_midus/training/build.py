@@ -90,6 +90,8 @@ def build_model_chunks(
             transformer_impl=arguments.parallel.transformer_impl,
             make_vocab_size_divisible_by=arguments.compatibility.make_vocab_size_divisible_by,
             memory_backend=arguments.parallel.memory_backend,
+            memory_deterministic=arguments.parallel.memory_deterministic,
+            memory_values_main_grad=arguments.parallel.memory_values_main_grad,
             seed=arguments.training.seed,
             vp_stage=vp_stage,
         )

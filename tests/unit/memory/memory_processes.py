@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from scenarios import Layout, generator, initialize_parallel, model_config
 
 from megatron_midus.config import MemoryConfig
@@ -153,3 +156,22 @@ def build_error(settings: dict[str, Any], layout: Layout) -> str:
     except ValueError as error:
         return str(error)
     return "no error"
+
+
+def values_main_grad(settings: dict[str, Any], *, straight: bool) -> torch.Tensor:
+    """Megatron's fp32 gradient of the bank after two micro-batches, by Triton's kernels run as numpy."""
+    os.environ["TRITON_INTERPRET"] = "1"  # triton is not imported yet
+    module = make_memory(settings, Layout())
+    module.backend, module.values_main_grad = "triton", straight
+    for name, parameter in module.named_parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator(name)))
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True)
+    wrapped = DistributedDataParallel(module.config, config, module)
+    wrapped.zero_grad_buffer()
+    for seed in ("first", "second"):
+        with wrapped.no_sync() if seed == "first" else contextlib.nullcontext():
+            output, _ = wrapped(torch.randn(3, 2, 40, generator=generator(seed)))
+            output.square().sum().backward()
+    wrapped.finish_grad_sync()
+    assert getattr(module.values, "grad_added_to_main_grad", False) == straight
+    return module.values.main_grad.clone()

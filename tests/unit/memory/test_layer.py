@@ -51,6 +51,15 @@ def test_gradient_of_a_replicated_bank_is_the_sum_over_ranks(name: str, layout: 
     torch.testing.assert_close(ranks[0], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["hive", "full"])
+def test_gradient_straight_into_megatrons(name: str) -> None:
+    (expected,) = launch(memory_processes.values_main_grad, 1, SETTINGS[name], straight=False)
+    (found,) = launch(memory_processes.values_main_grad, 1, SETTINGS[name], straight=True)
+    assert expected.any()
+    # Sums of a few products, rounded once more on the way where the gradient has a tensor of its own.
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
 def test_sharded_tensors_have_global_shapes() -> None:
     for rank in launch(memory_processes.sharded_tensors, 2, SETTINGS["attention full, silu"], Layout(tp=2)):
         assert rank == {
