@@ -15,8 +15,13 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
 TABLE = Path(__file__).parent / "triton_resources.json"
 
-# Bytes of stack that kernels may spill; all others none. fp32 products in full precision are for checks, not for speed.
-MAY_SPILL = {"1b-n512-k16-fp32 _projection_backward_kernel": 1024}
+# Bytes of stack that kernels may spill; all others none. fp32 products in full precision are for checks, not for speed,
+# and 512 channels per query head are more than any model's attention head has.
+MAY_SPILL = {
+    "1b-n512-k16-fp32 _projection_backward_kernel": 1024,
+    "1b-n512-k16-fp32 select_kernel": 512,
+    "sm_80 1b-n512-k16-block select_kernel": 1024,
+}
 SHARED_LIMIT = {"sm_90": 227 * 1024, "sm_80": 163 * 1024}
 
 
