@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-QUERY_BLOCK_T = 64
+QUERY_TILE = 2048  # elements of one half's gradient that a program holds
 KEYS_BLOCK_T = 32
 KEYS_ACCUMULATORS = 8192  # elements of the keys' gradient that one program keeps in registers
 TOKENS_PER_SPLIT = 1024
@@ -48,11 +48,13 @@ def keys_backward(
 def _query_backward(grad_scores, indices, query, row_keys, col_keys) -> torch.Tensor:
     tokens, heads, channels = query.shape
     grad_query = torch.empty_like(query)
+    block_d = _block_of(channels // 2)
+    block_t = QUERY_TILE // block_d
     if tokens > 0:
-        _query_backward_kernel[(triton.cdiv(tokens, QUERY_BLOCK_T), heads)](
+        _query_backward_kernel[(triton.cdiv(tokens, block_t), heads)](
             grad_scores, indices, row_keys, col_keys, grad_query,
             tokens, heads, row_keys.shape[1],
-            TOPK=indices.shape[2], HALF=channels // 2, BLOCK_T=QUERY_BLOCK_T, BLOCK_D=_block_of(channels // 2),
+            TOPK=indices.shape[2], HALF=channels // 2, BLOCK_T=block_t, BLOCK_D=block_d,
             num_warps=4,
         )  # fmt: skip
     return grad_query

@@ -1,10 +1,10 @@
 """Gradients of the value bank, of the head projection and of the weights of the selected slots.
 
 The bank's gradient is a scatter of T * H * K rows. The deterministic way sorts the selected slots (stable), cuts the
-sorted list into chunks of equal length, whatever slots they hold, and sums each run of one slot in fp32 registers. A run
-that a chunk's border cuts leaves one partial sum per chunk; the partial sums are again a sorted list, and the same kernel
-sums them until one chunk holds them all. So a slot that every token selects costs no more than any other, the order of
-summation is fixed by the input alone, and the weights' gradient, one dot product per selection, comes from the same rows.
+sorted list into chunks of equal length, whatever slots they hold, and sums each run of one slot within its chunk, in
+order, in fp32 registers. A run that a chunk's border cuts leaves one partial sum per chunk, and a second kernel adds
+those in order. So a slot that every token selects is as much work as any other entries, the order of summation is fixed
+by the input alone, and the weights' gradient, one dot product per selection, comes from the same rows.
 
 Shapes: T tokens, H memory heads, K top-k, L latent, N sub-keys per half; S = T*H*K selections; R rows of the flattened
 bank of W channels; B rows of the gradient that reaches the bank, J selections each (hive, full: B = T*H, J = K;
@@ -19,10 +19,12 @@ import triton.language as tl
 
 from megatron_midus.ops.triton.projection_backward import projection_backward
 
-CHUNK = 256  # sorted selections that one program sums
-TILE = 16  # of them taken at a time: the smallest matrix product of tensor cores
+CHUNK = 64  # sorted selections that are summed one after the other
+TILE_ELEMENTS = 256  # elements that a program holds: chunks side by side times channels
+MAX_BLOCK_W = 256  # channels of the bank's rows taken at a time
+CUT_TILE = 16  # chunks of one long run taken at a time
 ATOMIC_TILE = 64  # selections that one program adds with atomics
-BLOCK_W = 64  # channels of the bank's rows taken at a time
+ATOMIC_BLOCK_W = 64
 
 
 def values_backward(
@@ -103,23 +105,29 @@ def _sum_sorted(slots, weights, rows, bank, grad_bank, grad_weights, *, add: boo
     """
     width = bank.shape[1]
     slots, order = torch.sort(slots, stable=True)
-    per_row = slots.numel() // rows.shape[0]
-    block = _block_width(width)
-    selections = True
-    while True:
-        chunks = triton.cdiv(slots.numel(), CHUNK)
-        # Two partial sums a chunk: of the run that its first border cuts and of the one that its last border cuts.
-        partial_slots = slots.new_empty(2 * chunks)
-        partial_rows = torch.empty(2 * chunks, width, dtype=torch.float32, device=bank.device)
-        _sum_runs_kernel[(chunks,)](
-            slots, order, weights, rows, bank, grad_bank, grad_weights, partial_slots, partial_rows,
-            slots.numel(), width,
-            PER_ROW=per_row, SELECTIONS=selections, ADD=add,
-            CHUNK=CHUNK, TILE=TILE, BLOCK_W=block, num_warps=1,
-        )  # fmt: skip
-        if chunks == 1:
-            return
-        slots, rows, selections, add = partial_slots, partial_rows, False, True
+    num_entries = slots.numel()
+    block_w = min(MAX_BLOCK_W, max(16, triton.next_power_of_2(width)))
+    group = max(1, TILE_ELEMENTS // block_w)
+    chunk = CHUNK * triton.cdiv(width, block_w)  # longer for wide rows: a chunk leaves two rows of partial sums
+    chunks = triton.cdiv(num_entries, chunk)
+    # What a chunk holds of the run that its first border cuts, and of the one that its last border cuts.
+    heads, tails = torch.empty(2, chunks, width, dtype=torch.float32, device=bank.device)
+    _sum_runs_kernel[(triton.cdiv(chunks, group),)](
+        slots, order, weights, rows, bank, grad_bank, grad_weights, heads, tails,
+        num_entries, width,
+        PER_ROW=num_entries // rows.shape[0], ADD=add, OFFSET=_offset_type(rows, bank, heads),
+        FULL=num_entries % (chunk * group) == 0, FULL_W=width % block_w == 0,
+        CHUNK=chunk, GROUP=group, BLOCK_W=block_w, num_warps=1,
+    )  # fmt: skip
+    _sum_cut_runs_kernel[(chunks, triton.cdiv(width, block_w))](
+        slots, heads, tails, grad_bank, num_entries, chunks, width,
+        ADD=add, OFFSET=_offset_type(bank, heads), CHUNK=chunk, TILE=CUT_TILE, BLOCK_W=block_w, num_warps=1,
+    )  # fmt: skip
+
+
+def _offset_type(*tensors: torch.Tensor) -> tl.dtype:
+    """int64 where an offset passes 2**31: N * L and T * H * L do at large sizes; int32 is half the work elsewhere."""
+    return tl.int64 if max(tensor.numel() for tensor in tensors) >= 2**31 else tl.int32
 
 
 def _add_atomically(slots, weights, rows, bank, grad_bank, grad_weights) -> None:
@@ -128,102 +136,96 @@ def _add_atomically(slots, weights, rows, bank, grad_bank, grad_weights) -> None
     _add_atomically_kernel[(triton.cdiv(slots.numel(), ATOMIC_TILE),)](
         slots, weights, rows, bank, grad_bank, grad_weights,
         slots.numel(), width,
-        PER_ROW=slots.numel() // rows.shape[0], TILE=ATOMIC_TILE, BLOCK_W=_block_width(width), num_warps=4,
+        PER_ROW=slots.numel() // rows.shape[0], TILE=ATOMIC_TILE,
+        BLOCK_W=min(ATOMIC_BLOCK_W, max(16, triton.next_power_of_2(width))), num_warps=4,
     )  # fmt: skip
-
-
-def _block_width(width: int) -> int:
-    return min(BLOCK_W, max(16, triton.next_power_of_2(width)))
-
-
-@triton.jit
-def _weighted_sum(weights, rows, acc):
-    """``acc + weights @ rows`` to about 16 bits of the fp32 weights where the rows have 8 or 11, else to all bits."""
-    if rows.dtype == tl.float32:
-        return tl.dot(weights, rows, acc, input_precision="ieee")
-    high = weights.to(rows.dtype)
-    low = (weights - high.to(tl.float32)).to(rows.dtype)
-    return tl.dot(low, rows, tl.dot(high, rows, acc))
 
 
 @triton.jit
 def _sum_runs_kernel(
-    slots_ptr, order_ptr, weights_ptr, rows_ptr, bank_ptr, grad_bank_ptr, grad_weights_ptr,
-    partial_slots_ptr, partial_rows_ptr,
+    slots_ptr, order_ptr, weights_ptr, rows_ptr, bank_ptr, grad_bank_ptr, grad_weights_ptr, heads_ptr, tails_ptr,
     num_entries, width,
-    PER_ROW: tl.constexpr, SELECTIONS: tl.constexpr, ADD: tl.constexpr,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK_W: tl.constexpr,
+    PER_ROW: tl.constexpr, ADD: tl.constexpr, OFFSET: tl.constexpr, FULL: tl.constexpr, FULL_W: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the runs of one slot within one chunk of the sorted entries.
-
-    Rank r of an entry is the number of runs that ended before it in its tile, so ``one-hot(rank)^T @ rows`` is a tile of
-    run sums; row 0 continues ``carry``, the sum of the run that was open when the tile began.
-    """
-    chunk = tl.program_id(0).to(tl.int64)
+    """Sums of the runs of one slot within each of GROUP chunks of sorted entries, which advance side by side."""
+    chunk = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     start = chunk * CHUNK
     end = tl.minimum(start + CHUNK, num_entries)
-    ranks = tl.arange(0, TILE)
-    first_slot = tl.load(slots_ptr + start)
-    last_slot = tl.load(slots_ptr + end - 1)
-    tl.store(partial_slots_ptr + 2 * chunk, first_slot)
-    tl.store(partial_slots_ptr + 2 * chunk + 1, last_slot)
-    before = tl.load(slots_ptr + start - 1, mask=start > 0, other=-1)
-    cut = before == first_slot  # the first run began in an earlier chunk
-
+    before = tl.load(slots_ptr + start - 1, mask=(start > 0) & (start < end), other=-1)
     for begin_w in range(0, width, BLOCK_W):
         channels = begin_w + tl.arange(0, BLOCK_W)
-        in_row = channels < width
+        in_row = ((tl.arange(0, BLOCK_W) >= 0) if FULL_W else (channels < width))[None, :]
+        partial_offset = chunk.to(OFFSET)[:, None] * width + channels[None, :]
         tl.debug_barrier()  # other threads of this program read the products stored for the previous channels
-        carry = tl.zeros([TILE, BLOCK_W], tl.float32)  # row 0 alone counts
-        tl.store(partial_rows_ptr + 2 * chunk * width + channels, tl.zeros([BLOCK_W], tl.float32), mask=in_row)
-        is_cut = cut
-        for begin in range(0, CHUNK, TILE):
-            entries = start + begin + ranks
-            is_entry = entries < num_entries
-            slots = tl.load(slots_ptr + entries, mask=is_entry, other=-1)
-            following = tl.load(slots_ptr + entries + 1, mask=entries + 1 < num_entries, other=-1)
-            ends = ((slots != following) & is_entry).to(tl.int32)
-            rank = tl.cumsum(ends, 0) - ends
-            num_ended = tl.sum(ends, 0)
-            mask = is_entry[:, None] & in_row[None, :]
-            if SELECTIONS:
-                position = tl.load(order_ptr + entries, mask=is_entry, other=0)
-                weights = tl.load(weights_ptr + position, mask=is_entry, other=0.0)
-                row = position // PER_ROW
-            else:
-                weights = is_entry.to(tl.float32)
-                row = entries
-            rows = tl.load(rows_ptr + row[:, None] * width + channels[None, :], mask=mask, other=0.0)
-            if SELECTIONS:
-                bank_rows = tl.load(
-                    bank_ptr + slots.to(tl.int64)[:, None] * width + channels[None, :], mask=mask, other=0.0
-                )
-                product = tl.sum(rows.to(tl.float32) * bank_rows.to(tl.float32), 1)
-                if begin_w > 0:
-                    product += tl.load(grad_weights_ptr + position, mask=is_entry, other=0.0)
-                tl.store(grad_weights_ptr + position, product, mask=is_entry)
+        head = tl.zeros([GROUP, BLOCK_W], tl.float32)
+        total = tl.zeros([GROUP, BLOCK_W], tl.float32)
+        bank_row = tl.zeros([GROUP, BLOCK_W], bank_ptr.dtype.element_ty)
+        slot = tl.load(slots_ptr + start, mask=start < end, other=-1)
+        begins = start < end
+        position = tl.load(order_ptr + start, mask=start < end, other=0).to(tl.int32)
+        for step in range(CHUNK):
+            entry = start + step
+            is_entry = (tl.arange(0, GROUP) >= 0) if FULL else (entry < end)
+            slot_offset = slot.to(OFFSET)[:, None] * width + channels[None, :]
+            bank_row = tl.load(bank_ptr + slot_offset, mask=(begins & is_entry)[:, None] & in_row, other=bank_row)
+            weight = tl.load(weights_ptr + position, mask=is_entry, other=0.0)
+            row_offset = (position // PER_ROW).to(OFFSET)[:, None] * width + channels[None, :]
+            row = tl.load(rows_ptr + row_offset, mask=is_entry[:, None] & in_row, other=0.0).to(tl.float32)
+            following = tl.load(slots_ptr + entry + 1, mask=entry + 1 < num_entries, other=-1)
+            next_position = tl.load(order_ptr + entry + 1, mask=entry + 1 < num_entries, other=0).to(tl.int32)
+            product = tl.sum(row * bank_row.to(tl.float32), 1)
+            if begin_w > 0:
+                product += tl.load(grad_weights_ptr + position, mask=is_entry, other=0.0)
+            tl.store(grad_weights_ptr + position, product, mask=is_entry)
 
-            one_hot = tl.where(rank[None, :] == ranks[:, None], weights[None, :], 0.0)  # [rank, entry]
-            sums = _weighted_sum(one_hot, rows, carry)
-            still_open = tl.where((rank - num_ended)[None, :] == ranks[:, None], weights[None, :], 0.0)
-            carry = _weighted_sum(still_open, rows, tl.where(num_ended == 0, carry, 0.0))
-
-            ended_slot = tl.sum(tl.where((rank[None, :] == ranks[:, None]) & (ends[None, :] > 0), slots[None, :], 0), 1)
-            # The run that an earlier chunk began goes to the partial sums.
-            whole = (ranks < num_ended) & ((ranks > 0) | (is_cut == 0))
-            out = grad_bank_ptr + ended_slot.to(tl.int64)[:, None] * width + channels[None, :]
-            mask = whole[:, None] & in_row[None, :]
+            total = tl.where(begins[:, None], 0.0, total) + weight[:, None] * row
+            ends = is_entry & (slot != following)
+            is_cut = slot == before  # the run began in an earlier chunk
+            head = tl.where((is_cut & is_entry)[:, None], total, head)
+            mask = (ends & (is_cut == 0))[:, None] & in_row
+            whole = total
             if ADD:
-                sums_out = sums + tl.load(out, mask=mask, other=0.0).to(tl.float32)
-            else:
-                sums_out = sums
-            tl.store(out, sums_out.to(grad_bank_ptr.dtype.element_ty), mask=mask)
-            to_partial = is_cut & (num_ended > 0)
-            head = partial_rows_ptr + 2 * chunk * width + channels[None, :] + ranks[:, None] * 0
-            tl.store(head, sums, mask=(ranks == 0)[:, None] & in_row[None, :] & to_partial)
-            is_cut = is_cut & (num_ended == 0)
-        tail = partial_rows_ptr + (2 * chunk + 1) * width + channels[None, :] + ranks[:, None] * 0
-        tl.store(tail, carry, mask=(ranks == 0)[:, None] & in_row[None, :])
+                whole += tl.load(grad_bank_ptr + slot_offset, mask=mask, other=0.0).to(tl.float32)
+            tl.store(grad_bank_ptr + slot_offset, whole.to(grad_bank_ptr.dtype.element_ty), mask=mask)
+            begins = slot != following
+            slot, position = following, next_position
+        mask = (start < end)[:, None] & in_row
+        tl.store(heads_ptr + partial_offset, head, mask=mask)
+        tl.store(tails_ptr + partial_offset, total, mask=mask)
+
+
+@triton.jit
+def _sum_cut_runs_kernel(
+    slots_ptr, heads_ptr, tails_ptr, grad_bank_ptr,
+    num_entries, num_chunks, width,
+    ADD: tl.constexpr, OFFSET: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """The sum of the run that begins in this chunk and goes on in the next: this tail and all heads that follow."""
+    chunk = tl.program_id(0)
+    start = chunk * CHUNK
+    end = tl.minimum(start + CHUNK, num_entries)
+    slot = tl.load(slots_ptr + end - 1)
+    before = tl.load(slots_ptr + start - 1, mask=start > 0, other=-1)
+    after = tl.load(slots_ptr + end, mask=end < num_entries, other=-1)
+    if (slot != before) & (slot == after):
+        channels = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+        in_row = channels < width
+        total = tl.load(tails_ptr + chunk.to(OFFSET) * width + channels, mask=in_row, other=0.0)
+        next_chunk = chunk + 1
+        more = True
+        while more:
+            chunks = next_chunk + tl.arange(0, TILE)
+            first_slot = tl.load(slots_ptr + chunks * CHUNK, mask=chunks < num_chunks, other=-1)
+            mask = (first_slot == slot)[:, None] & in_row[None, :]
+            offset = chunks.to(OFFSET)[:, None] * width + channels[None, :]
+            total += tl.sum(tl.load(heads_ptr + offset, mask=mask, other=0.0), 0)
+            next_chunk += TILE
+            more = tl.load(slots_ptr + next_chunk * CHUNK, mask=next_chunk < num_chunks, other=-1) == slot
+        out = grad_bank_ptr + slot.to(OFFSET) * width + channels
+        if ADD:
+            total += tl.load(out, mask=in_row, other=0.0).to(tl.float32)
+        tl.store(out, total.to(grad_bank_ptr.dtype.element_ty), mask=in_row)
 
 
 @triton.jit

@@ -1,0 +1,67 @@
+"""Compile gate: every Triton kernel compiles for Hopper and Ampere and needs no more than the committed table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[3]
+TABLE = Path(__file__).parent / "triton_resources.json"
+
+# Bytes of stack that kernels may spill; all others none. fp32 products in full precision are for checks, not for speed,
+# and 512 channels per query head are more than any model's attention head has.
+MAY_SPILL = {
+    "1b-n512-k16-fp32 _projection_backward_kernel": 1024,
+    "1b-n512-k16-fp32 select_kernel": 512,
+    "sm_80 1b-n512-k16-block select_kernel": 1024,
+}
+SHARED_LIMIT = {"sm_90": 227 * 1024, "sm_80": 163 * 1024}
+
+
+def kernel_resources(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own: in this one Triton interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tools" / "kernel_resources.py"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def test_committed_table_spills_nothing_but_what_is_stated():
+    table = json.loads(TABLE.read_text())
+    assert {name.split()[0] for name in table} == set(SHARED_LIMIT)
+    for name, found in table.items():
+        allowed = next((n for kernel, n in MAY_SPILL.items() if name.endswith(kernel)), 0)
+        assert found["spill_bytes"] <= allowed, name
+        assert found["registers"] <= 255
+        assert found["shared_bytes"] <= SHARED_LIMIT[name.split()[0]], name
+
+
+def test_kernels_compile_within_the_table():
+    found = kernel_resources("--check", str(TABLE), "--capability", "90", "--shapes", "1b-n512-k16")
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["90", "80"])
+def test_all_kernels_compile_within_the_table(capability):
+    found = kernel_resources("--check", str(TABLE), "--capability", capability)
+    assert found.returncode == 0, found.stderr
+    names = {name for name in json.loads(TABLE.read_text()) if name.startswith(f"sm_{capability} ")}
+    assert {" ".join(line.split()[:3]) for line in found.stdout.splitlines()} == names
+
+
+def test_a_kernel_that_needs_more_is_named(tmp_path):
+    table = json.loads(TABLE.read_text())
+    name = "sm_90 1b-n512-k16 _sum_runs_kernel"
+    table[name]["registers"] -= 1
+    smaller = tmp_path / "table.json"
+    smaller.write_text(json.dumps(table))
+    found = kernel_resources("--check", str(smaller), "--capability", "90", "--shapes", "1b-n512-k16")
+    assert found.returncode == 1
+    assert f"{name}: registers" in found.stderr and "Traceback" not in found.stderr
