@@ -8,6 +8,8 @@ import functools
 import importlib.util
 import logging
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, Literal
@@ -99,7 +101,50 @@ def initialize_distributed(backend: Literal["nccl", "gloo"], *, timeout_minutes:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
-    torch.distributed.init_process_group(backend, timeout=timeout)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        torch.distributed.init_process_group(backend, timeout=timeout)
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = torch.distributed.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False, timeout=timeout
+    )
+    fresh = torch.distributed.PrefixStore(name_of_this_start(store, rank, world_size, timeout), store)
+    torch.distributed.init_process_group(backend, store=fresh, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def name_of_this_start(store: Any, rank: int, world_size: int, timeout: datetime.timedelta) -> str:
+    """A name that exactly the processes of this start of a job share.
+
+    torchrun keeps its store when it starts ranks again, with the addresses of the dead ones in it; a rank that connects
+    to those fails or hangs. Its count of restarts does not tell starts apart either: launchers of several hosts count
+    each for itself. So rank 0 draws a name, and hands it to whoever says hello under a name of its own drawing; it is
+    done when all have taken it, which the dead cannot.
+
+    Args:
+        store: that all processes reach.
+        timeout: until the last process has come.
+
+    Raises:
+        ValueError: a process that does not come.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if rank:
+        store.set(f"hello/{rank}", own)
+    name = own if rank == 0 else ""
+    missing = set(range(1, world_size)) if rank == 0 else {0}
+    while missing:
+        if time.monotonic() > deadline:
+            raise ValueError(f"rank {rank} waited {timeout} for ranks {sorted(missing)}, which never started")
+        if rank == 0:
+            for other in missing:
+                if store.check([f"hello/{other}"]):
+                    store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
+            missing = {other for other in missing if not store.check([f"taken/{own}/{other}"])}
+        elif store.check([f"welcome/{own}"]):
+            name, missing = store.get(f"welcome/{own}").decode(), set()
+            store.set(f"taken/{name}/{rank}", "")
+        time.sleep(0.005 if missing else 0)
+    return name
 
 
 def _select_gpu() -> None:

@@ -38,12 +38,6 @@ class CompatibilityConfig:
     disable_bias_linear: bool = True
     """Projections have no bias; those of queries, keys and values follow the checkpoint."""
 
-    attention_dropout: float = 0.0
-    """Dropout of attention weights."""
-
-    hidden_dropout: float = 0.0
-    """Dropout of the residual stream."""
-
     use_mcore_models: bool = True
     """The model is built from Megatron-Core."""
 

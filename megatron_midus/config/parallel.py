@@ -98,7 +98,8 @@ class ParallelConfig:
     the Triton backend; values that tensor parallelism replicates keep their own gradient)."""
 
     deterministic_mode: bool = False
-    """Use deterministic kernels only."""
+    """Use deterministic kernels only: sets CUBLAS_WORKSPACE_CONFIG, NVTE_ALLOW_NONDETERMINISTIC_ALGO and NCCL_ALGO where the
+    environment does not, and torch.use_deterministic_algorithms. See docs/recovery.md."""
 
     def __post_init__(self) -> None:
         if self.distributed_timeout_minutes <= 0:

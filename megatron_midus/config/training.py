@@ -43,6 +43,12 @@ class TrainingConfig:
     seed: int = 1234
     """Seed of Python, NumPy, torch, fresh weights and the data order."""
 
+    hidden_dropout: float = 0.0
+    """Probability with which a channel is dropped where a block adds to the residual stream, and after the embedding."""
+
+    attention_dropout: float = 0.0
+    """Probability with which an attention weight is dropped."""
+
     calculate_per_token_loss: bool = False
     """Average the gradient over the tokens of the global batch instead of over its micro-batches."""
 
@@ -116,6 +122,9 @@ class TrainingConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 (never) or more")
         if self.dry_run and self.skip_train:
             raise ValueError("dry_run builds a training run and skip_train has none; give one of the two flags")
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other; give one of --bf16 and --fp16")
         self._check_rampup()

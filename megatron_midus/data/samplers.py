@@ -143,6 +143,9 @@ def build_data_loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         worker_init_fn=_outlive_signals,
+        # An iterator draws the seed of its workers. From the process's own generator that would be a number less for
+        # dropout, at every start and every evaluation.
+        generator=torch.Generator().manual_seed(seed),
     )
 
 

@@ -70,6 +70,8 @@ def transformer_config(arguments: Arguments, architecture: Architecture, timers:
         recompute_num_layers=parallel.recompute_num_layers,
         deterministic=parallel.deterministic_mode,
         calculate_per_token_loss=training.calculate_per_token_loss,
+        hidden_dropout=training.hidden_dropout,
+        attention_dropout=training.attention_dropout,
         timers=timers,
         barrier_with_L1_time=arguments.logging.barrier_with_L1_time,
         pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,

@@ -20,6 +20,14 @@ from megatron_midus.training.checks import check_environment, check_schedule, re
 from megatron_midus.training.schedule import schedule_lengths
 from megatron_midus.training.source import find_source
 
+# Libraries read these when they start: cuBLAS workspaces of one size, attention kernels of Transformer Engine without
+# atomic additions, and one order of summation in NCCL (not the switches').
+DETERMINISTIC_ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    "NCCL_ALGO": "Ring",
+}
+
 # What rank 0 needs to report a mistake that all ranks made, before the others would repeat it.
 _SECONDS_FOR_RANK_0 = 10.0
 
@@ -66,8 +74,8 @@ def _prepare_environment(arguments: Arguments) -> None:
         # Kernels of tensor parallelism and their communication start in the order they are queued.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if arguments.parallel.deterministic_mode:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+        for name, value in DETERMINISTIC_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager

@@ -57,6 +57,9 @@ def pretrain(
     if arguments.training.exit_signal_handler:
         signal.install()
     parallel = arguments.parallel
+    if parallel.deterministic_mode:
+        # Operations that have no deterministic kernel raise instead of drifting.
+        torch.use_deterministic_algorithms(True)
     platform.initialize_distributed(parallel.distributed_backend, timeout_minutes=parallel.distributed_timeout_minutes)
     agreed = agree_on_source(arguments.checkpoint, source)
     if agreed != source:

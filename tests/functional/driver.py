@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from multiprocessing.managers import SyncManager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,6 +96,7 @@ def train(
     *arguments: str | Path,
     processes: int = 1,
     timeout: float = 120,
+    log_samples: bool = False,
     while_running: Callable[[list[multiprocessing.Process], Callable[[], str]], None] | None = None,
 ) -> Run:
     """Runs ``pretrain_midus.py`` with ``arguments``, each of which may hold several words.
@@ -102,6 +104,7 @@ def train(
     Args:
         processes: ranks.
         timeout: seconds until all are killed, which their exit codes show.
+        log_samples: print ``sample INDEX`` for every training or validation sample when it is read.
         while_running: called again and again with the processes and a function that returns the output so far.
     """
     words = [word for argument in arguments for word in str(argument).split()]
@@ -118,7 +121,7 @@ def train(
     }
     with tempfile.TemporaryDirectory() as directory:
         ranks = [
-            context.Process(target=_work, args=(rank, environment, directory, words, processes > 1))
+            context.Process(target=_work, args=(rank, environment, directory, words, processes > 1, log_samples))
             for rank in range(processes)
         ]
         for process in ranks:
@@ -146,7 +149,14 @@ def _end(ranks: list[multiprocessing.Process]) -> None:
         process.kill()
 
 
-def _work(rank: int, environment: dict[str, str], directory: str, words: list[str], is_distributed: bool) -> None:
+def _work(
+    rank: int,
+    environment: dict[str, str],
+    directory: str,
+    words: list[str],
+    is_distributed: bool,
+    log_samples: bool,
+) -> None:
     if is_distributed:
         os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     for stream, name in ((1, "out"), (2, "err")):
@@ -155,9 +165,31 @@ def _work(rank: int, environment: dict[str, str], directory: str, words: list[st
     sys.argv = ["pretrain_midus.py", *words]
     torch.set_num_threads(1)
     _start_result_queue_by_fork()
+    if log_samples:
+        _log_samples()
     from megatron_midus.training.main import run
 
     run()
+
+
+class _LoggedDataset(torch.utils.data.Dataset):
+    def __init__(self, dataset: torch.utils.data.Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        print(f"sample {index}", flush=True)
+        return self.dataset[index]
+
+
+def _log_samples() -> None:
+    """In this process alone."""
+    from megatron_midus import data
+
+    original = data.build_data_loader
+    data.build_data_loader = lambda dataset, **settings: original(_LoggedDataset(dataset), **settings)
 
 
 def _start_result_queue_by_fork() -> None:

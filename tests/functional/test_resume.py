@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 
 import pytest
+import torch
 from driver import TINY_MODEL, TINY_RUN, Run, train
-from upscaled import write_upscaled
+from upscaled import read_tensors, write_upscaled
 
 from megatron_midus.conversion.checksums import write_checksums
 
@@ -57,6 +58,43 @@ def test_resume_is_exact_at_every_layout(layout, upscaled, tmp_path):
     train(*TINY_RUN, STEPS, flags, stop, "--load", upscaled, "--save", tmp_path, processes=processes).check()
     second = train(*TINY_RUN, STEPS, flags, "--load", tmp_path, processes=processes).check()
     assert second.losses == after(whole, 3)
+
+
+RANDOM = "--hidden-dropout 0.2 --attention-dropout 0.2 --load"
+
+
+@pytest.mark.parametrize(
+    ("layout", "processes"),
+    [
+        ("", 1),
+        # Dropout of heads and of parts of the sequence differs between ranks.
+        ("--tensor-model-parallel-size 2 --sequence-parallel", 2),
+        pytest.param("--pipeline-model-parallel-size 3", 3, marks=pytest.mark.slow),
+        pytest.param("--use-distributed-optimizer", 2, marks=pytest.mark.slow),
+        pytest.param("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 1, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_random_numbers_go_on_where_they_were(layout, processes, upscaled, whole, tmp_path):
+    whole_with_dropout = train(*TINY_RUN, STEPS, layout, RANDOM, upscaled, processes=processes).check()
+    assert all(whole_with_dropout.losses[i] != loss for i, loss in whole.losses.items())
+    first = "--exit-interval 3 --save"
+    train(*TINY_RUN, STEPS, layout, first, tmp_path, RANDOM, upscaled, processes=processes).check()
+    second = train(*TINY_RUN, STEPS, layout, RANDOM, tmp_path, processes=processes).check()
+    assert second.losses == after(whole_with_dropout, 3)
+    other = train(*TINY_RUN, STEPS, layout, "--no-load-rng", RANDOM, tmp_path, processes=processes).check()
+    assert all(other.losses[i] != loss for i, loss in second.losses.items())
+
+
+@pytest.mark.parametrize(("layout", "processes"), [("", 1), ("--tensor-model-parallel-size 2", 2)])
+def test_two_runs_are_bit_equal(layout, processes, upscaled, tmp_path):
+    """Weights and optimizer state, not only what is printed of the losses; another seed is another run."""
+    flags = f"--train-iters 4 --train all --deterministic-mode {layout} {RANDOM} {upscaled} --save"
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(*TINY_RUN, flags, tmp_path / name, f"--seed {seed}", processes=processes).check()
+    a, b, c = (read_tensors(tmp_path / name, 4) for name in "abc")
+    assert any(name.startswith("optimizer.state.exp_avg_sq") for name in a) and a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert [name for name in a if name.startswith("decoder.") and torch.equal(a[name], c[name])] == []
 
 
 @pytest.mark.slow

@@ -67,14 +67,24 @@ def _write(directory: Path, base: ModelConfig, plan: UpscalePlan) -> None:
     torch.distributed.destroy_process_group()
 
 
-def read_weights(root: Path, iteration: int) -> dict:
-    """Model tensors of a checkpoint by key, whole, as fp32 torch tensors."""
+def read_tensors(root: Path, iteration: int) -> dict:
+    """All tensors of a checkpoint by key, whole, those of the optimizer included."""
     import torch
     from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     reader = checkpoint.FileSystemReader(str(iteration_directory(root, iteration)))
     stored = reader.read_metadata().state_dict_metadata
-    names = [name for name in stored if name.startswith(("embedding.", "decoder.", "output_layer."))]
-    weights = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
-    checkpoint.load(weights, storage_reader=reader, no_dist=True)
-    return {name: weight.float() for name, weight in weights.items()}
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def read_weights(root: Path, iteration: int) -> dict:
+    """Model tensors of a checkpoint by key, whole, as fp32 torch tensors."""
+    model = ("embedding.", "decoder.", "output_layer.")
+    return {name: tensor.float() for name, tensor in read_tensors(root, iteration).items() if name.startswith(model)}

@@ -172,3 +172,27 @@ def test_fused_adam_leaves_groups_without_gradient_alone() -> None:
     optimizer.step()
     assert torch.equal(still.detach(), torch.ones(2)) and not optimizer.state
     assert "step" not in optimizer.param_groups[1]
+
+
+def test_a_start_has_a_name_that_earlier_starts_cannot_have_left():
+    """Four processes on one store, started three times over; in the second start one of them dies before it is done."""
+    import datetime
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+
+    from megatron_midus.platform import name_of_this_start
+
+    store = torch.distributed.HashStore()
+    timeout = datetime.timedelta(seconds=30)
+
+    def start(ranks):
+        with ThreadPoolExecutor(4) as pool:
+            return list(pool.map(lambda rank: name_of_this_start(store, rank, 4, timeout), ranks))
+
+    first = start([0, 1, 2, 3])
+    store.set("hello/2", "dead before it was welcomed")
+    third = start([3, 1, 2, 0])
+    assert len(set(first)) == len(set(third)) == 1 and first != third
+    with pytest.raises(ValueError, match=r"waited .* for ranks \[1\]"):
+        name_of_this_start(torch.distributed.HashStore(), 0, 2, datetime.timedelta(seconds=0.02))

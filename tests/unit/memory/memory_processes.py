@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import mappings
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.tensor_parallel import mappings
 from scenarios import Layout, generator, initialize_parallel, model_config
 
 from megatron_midus.config import MemoryConfig
