@@ -23,7 +23,7 @@ from megatron_midus.conversion.checkpoint_layout import (
     write_latest_iteration,
 )
 from megatron_midus.training.architecture import Architecture
-from megatron_midus.training.checkpointing import optimizer_metadata
+from megatron_midus.training.optimizer_state import optimizer_metadata
 
 
 class CheckpointWriter:
