@@ -28,8 +28,8 @@ from megatron_midus.conversion.checkpoint_layout import (
 )
 from megatron_midus.conversion.checksums import file_sha256, write_checksums
 from megatron_midus.training.architecture import Architecture
-from megatron_midus.training.checkpointing import optimizer_metadata
 from megatron_midus.training.helper_process import start_result_queue
+from megatron_midus.training.optimizer_state import optimizer_metadata
 
 
 class CheckpointWriter:

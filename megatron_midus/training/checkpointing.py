@@ -18,13 +18,14 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_midus.config.optimizer import OptimizerSettings
 from megatron_midus.model.checkpoint import sharded_state_dict
 from megatron_midus.training.messages import warn_rank_0
+from megatron_midus.training.optimizer_state import load_optimizer_state, optimizer_metadata, stored_groups
 
 _TRAINING_STATE = "training_state"
 _SCHEDULE = "opt_param_scheduler"
@@ -39,14 +40,6 @@ class Progress:
     consumed_train_samples: int = 0
     floating_point_operations: float = 0.0
     consumed_train_tokens: int = 0
-
-
-def optimizer_metadata() -> dict[str, Any]:
-    """How Megatron-Core is to lay optimizer state out: so that any layout of processes can read it.
-
-    The value that Megatron-Core assumes when the key is absent does not load.
-    """
-    return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def parallel_layout() -> dict[str, int]:
@@ -83,7 +76,6 @@ def training_state(
             **dataclasses.asdict(progress),
             "train": train,
             "has_optimizer": optimizer is not None,
-            "distributed_optimizer": optimizer is not None and _is_distributed(optimizer),
             "has_rng": with_rng,
         },
         "iteration": progress.iteration,
@@ -215,7 +207,7 @@ def load_training_state(
     progress = read_progress(common)
     if stored is None:
         return progress
-    if load_optim and _has_matching_optimizer(stored, optimizer, train, directory):
+    if load_optim and _has_matching_optimizer(stored, train, directory):
         _load_optimizer(directory, common, model_chunks, optimizer)
         _load_schedule(common, optimizer, scheduler, settings, directory)
     else:
@@ -226,12 +218,7 @@ def load_training_state(
     return progress
 
 
-def _is_distributed(optimizer: MegatronOptimizer) -> bool:
-    """Whether ``--use-distributed-optimizer`` made it."""
-    return any(isinstance(o, DistributedOptimizer) for o in getattr(optimizer, "chained_optimizers", [optimizer]))
-
-
-def _has_matching_optimizer(stored: dict[str, Any], optimizer: MegatronOptimizer, train: str, directory: Path) -> bool:
+def _has_matching_optimizer(stored: dict[str, Any], train: str, directory: Path) -> bool:
     if stored["train"] != train:
         warn_rank_0(
             f"{directory} was trained with --train {stored['train']} and this run trains {train}: the optimizer state "
@@ -244,13 +231,6 @@ def _has_matching_optimizer(stored: dict[str, Any], optimizer: MegatronOptimizer
             f"{directory} holds no optimizer state (it was saved with --no-save-optim); give --no-load-optim to go on "
             "with fresh moments, or --finetune to begin a new run"
         )
-    is_stub = getattr(optimizer, "is_stub_optimizer", False)
-    if not is_stub and stored["distributed_optimizer"] != _is_distributed(optimizer):
-        was, remedy = ("with", "give it") if stored["distributed_optimizer"] else ("without", "leave it out")
-        raise ValueError(
-            f"the optimizer state of {directory} was saved {was} --use-distributed-optimizer, which lays it out in "
-            f"another way; {remedy} here as well, or give --no-load-optim to go on with fresh moments"
-        )
     return True
 
 
@@ -260,12 +240,9 @@ def _load_optimizer(
     if getattr(optimizer, "is_stub_optimizer", False):
         return
     fresh = [{key: group.get(key) for key in _GROUP_SETTINGS} for group in optimizer.param_groups]
-    model_state = sharded_state_dict(model_chunks)
-    wanted = {"optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=optimizer_metadata())}
     _check_groups(common, optimizer, directory)
     with readable(directory):
-        loaded = dist_checkpointing.load(wanted, str(directory))
-    optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer_state(directory, common, sharded_state_dict(model_chunks), optimizer)
     for group, settings in zip(optimizer.param_groups, fresh):
         group.update({key: value for key, value in settings.items() if value is not None})
 
@@ -285,10 +262,8 @@ _GROUP_SETTINGS = (
 
 def _check_groups(common: dict[str, Any], optimizer: MegatronOptimizer, directory: Path) -> None:
     """Names the setting when the groups of the checkpoint are others than this run's."""
-    stored = common["optimizer"]
-    stored = stored.get("optimizer", stored)
     for name, flag in (("lr_mult", "--value-lr-mult"), ("wd_mult", "--value-weight-decay")):
-        theirs = {g[name] for g in stored["param_groups"]}
+        theirs = {g[name] for g in stored_groups(common)}
         ours = {g[name] for g in optimizer.param_groups}
         if theirs != ours:
             raise ValueError(

@@ -34,18 +34,14 @@ LAYOUTS = {
     "tp2 sp": Layout(tp=2, sp=True),
     "pp2": Layout(pp=2),
     "dp2": Layout(dp=2),
-    "pp2 vpp3": Layout(pp=2, vpp=3),
-    "pp3": Layout(pp=3),
     "pp2 tp2 sp": Layout(pp=2, tp=2, sp=True),
-    "tp2 sp dp2": Layout(tp=2, sp=True, dp=2),
     "tp4": Layout(tp=4),  # more ranks than query groups
-    "tp4 sp": Layout(tp=4, sp=True),
 }
 CORE = ("hive", "block", "tied, bias, qk norm", "frozen base, late blocks")
 FAST = {"tp2": CORE, "pp2": CORE, "tp2 sp": tuple(SETTINGS)[:10]}
 IMPOSSIBLE = {
     # Two memory heads cannot be shared by four ranks.
-    ("block", "tp4"), ("block", "tp4 sp"),
+    ("block", "tp4"),
 }  # fmt: skip
 
 

@@ -1,0 +1,113 @@
+"""Checkpoints from every layout to every other: the run goes on along the curve of the one that was never interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import training_runs
+from launcher import launch
+from training_runs import Run
+
+LAYOUTS = {
+    "one": (1, ""),
+    "tp2": (2, "--tensor-model-parallel-size 2"),
+    "tp2 sp, latent": (
+        2,
+        "--tensor-model-parallel-size 2 --sequence-parallel --memory-value-placement latent",
+    ),
+    "pp2, by cost": (2, "--pipeline-model-parallel-size 2 --pipeline-layout auto"),
+    "pp2 vpp3": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3"),
+    "dp2, distributed optimizer": (2, "--use-distributed-optimizer"),
+    "tp2 dp2, overlapped": (
+        4,
+        "--tensor-model-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    ),
+}
+FAST = ("tp2 sp, latent",)
+FIRST, LAST = 3, 6
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("start")
+    launch(training_runs.write_checkpoints, 1, root)
+    return root / "hive"
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> torch.Tensor:
+    """``[steps, (iteration, loss, gradient norm)]`` after the interruption, of one process without one."""
+    (curves,) = launch(training_runs.train_runs, 1, {"whole": Run(checkpoint, steps=LAST)}, "")
+    return torch.tensor(curves["whole"], dtype=torch.float64)[FIRST:]
+
+
+@pytest.fixture(scope="module")
+def saved(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
+    """``saved(layout)``: the root of a checkpoint that this layout wrote after ``FIRST`` steps."""
+    root = tmp_path_factory.mktemp("saved")
+
+    def save(layout: str) -> Path:
+        directory = root / layout.replace(" ", "_")
+        if not directory.exists():
+            world_size, flags = LAYOUTS[layout]
+            run = Run(checkpoint, steps=FIRST, save=directory)
+            launch(training_runs.train_runs, world_size, {"first": run}, flags)
+        return directory
+
+    return save
+
+
+def on_the_last_stage(ranks: list[dict[str, list]], name: str) -> list[torch.Tensor]:
+    found = [torch.tensor(rank[name], dtype=torch.float64) for rank in ranks if rank[name][0][1] is not None]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("target", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])
+def test_the_curve_goes_on(target: str, checkpoint: Path, expected: torch.Tensor, saved) -> None:
+    """From each layout, with or without a distributed optimizer; the moments are part of what decides the curve."""
+    world_size, flags = LAYOUTS[target]
+    sources = LAYOUTS if target not in FAST else ("one", "tp2", "dp2, distributed optimizer")
+    runs = {source: Run(saved(source), steps=LAST) for source in sources}
+    ranks = launch(training_runs.train_runs, world_size, runs, flags)
+    for source in runs:
+        for found in on_the_last_stage(ranks, source):
+            # As close as two layouts without a checkpoint between them.
+            torch.testing.assert_close(
+                found, expected, rtol=1e-5, atol=0, msg=lambda m, source=source: f"{source}: {m}"
+            )
+
+
+def test_without_the_moments_the_curve_is_another(expected: torch.Tensor, saved) -> None:
+    """Or the comparison above could not tell."""
+    run = Run(saved("one"), "--no-load-optim", steps=LAST)
+    (curves,) = launch(training_runs.train_runs, 1, {"fresh": run}, "")
+    found = torch.tensor(curves["fresh"], dtype=torch.float64)
+    assert (found[1:, 1] / expected[1:, 1] - 1).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_optimizer_state_travels_between_the_kinds_of_optimizer(checkpoint: Path, tmp_path: Path) -> None:
+    """Bit by bit, through a load and a save: moments, step counts and, in bf16, the masters that know more than weights.
+
+    An fp32 optimizer that is not distributed stores no masters; its weights are what they become.
+    """
+    kinds = {"fp32": "", "bf16": "--bf16", "distributed": "--bf16 --use-distributed-optimizer"}
+    first = {name: Run(checkpoint, flags, FIRST, tmp_path / name) for name, flags in kinds.items()}
+    again = {
+        f"{source} to {target}": Run(tmp_path / source, kinds[target], FIRST, tmp_path / f"{source} to {target}")
+        for source in kinds
+        for target in kinds
+        if target != "fp32"
+    }
+    assert launch(training_runs.train_runs, 2, {**first, **again}, "")[0][next(iter(again))] == []
+    (stored,) = launch(training_runs.stored_optimizer_state, 1, {name: tmp_path / name for name in (*first, *again)})
+    for name in again:
+        before, after = stored[name.split(" to ")[0]], stored[name]
+        assert set(before) == set(after) and len(after) > 100
+        for key, tensor in before.items():
+            assert torch.equal(tensor, after[key]), f"{name}: {key}"
+    masters = [t for key, t in stored["bf16"].items() if key.startswith("master.")]
+    assert any(not torch.equal(t, t.bfloat16().float()) for t in masters)

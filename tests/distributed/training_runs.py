@@ -1,0 +1,226 @@
+"""What the processes of the layout tests do: train as the driver does, from flags and a checkpoint, on numbered samples.
+
+Everything between the command line and the optimizer's step is the driver's own; only the loop around the steps is here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import load_common_state_dict, load_plain_tensors
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    init_num_microbatches_calculator,
+)
+from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_machine
+from scenarios import fill_with_random_numbers, generator
+
+from megatron_midus.config import MemoryConfig, ModelConfig
+from megatron_midus.conversion.checkpoint_layout import find_checkpoint, iteration_directory, write_latest_iteration
+from megatron_midus.model.checkpoint import save_weights
+from megatron_midus.training import build
+from megatron_midus.training.architecture import Architecture, Source, find_source, resolve_architecture
+from megatron_midus.training.arguments import Arguments, parse_arguments
+from megatron_midus.training.checkpoint_writer import CheckpointWriter
+from megatron_midus.training.checkpointing import Progress, load_training_state, training_state
+from megatron_midus.training.checks import check_schedule, resolve_layout, resolve_pipeline
+from megatron_midus.training.optimizer import build_optimizer, build_scheduler
+from megatron_midus.training.optimizer_state import stored_groups
+from megatron_midus.training.step import BatchShape, make_forward_step, train_step
+from megatron_midus.upscaling import make_plan
+
+SEQUENCE, VOCABULARY, GLOBAL_BATCH = 16, 37, 4
+
+# Adam's eps: with 1e-8 it turns rounding of near-zero gradients into whole steps.
+COMMON = (
+    f"--distributed-backend gloo --mock-data --seq-length {SEQUENCE} --global-batch-size {GLOBAL_BATCH} --lr 3e-3 "
+    "--lr-decay-style constant --adam-eps 1e-3 --value-lr-mult 3 --make-vocab-size-divisible-by 1 --train all "
+    "--memory-backend torch --num-workers 0 --micro-batch-size 2 --train-iters 10 "
+    # Every prediction counts alike, in however many micro-batches.
+    "--calculate-per-token-loss"
+)
+
+# Eight heads, so that eight ranks can share them; two groups of keys and values, so that four ranks share one.
+MODEL = {
+    "num_layers": 6,
+    "hidden_size": 32,
+    "ffn_hidden_size": 40,
+    "num_attention_heads": 8,
+    "num_query_groups": 2,
+    "kv_channels": 6,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "hive": {},
+    "full": {"memory_variant": "full"},
+    "block": {"memory_variant": "block"},
+}
+
+
+class NumberedSamples(torch.utils.data.Dataset):
+    """Random tokens that depend on the sample's number alone."""
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        text = torch.randint(VOCABULARY, (SEQUENCE + 1,), generator=generator(f"sample {index}"))
+        # Not every prediction counts, and not as many on every rank.
+        mask = (torch.arange(SEQUENCE) >= index % 3).float()
+        return {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "loss_mask": mask,
+            "position_ids": torch.arange(SEQUENCE),
+        }
+
+
+def write_checkpoints(root: Path) -> None:
+    """``root/<variant>``: a checkpoint of iteration 0 of each variant, every weight random, value banks too."""
+    for variant, settings in VARIANTS.items():
+        memory = MemoryConfig(memory_num_keys=9, memory_topk=3, memory_latent_size=8, **settings)
+        plan = make_plan("interleave", num_layers=4, insert_after=(1, 3), memory=memory)
+        model = ModelConfig(**MODEL)
+        arguments = parse_arguments(shlex.split(COMMON))
+        _initialize_parallel(arguments, model.num_layers)
+        architecture = Architecture(model, plan, "all", None)
+        config = build.transformer_config(arguments, architecture)
+        chunks = build.build_model_chunks(arguments, architecture, config, Source(None))
+        fill_with_random_numbers(chunks, plan)
+        directory = iteration_directory(root / variant, 0)
+        directory.mkdir(parents=True)
+        save_weights(chunks, directory)
+        plan.save(directory)
+        model.save(directory)
+        write_latest_iteration(root / variant, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run: what it loads, its flags, and where it goes on to.
+
+    Attributes:
+        load: checkpoint root.
+        flags: on top of ``COMMON`` and those of the layout.
+        steps: iteration after which it ends.
+        save: root of a checkpoint that is written at the end.
+    """
+
+    load: Path
+    flags: str = ""
+    steps: int = 10
+    save: Path | None = None
+
+
+def train_runs(runs: dict[str, Run], layout_flags: str) -> dict[str, list[tuple]]:
+    """The runs one after the other: ``(iteration, loss, gradient norm)`` of every step, loss off the last stage None."""
+    return {name: _train(run, layout_flags) for name, run in runs.items()}
+
+
+def _train(run: Run, layout_flags: str) -> list[tuple]:
+    flags = f"{COMMON} --load {run.load} {layout_flags} {run.flags}"
+    arguments = parse_arguments(shlex.split(flags))
+    layout = resolve_layout(arguments, torch.distributed.get_world_size())
+    source = find_source(arguments.checkpoint)
+    architecture = resolve_architecture(arguments, source, tokenizer_vocab_size=None)
+    parallel = resolve_pipeline(
+        arguments.parallel, architecture.model, architecture.plan, seq_length=SEQUENCE, train=architecture.train
+    )
+    arguments = dataclasses.replace(arguments, parallel=parallel)
+    check_schedule(arguments, layout, architecture.plan.num_layers)
+    _initialize_parallel(arguments, architecture.plan.num_layers)
+    destroy_num_microbatches_calculator()
+    init_num_microbatches_calculator(
+        0, None, layout.global_batch_size, arguments.training.micro_batch_size, layout.data_parallel_size, False
+    )
+    config = build.transformer_config(arguments, architecture)
+    placement = build.place_values(arguments, architecture, layout)
+    chunks = build.build_model_chunks(arguments, architecture, config, source, placement)
+    chunks = build.wrap_model_chunks(chunks, arguments, config)
+    optimizer = build_optimizer(chunks, arguments.optimizer, arguments.training, parallel)
+    scheduler = build_scheduler(optimizer, arguments.optimizer, arguments.training, layout.global_batch_size)
+    build.connect(config, chunks, optimizer, parallel)
+    progress = Progress()
+    if source.resume:
+        assert source.directory is not None
+        progress = load_training_state(
+            source.directory,
+            chunks,
+            optimizer,
+            scheduler,
+            settings=arguments.optimizer,
+            train=architecture.train,
+            load_optim=arguments.checkpoint.load_optim,
+            load_rng=False,
+        )
+    curve = _steps(arguments, chunks, optimizer, scheduler, progress, run.steps)
+    if run.save is not None:
+        state = training_state(chunks, optimizer, scheduler, progress, train=architecture.train, with_rng=False)
+        CheckpointWriter(run.save, architecture, is_async=False, keep_last=0).save(progress.iteration, state)
+    return curve
+
+
+def _steps(
+    arguments: Arguments, chunks: list, optimizer: Any, scheduler: Any, progress: Progress, last: int
+) -> list[tuple]:
+    shape = BatchShape(arguments.training.micro_batch_size, SEQUENCE, False, None)
+    forward_step = make_forward_step(shape, check_loss=False)
+    iterator = build.build_iterators(
+        NumberedSamples(),
+        arguments,
+        num_chunks=len(chunks),
+        consumed_samples=progress.consumed_train_samples,
+        is_training=True,
+    )
+    for chunk in chunks:
+        chunk.train()
+    curve = []
+    while progress.iteration < last:
+        result = train_step(
+            forward_step, iterator, chunks, optimizer, scheduler, shape, arguments.optimizer,
+            samples=GLOBAL_BATCH, check_loss=False,
+        )  # fmt: skip
+        progress.iteration += 1
+        progress.consumed_train_samples += GLOBAL_BATCH
+        curve.append((progress.iteration, result.loss, result.grad_norm))
+    if arguments.parallel.overlap_param_gather:
+        # The parameters of the last step are still on their way.
+        for chunk in chunks:
+            chunk.start_param_sync(force_sync=True)
+    return curve
+
+
+def stored_optimizer_state(roots: dict[str, Path]) -> dict[str, dict[str, torch.Tensor]]:
+    """Moments, master weights (``master.<key>``, under whatever name) and step counts of the newest checkpoints."""
+    found = {}
+    for name, root in roots.items():
+        directory, _ = find_checkpoint(root)
+        tensors = load_plain_tensors(str(directory))
+        common = load_common_state_dict(str(directory))
+        state = {key: t for key, t in tensors.items() if key.startswith(("optimizer.state.exp_avg",))}
+        for key in (key for key in tensors if key.startswith(("embedding.", "decoder.", "output_layer."))):
+            names = (f"optimizer.state.param.{key}", f"optimizer.state.fp32_param.{key}", key)
+            state[f"master.{key}"] = next(tensors[name] for name in names if name in tensors)
+        for index, group in enumerate(stored_groups(common)):
+            state[f"step {index}"] = torch.tensor(int(group["step"]))
+        found[name] = state
+    return found
+
+
+_is_initialized = False
+
+
+def _initialize_parallel(arguments: Arguments, num_layers: int) -> None:
+    """Once a process: every group of Gloo costs a thread for good, and all runs of a process share their layout."""
+    global _is_initialized
+    if not _is_initialized:
+        build.initialize_model_parallel(arguments.parallel, arguments.training.seed, num_layers)
+        initialize_rerun_state_machine(mode=RerunMode.DISABLED)
+        _is_initialized = True
+    assert parallel_state.get_tensor_model_parallel_world_size() == arguments.parallel.tensor_model_parallel_size
