@@ -41,7 +41,11 @@ setup(
         # apex is not on the package index; megatron_midus.platform says how to get it when it is asked for.
         "gpu": ["transformer-engine[pytorch]>=2.1"],
         "eval": ["lm-eval>=0.4.8,<0.5"],
+        # tools/benchmark.py: the plot, and another implementation of product keys to compare with.
+        "bench": ["matplotlib>=3.7", "product-key-memory>=0.3"],
         "dev": [
+            "matplotlib>=3.7",
+            "product-key-memory>=0.3",
             "pytest>=8",
             "pytest-xdist",
             "ruff>=0.8",
