@@ -11,6 +11,8 @@ VERSION = next(
     if "__version__" in line
 )
 
+# tools/benchmark.py: the plot, and another implementation of product keys to compare with.
+BENCH = ["matplotlib>=3.7", "product-key-memory>=0.3"]
 # With its packages for Hugging Face models.
 EVAL = ["lm-eval[hf]>=0.4.13,<0.5"]
 
@@ -47,8 +49,10 @@ setup(
         # apex is not on the package index; megatron_midus.platform says how to get it when it is asked for.
         "gpu": ["transformer-engine[pytorch]>=2.1"],
         "eval": EVAL,
+        "bench": BENCH,
         "dev": [
             *EVAL,
+            *BENCH,
             "pytest>=8",
             "pytest-xdist",
             "ruff>=0.8",

@@ -128,6 +128,7 @@ def product_key_memory(shape: Shape) -> Callable[[Inputs], torch.Tensor]:
 
     def run(inputs: Inputs) -> torch.Tensor:
         query, row_keys, col_keys, values = inputs
+        module.num_keys = row_keys.shape[1]  # parity is checked on a smaller bank
         halves = query.unflatten(-1, (2, -1)).transpose(1, 2).reshape(1, len(query), -1)  # [1, T, 2 * H * D/2]
         weights = {"keys": torch.stack([row_keys, col_keys], dim=2), "values.weight": values}
         return torch.func.functional_call(module, weights, (halves,)).transpose(0, 1)

@@ -68,6 +68,7 @@ def _measure(
         warmup=settings.warmup,
         device=device,
     )
+    ceilings = ceilings.best(measure_ceilings(device, shape.torch_dtype))
     work = {c.name: work_of(c.function, shape, shape.tokens) for c in contenders}
     rows = make_rows(times, ["forward", "backward"], comparisons(contenders), work=work, ceilings=ceilings, peaks=peaks)
     return Section(f"hml {shape.name}", shape.describe(), dataclasses.asdict(shape), rows, BASELINES, ceilings)

@@ -95,6 +95,7 @@ def _measure(shape: Shape, settings: LayerSettings, device: str) -> Section:
         warmup=settings.warmup,
         device=device,
     )
+    ceilings = ceilings.best(measure_ceilings(device, shape.torch_dtype))
     tokens = shape.seq_length * settings.batch
     work = {}
     for variant, block in blocks.items():

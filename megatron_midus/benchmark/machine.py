@@ -14,8 +14,8 @@ import torch
 from megatron_midus.benchmark.timing import Summary, time_phases
 
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
-GEMM_SIZE = {"cpu": 1536, "cuda": 8192}
-REPETITIONS = 7
+GEMM_SIZE = {"cpu": 1280, "cuda": 8192}
+REPETITIONS = 9
 _PACKAGES = ("megatron-midus", "torch", "triton", "numpy", "megatron-core", "transformer-engine", "product-key-memory")
 
 
@@ -25,6 +25,12 @@ class Ceilings:
 
     gigabytes_per_second: float
     teraflops: float
+
+    def best(self, other: Ceilings) -> Ceilings:
+        """The higher figures: a neighbour that was busy lowers a ceiling, and nothing raises one."""
+        return Ceilings(
+            max(self.gigabytes_per_second, other.gigabytes_per_second), max(self.teraflops, other.teraflops)
+        )
 
     def milliseconds(self, flops: float, num_bytes: float) -> float:
         """The roofline: the least time that so many operations, or so many bytes, take (Williams et al. 2009)."""

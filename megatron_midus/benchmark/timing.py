@@ -1,8 +1,9 @@
-"""Timing of contenders in turn: each round gives every one of them the same fresh data, in another order."""
+"""Timing of contenders in turn: each round gives every one of them the same fresh data, in a random order."""
 
 from __future__ import annotations
 
 import dataclasses
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -69,9 +70,10 @@ def interleave(
     device: str,
     hide_launches: bool = True,
 ) -> dict[str, list[list[float]]]:
-    """Times every contender once a round, beginning with another one each round.
+    """Times every contender once a round, in an order drawn for each round.
 
-    A machine that slows down, or a cache that a neighbour leaves behind, then meets all of them alike.
+    A machine that slows down, and what a predecessor leaves in the caches, then meets all of them alike: behind another
+    look-up a decoding step finds its sub-keys in the cache, behind an FFN it does not.
 
     Args:
         contenders: by name.
@@ -83,12 +85,12 @@ def interleave(
     Returns:
         Per contender one list of milliseconds for each phase.
     """
-    names = list(contenders)
+    names, order = list(contenders), random.Random(0)
     times: dict[str, list[list[float]]] = {name: [[] for _ in phases] for name, phases in contenders.items()}
     for index in range(warmup + rounds):
         refresh()
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
+        order.shuffle(names)
+        for name in names:
             measured = time_phases(contenders[name], device=device, hide_launches=hide_launches)
             if index >= warmup:
                 for phase, milliseconds in zip(times[name], measured):

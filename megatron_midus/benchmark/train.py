@@ -139,6 +139,7 @@ def _measure(shape: Shape, settings: TrainSettings, device: str) -> Section:
         device=device,
         hide_launches=False,
     )
+    ceilings = ceilings.best(measure_ceilings(device, shape.torch_dtype))
     tokens = shape.seq_length * settings.batch
     work = {name: [_work(each, tokens, shape)] for name, each in trainees.items()}
     baselines = {name: [b for b in BASELINES.get(name, []) if b in trainees] for name in trainees}

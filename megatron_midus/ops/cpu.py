@@ -8,6 +8,7 @@ entries; W width of a bank's rows; c tokens of a chunk.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from megatron_midus.ops import selection
 from megatron_midus.ops.reference import activate_scores, compute_dtype
 
 CHUNK_SELECTIONS = 1 << 20  # slots handled at a time; a chunk's temporaries take about 100 bytes each
+FEW_LOOKUPS = 512
 MAX_SEGMENT = 1024  # entries summed one after the other; longer runs are split, for balance and for accuracy
 GATHERED_ELEMENTS = 1 << 24  # elements of a gather where sampled_addmm cannot be used
 
@@ -97,6 +99,12 @@ def _look_up(
     index, scores = selection.select_slots(query, row_keys, col_keys, topk=settings.topk, dtype=dtype)
     weights = activate_scores(scores, settings.score_activation)
     tokens, heads, _ = query.shape
+    if head_proj is not None and tokens * heads <= FEW_LOOKUPS:  # one part; of a decoding step, each call counts
+        bank, slots = _widened(values, index.view(-1), dtype)
+        starts = _bag_starts(tokens * heads, settings.topk, index.device)
+        latent = torch.embedding_bag(bank, slots, starts, False, 0, False, weights.view(-1))[0]  # mode 0: sum
+        out = torch.bmm(latent.view(heads, tokens, values.shape[1]), head_proj.to(dtype)).transpose(0, 1)
+        return out.to(query.dtype).contiguous(), index, weights
     width = values.shape[-1] if head_proj is None else head_proj.shape[2]
     out = query.new_empty(tokens, 1 if settings.variant == "block" else heads, width)
     proj = None if head_proj is None else head_proj.to(dtype)
@@ -343,6 +351,11 @@ def _pool_rows(bank: torch.Tensor, index_BJ: torch.Tensor, weights_BJ: torch.Ten
     """``out[b] = sum_j weights[b, j] * bank[index[b, j]]``, ``[B, W]``."""
     bank, index_BJ = _widened(bank, index_BJ, weights_BJ.dtype)
     return F.embedding_bag(index_BJ, bank, per_sample_weights=weights_BJ, mode="sum")
+
+
+@functools.lru_cache(maxsize=64)
+def _bag_starts(num_bags: int, entries: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(0, num_bags * entries, entries, dtype=torch.int32, device=device)
 
 
 def _row_products(bank: torch.Tensor, index_BJ: torch.Tensor, rows_BW: torch.Tensor) -> torch.Tensor:

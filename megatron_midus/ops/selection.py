@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -23,30 +26,70 @@ except ImportError:
 COLUMN_MASK = (1 << 28) - 1
 CHUNK_SCORES = 1 << 19  # scores of one half held at a time; packed they take 4 MiB, about a cache
 FEW_ROWS = 16
+NUMPY_ROWS = 512  # up to here numpy's smaller cost per operator counts for more than torch's vectors
 MIN_PACKED = 1 << 12  # scores; below, torch.topk is done before the packing is
-MIN_THREADS = 4  # with two, OpenMP's idle thread spins on the core that the second one wants: no gain was measured
 MIN_ROWS_PER_THREAD = 512  # below, handing rows to a thread costs more than it saves
 
 
 def select_slots(
     query_THD: torch.Tensor, row_keys_HND: torch.Tensor, col_keys_HND: torch.Tensor, *, topk: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(indices int32 [H, T, K], scores dtype [H, T, K])``, best first. ``dtype`` is fp32 or fp64."""
+    """``(indices int32 [H, T, K], scores dtype [H, T, K])``, best first. ``dtype`` is fp32 or fp64.
+
+    Gradients must be off.
+    """
     tokens, heads, _ = query_THD.shape
     num_keys = row_keys_HND.shape[1]
+    query = query_THD.transpose(0, 1)  # [H, T, D]
     keys = [half.to(dtype).transpose(1, 2) for half in (row_keys_HND, col_keys_HND)]  # [H, D/2, N]
-    step = max(1, CHUNK_SCORES // (heads * num_keys))
+    if heads * tokens <= NUMPY_ROWS:
+        return _best_slots(query.to(dtype), keys, topk)
+    threads = min(_num_threads(), heads * tokens // MIN_ROWS_PER_THREAD) if query.device.type == "cpu" else 1
+    step = max(1, min(CHUNK_SCORES // (heads * num_keys), -(-tokens // max(threads, 1))))
     if tokens <= step:
-        return _best_slots(query_THD.to(dtype).transpose(0, 1), keys, topk)
+        return _best_slots(query.to(dtype), keys, topk)
     keys = [half.contiguous() for half in keys]
-    indices = torch.empty(heads, tokens, topk, dtype=torch.int32, device=query_THD.device)
-    scores = torch.empty(heads, tokens, topk, dtype=dtype, device=query_THD.device)
-    scratch = torch.empty(heads * step * num_keys, dtype=torch.float64, device=query_THD.device)
-    for begin in range(0, tokens, step):
-        chunk = slice(begin, begin + step)
-        query = query_THD[chunk].to(dtype).transpose(0, 1)
-        indices[:, chunk], scores[:, chunk] = _best_slots(query, keys, topk, scratch)
+    indices = torch.empty(heads, tokens, topk, dtype=torch.int32, device=query.device)
+    scores = torch.empty(heads, tokens, topk, dtype=dtype, device=query.device)
+    chunks = [slice(begin, begin + step) for begin in range(0, tokens, step)]
+
+    def work(some: list[slice]) -> None:
+        scratch = torch.empty(heads * step * num_keys, dtype=torch.float64, device=query.device)
+        for chunk in some:
+            indices[:, chunk], scores[:, chunk] = _best_slots(query[:, chunk].to(dtype), keys, topk, scratch)
+
+    _run_in_threads(work, [chunks[first::threads] for first in range(threads)] if threads > 1 else [chunks])
     return indices, scores
+
+
+def _num_threads() -> int:
+    return torch.get_num_threads()
+
+
+def _run_in_threads(function: Callable[[list[slice]], None], parts: list[list[slice]]) -> None:
+    """``function`` on each part in a thread of its own, within which torch uses that one thread alone.
+
+    numpy's sort and torch's small operators use one core each; side by side they use all of them. Torch's own threads
+    have to sleep meanwhile: one that spins for its next operator keeps the core from the others.
+    """
+    if len(parts) == 1:
+        return function(parts[0])
+    for done in [_pool(len(parts), os.getpid()).submit(torch.no_grad()(function), part) for part in parts]:
+        done.result()
+
+
+@functools.lru_cache(maxsize=4)
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """``process`` is in the key because threads do not survive a fork."""
+    before = torch.get_num_threads()
+    started = threading.Barrier(threads + 1)
+    pool = ThreadPoolExecutor(threads, "memory-select", initializer=torch.set_num_threads, initargs=(1,))
+    for _ in range(threads):
+        pool.submit(started.wait)
+    started.wait()
+    # The number holds for the thread that sets it, but threads that begin later would inherit it.
+    torch.set_num_threads(before)
+    return pool
 
 
 def _best_slots(
@@ -55,6 +98,10 @@ def _best_slots(
     """Slots and scores ``[H, T, K]`` of one chunk."""
     heads, tokens, _ = query_HTD.shape
     num_keys = keys[0].shape[2]
+    if heads * tokens <= NUMPY_ROWS and SIMD_SORT and query_HTD.dtype == torch.float32 and not query_HTD.is_cuda:
+        found = _best_of_few(query_HTD, keys, topk)
+        if found is not None:
+            return found
     row_query, col_query = query_HTD.chunk(2, dim=-1)
     row_best, row_index = top_columns(torch.bmm(row_query, keys[0]).view(-1, num_keys), topk, scratch)  # [R, K]
     col_best, col_index = top_columns(torch.bmm(col_query, keys[1]).view(-1, num_keys), topk, scratch)
@@ -69,6 +116,38 @@ def _best_slots(
         col = col_index.gather(1, second.index_select(0, pair.flatten()).view_as(pair))
         slots = row.mul_(num_keys).add_(col).int()
     return slots.view(heads, tokens, topk), scores.view(heads, tokens, topk)
+
+
+def _best_of_few(
+    query_HTD: torch.Tensor, keys: list[torch.Tensor], topk: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """As ``_best_slots``, in as few and as cheap calls as there are; ``None`` where a score is not finite."""
+    heads, tokens, _ = query_HTD.shape
+    rows, num_keys = heads * tokens, keys[0].shape[2]
+    halves = [torch.bmm(q, k).numpy() for q, k in zip(query_HTD.chunk(2, dim=-1), keys)]
+    best, column = _top_columns_of_few(halves, topk)
+    first, second = _numpy_pairs(topk)
+    scores, pair = _top_columns_of_few([best[:rows].take(first, 1) + best[rows:].take(second, 1)], topk)
+    if not numpy.isfinite(scores).all():  # these are sums of the best ones: whatever is bad has come this far
+        return None
+    row_begin = numpy.arange(rows)[:, None]
+    slots = column[row_begin, first[pair]] * num_keys + column[row_begin + rows, second[pair]]
+    shape = (heads, tokens, topk)
+    return torch.from_numpy(slots.astype(numpy.int32)).view(shape), torch.from_numpy(scores).view(shape)
+
+
+def _top_columns_of_few(parts: list[Any], topk: int) -> tuple[Any, Any]:
+    """``top_columns`` of finite scores, arrays whose rows are put below each other; numpy to numpy."""
+    columns = parts[0].shape[-1]
+    rows = parts[0].size // columns
+    packed = numpy.empty((len(parts) * rows, columns))
+    for index, part in enumerate(parts):
+        packed[index * rows : (index + 1) * rows] = part.reshape(rows, columns)
+    labels = packed.view(numpy.int64)
+    labels |= _column_labels(columns)
+    packed.sort(axis=1)
+    best = packed[:, : -topk - 1 : -1]
+    return best.astype(numpy.float32), best.view(numpy.int64) & COLUMN_MASK
 
 
 def top_columns(
@@ -87,7 +166,7 @@ def top_columns(
         else:
             packed = scratch[: scores_RN.numel()].view_as(scores_RN).copy_(scores_RN)
         packed.view(torch.int64).bitwise_or_(torch.arange(scores_RN.shape[1]))
-        _sort_rows(packed)
+        packed.numpy().sort(axis=1)
         best = packed[:, -topk:].flip(1)
         # inf or NaN with a column is NaN, which sorts last; -inf with the column 0 is still -inf.
         if best[:, 0].sum().isfinite():
@@ -95,25 +174,15 @@ def top_columns(
     return scores_RN.topk(topk, dim=1)
 
 
-def _sort_rows(rows: torch.Tensor) -> None:
-    """Sorts each row of a contiguous CPU matrix in place, with as many threads as torch uses (numpy frees the GIL)."""
-    array = rows.numpy()
-    threads = min(torch.get_num_threads(), len(array) // MIN_ROWS_PER_THREAD)
-    if threads < MIN_THREADS:
-        array.sort(axis=1)
-        return
-    bounds = [len(array) * i // threads for i in range(threads + 1)]
-    parts = [array[begin:end] for begin, end in zip(bounds, bounds[1:])]
-    pending = [_pool(threads - 1, os.getpid()).submit(part.sort, axis=1) for part in parts[1:]]
-    parts[0].sort(axis=1)
-    for done in pending:
-        done.result()
+@functools.lru_cache(maxsize=64)
+def _column_labels(columns: int) -> Any:
+    return numpy.arange(columns)
 
 
-@functools.lru_cache(maxsize=4)
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """``process`` is in the key because threads do not survive a fork."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="memory-sort")
+@functools.lru_cache(maxsize=64)
+def _numpy_pairs(topk: int) -> tuple[Any, Any]:
+    first, second = _pairs(topk, torch.device("cpu"))
+    return first.numpy(), second.numpy()
 
 
 @functools.lru_cache(maxsize=64)

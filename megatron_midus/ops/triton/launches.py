@@ -50,9 +50,16 @@ def launches(shape: Shape, *, capability: int) -> list[resources.Launch]:
         if shape.variant == "hive":
             sizes.append((shape.heads, shape.latent, shape.out))
         tensors = [torch.empty(size, dtype=shape.dtype, device="meta", requires_grad=True) for size in sizes]
-        proj = tensors[4] if shape.variant == "hive" else None
+        query, row_keys, col_keys, values, *projection = tensors
         out = function.head_wise_memory(
-            *tensors[:4], proj, topk=shape.topk, variant=shape.variant, deterministic=shape.deterministic
+            query,
+            row_keys,
+            col_keys,
+            values,
+            projection[0] if projection else None,
+            topk=shape.topk,
+            variant=shape.variant,
+            deterministic=shape.deterministic,
         )
         out.backward(torch.empty_like(out))
 
