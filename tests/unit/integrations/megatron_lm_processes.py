@@ -27,7 +27,7 @@ from megatron_midus.model.layer import MIDUSMemoryLayer, layer_index
 from megatron_midus.upscaling import UpscalePlan
 
 RECORD = Path(__file__).parent / "megatron_lm_arguments.json"
-SEQUENCE = 21
+SEQUENCE, VOCAB = 21, 101
 
 
 def decode(value: Any) -> Any:
@@ -79,18 +79,36 @@ def start() -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
-def loss_of(model: torch.nn.Module, vocab_size: int) -> torch.Tensor:
+def loss_of(model: torch.nn.Module) -> torch.Tensor:
     """``[b, s]`` nats on fixed random tokens."""
-    tokens = torch.randint(vocab_size, (2, SEQUENCE + 1), generator=torch.Generator().manual_seed(2))
+    tokens = fixed_tokens()
     positions = torch.arange(SEQUENCE).expand(2, -1)
     return model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+
+
+def fixed_tokens() -> torch.Tensor:
+    return torch.randint(VOCAB, (2, SEQUENCE + 1), generator=torch.Generator().manual_seed(2))
+
+
+def unmasked_loss_of(model: torch.nn.Module) -> torch.Tensor:
+    """The loss when the rows that pad the vocabulary, which are zero, take part in the softmax."""
+    tokens = fixed_tokens()
+    logits = model(tokens[:, :-1], torch.arange(SEQUENCE).expand(2, -1), None).detach()  # [b, s, rows]
+    logits[..., VOCAB:] = 0.0
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
 
 
 def drivers_model(root: Path) -> GPTModel:
     """The model of this project's own driver, with the weights of the checkpoint."""
     directory = iteration_directory(root, 0)
     model, plan = ModelConfig.load(directory), UpscalePlan.load(directory)
-    gpt = build_model(make_transformer_config(model, plan), model=model, plan=plan, sequence_length=32)
+    gpt = build_model(
+        make_transformer_config(model, plan),
+        model=model,
+        plan=plan,
+        sequence_length=32,
+        make_vocab_size_divisible_by=8,
+    )
     load_weights([gpt], directory)
     return gpt
 
@@ -110,9 +128,9 @@ def build_both(root: Path) -> dict[str, Any]:
     start()
     arguments = install_upstream(root)
     gpt = megatron_lm.model_provider(pre_process=True, post_process=True)
-    fresh = loss_of(gpt, 101)
+    fresh = loss_of(gpt)
     load_weights([gpt], iteration_directory(root, 0))
-    loss = loss_of(gpt, 101)
+    loss = loss_of(gpt)
     loss.mean().backward()
     own = drivers_model(root)
     gradients = {name: p.grad.abs().sum().item() for name, p in gpt.named_parameters() if p.grad is not None}
@@ -122,7 +140,7 @@ def build_both(root: Path) -> dict[str, Any]:
         "rows": arguments.padded_vocab_size,
         "fresh": fresh.detach(),
         "loss": loss.detach(),
-        "own_loss": loss_of(own, 101).detach(),
+        "own_loss": loss_of(own).detach(),
         "gradients": gradients,
     }
 
@@ -143,9 +161,9 @@ def build_by_spec(root: Path) -> dict[str, Any]:
         rotary_base=arguments.rotary_base,
         rope_scaling=arguments.use_rope_scaling,
     )
-    gpt.unpadded_vocab_size = 101
+    gpt.unpadded_vocab_size = VOCAB
     load_weights([gpt], iteration_directory(root, 0))
-    return {**describe(gpt), "loss": loss_of(gpt, 101).detach(), "own_loss": loss_of(drivers_model(root), 101).detach()}
+    return {**describe(gpt), "loss": loss_of(gpt).detach(), "own_loss": unmasked_loss_of(drivers_model(root))}
 
 
 def param_groups(root: Path) -> list[dict[str, Any]]:

@@ -43,18 +43,14 @@ def test_layers_follow_the_plan(built, plan):
 
 
 def test_parameters_are_those_of_the_driver(built, plan):
-    padded = {"embedding.word_embeddings.weight", "output_layer.weight"}
-    for name, shape in built["shapes"].items():
-        own = built["own"]["shapes"][name]
-        # --make-vocab-size-divisible-by 8 pads 101 rows to 104.
-        assert shape == ([104, own[1]] if name in padded else own)
-    assert set(built["shapes"]) == set(built["own"]["shapes"]) and built["rows"] == 104
+    assert built["shapes"] == built["own"]["shapes"]
+    # --make-vocab-size-divisible-by 8 pads 101 rows to 104.
+    assert built["shapes"]["embedding.word_embeddings.weight"][0] == built["rows"] == 104
     inserted = tuple(f"decoder.layers.{index}." for index in plan.inserted_indices)
     assert built["trainable"] == [name for name in built["shapes"] if name.startswith(inserted)]
 
 
 def test_loss_is_that_of_the_drivers_model(built):
-    # Padding rows are masked to the lowest float, so they add exactly 0 to the sum of exponentials.
     assert torch.equal(built["loss"], built["own_loss"])
     assert torch.isfinite(built["fresh"]).all() and not torch.equal(built["fresh"], built["loss"])
 
@@ -67,8 +63,8 @@ def test_gradients_reach_the_inserted_blocks_alone(built):
 def test_spec_for_upstreams_own_builder(root, built):
     (found,) = launch(processes.build_by_spec, 1, root)
     assert found["kinds"] == built["kinds"] and set(found["shapes"]) == set(built["shapes"])
-    # gpt_builder does not mask the rows that pad the vocabulary; they are zero, and take a share of the softmax.
-    assert torch.allclose(found["loss"], found["own_loss"], atol=0.2)
+    # gpt_builder does not mask the rows that pad the vocabulary. fp32, another implementation of the softmax.
+    assert torch.allclose(found["loss"], found["own_loss"], atol=1e-5)
     assert found["trainable"] == list(found["shapes"])
 
 
@@ -203,5 +199,5 @@ def test_example_calls_the_hooks():
     """The example is upstream's pretrain_gpt.py with these names in it; upstream is not here to run it."""
     source = (Path(__file__).parents[3] / "examples" / "megatron_lm" / "pretrain_gpt_midus.py").read_text()
     compile(source, "pretrain_gpt_midus.py", "exec")
-    used = set(re.findall(r"megatron_lm\.(\w+)", source))
+    used = set(re.findall(r"\bmegatron_lm\.(\w+)", source.replace("megatron_lm.md", "")))
     assert used and all(hasattr(megatron_lm, name) for name in used)
