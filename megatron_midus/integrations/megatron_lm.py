@@ -219,6 +219,21 @@ def _check_resumed_plan(arguments: argparse.Namespace, upscaled: Upscaled) -> No
 
 
 # -- model -----------------------------------------------------------------------------------------------------------
+class UpscaledGPTModel(GPTModel):
+    """A ``GPTModel`` whose checkpoints are those of this project under upstream's save and load.
+
+    They hold no ``_extra_state`` objects, which carry FP8 statistics only; upstream's loader refuses a checkpoint that
+    lacks an object which the model names.
+    """
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict:
+        """The weights as sharded tensors, by name; with FP8 the extra state too."""
+        state = super().sharded_state_dict(*args, **kwargs)
+        if self.config.fp8:
+            return state
+        return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
+
 def model_provider(
     pre_process: bool = True,
     post_process: bool = True,
@@ -252,6 +267,7 @@ def model_provider(
         memory_backend=arguments.memory_backend,
         seed=arguments.seed,
         vp_stage=vp_stage,
+        model_class=UpscaledGPTModel,
     )
     assert (gpt.pre_process, gpt.post_process) == (pre_process, post_process), "stages differ from parallel_state"
     # The tokenizer's rows until here; upstream reads it for its FLOPs and stores it in checkpoints.

@@ -12,11 +12,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from megatron_midus.config import ModelConfig
 from megatron_midus.conversion.checkpoint_layout import iteration_directory
@@ -133,10 +136,18 @@ def build_both(root: Path) -> dict[str, Any]:
     loss = loss_of(gpt)
     loss.mean().backward()
     own = drivers_model(root)
+    # What upstream's loader asks of a checkpoint: every key of the model must be there.
+    stored = {
+        entry.key
+        for entry in nested_values(dist_checkpointing.load_tensors_metadata(str(iteration_directory(root, 0))))
+    }
+    asked = nested_values(gpt.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(None)))
+    missing = {entry.key for entry in asked if isinstance(entry, ShardedObject) or entry.key not in stored}
     gradients = {name: p.grad.abs().sum().item() for name, p in gpt.named_parameters() if p.grad is not None}
     return {
         **describe(gpt),
         "own": describe(own),
+        "missing": sorted(missing),
         "rows": arguments.padded_vocab_size,
         "fresh": fresh.detach(),
         "loss": loss.detach(),

@@ -55,6 +55,10 @@ def test_loss_is_that_of_the_drivers_model(built):
     assert torch.isfinite(built["fresh"]).all() and not torch.equal(built["fresh"], built["loss"])
 
 
+def test_the_checkpoint_holds_all_that_upstreams_loader_asks_for(built):
+    assert built["missing"] == []
+
+
 def test_gradients_reach_the_inserted_blocks_alone(built):
     assert set(built["gradients"]) == set(built["trainable"])
     assert all(value > 0 for value in built["gradients"].values())
