@@ -56,6 +56,8 @@ setup(
             "pytest>=8",
             "pytest-xdist",
             "ruff>=0.8",
+            # The kernels are tested in its interpreter and compiled for GPUs that are not there.
+            "triton>=3.4",
             "mypy>=1.11",
             "accelerate",
             "peft",

@@ -36,6 +36,7 @@ def build_model(
     memory_values_main_grad: bool = False,
     seed: int = 0,
     vp_stage: int | None = None,
+    model_class: type[GPTModel] = GPTModel,
 ) -> GPTModel:
     """The part of the model that lives on this rank, freshly initialised.
 
@@ -54,6 +55,7 @@ def build_model(
         memory_deterministic, memory_values_main_grad: of ``megatron_midus.memory.HeadWiseMemory``.
         seed: of the memories' initial values.
         vp_stage: which chunk, under the interleaved pipeline schedule.
+        model_class: a subclass of ``GPTModel`` to build instead.
 
     Raises:
         ValueError: a sequence that sequence parallelism cannot split, an unsupported rope scaling, a backend that
@@ -68,7 +70,7 @@ def build_model(
     vocab_size = padded_vocab_size(
         model.vocab_size, divisible_by=make_vocab_size_divisible_by, tensor_model_parallel_size=ranks
     )
-    gpt = GPTModel(
+    gpt = model_class(
         config=config,
         transformer_layer_spec=get_midus_block_spec(
             plan,

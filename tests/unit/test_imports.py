@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": {"config", "upscaling"},
     "integrations": set(),
     "integrations/vllm.py": {"hf"},
+    "integrations/megatron_lm.py": {"config", "upscaling", "conversion", "model", "training", "platform"},
     "platform.py": set(),
     "files.py": set(),
     "cli.py": set(),
@@ -45,6 +46,7 @@ MEGATRON = {
     "conversion/megatron_logits.py",
     "data",
     "training",
+    "integrations/megatron_lm.py",
     "platform.py",
 }
 NO_TORCH = {"config", "files.py", "cli.py"}
