@@ -201,7 +201,7 @@ WRONG = [
     ("--wandb-project x", "needs --wandb-exp-name"),
     ("--skip-train", "give --load DIR"),
     ("--tie-word-embeddings --untie-embeddings-and-output-weights", "contradict each other"),
-    ("--hidden-dropout 0.1", "hidden_dropout=0.1 is not available here"),
+    ("--hidden-dropout 1.0", "hidden_dropout=1.0 must be at least 0 and below 1"),
     ("--apply-query-key-layer-scaling", "depends on layer numbers, which inserted blocks shift; leave the flag out"),
     ("--no-rope-freq 4", "no_rope_freq=4 depends on layer numbers"),
     ("--window-attn-skip-freq 2", "window_attn_skip_freq=2 depends on layer numbers"),
