@@ -19,8 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from megatron_midus import cli
-from megatron_midus.config import MemoryConfig, ModelConfig
-from megatron_midus.config.fields import add_arguments, from_namespace
+from megatron_midus.config import ModelConfig
 from megatron_midus.config.run_file import parse_arguments_with_file
 from megatron_midus.conversion.checkpoint_layout import iteration_directory
 from megatron_midus.conversion.directories import write_hf_directory, write_megatron_checkpoint
@@ -30,7 +29,8 @@ from megatron_midus.conversion.megatron_io import MegatronReader, check_parallel
 from megatron_midus.conversion.streaming import check_workers, default_workers
 from megatron_midus.conversion.tokenizer import check_tokenizer
 from megatron_midus.files import check_output_directory, staged_directory
-from megatron_midus.upscaling import POLICIES, UpscalePlan, make_plan
+from megatron_midus.upscaling import UpscalePlan
+from megatron_midus.upscaling.arguments import add_plan_arguments, plan_from_arguments
 from megatron_midus.upscaling.cost import block_flops, block_parameters, cost_of
 from megatron_midus.upscaling.initialize import DTYPES, UpscaledTensors
 from megatron_midus.upscaling.policies import none
@@ -52,20 +52,6 @@ def make_parser() -> argparse.ArgumentParser:
         choices=["megatron", "hf"],
         default="megatron",
         help="megatron = a distributed checkpoint for pretrain_midus.py; hf = a Hugging Face directory (default: megatron)",
-    )
-    add(
-        "--policy",
-        choices=POLICIES,
-        default="interleave",
-        help="where blocks are inserted and what they are: interleave = Memory blocks (MIDUS); llama_pro = copies with zeroed outputs; solar, stack = repeated layers; average = means of neighbours; opt_deus = means of neighbours aligned by optimal transport, outputs zeroed (opt_deus_literal: scaled as in the paper's program); control = nothing inserted, those layers of the base trained instead; none = the base as it is (default: interleave)",
-    )
-    add("--num-blocks", type=int, metavar="N", help="blocks to insert, spread evenly by the policy")
-    add(
-        "--insert-after",
-        type=int,
-        nargs="+",
-        metavar="LAYER",
-        help="0-based layers of the base behind which a block is inserted, instead of --num-blocks",
     )
     add("--seed", type=int, default=0, help="seed of newly initialised tensors (default: 0)")
     add(
@@ -123,24 +109,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace the output directory when it exists")
     add("--dry-run", action="store_true", help="print the plan and its cost and write nothing")
     add("--verify", action="store_true", help="compare fp32 logits of base and result before the output is kept; fails when a policy that promises identity breaks it")  # fmt: skip
-    add_arguments(parser, MemoryConfig, suppress_defaults=True)
+    add_plan_arguments(parser)
     return parser
 
 
 # -- what is asked for -----------------------------------------------------------------------------------------------
-def memory_config(args: argparse.Namespace) -> MemoryConfig | None:
-    """Memory settings of the command line; flags that the policy has no use for are a mistake, not a detail."""
-    given = [name for name in vars(args) if name.startswith("memory_")]
-    if args.policy == "interleave":
-        return from_namespace(MemoryConfig, args)
-    if given:
-        raise ValueError(
-            f"--{given[0].replace('_', '-')} is a setting of Memory blocks and policy {args.policy} inserts none; "
-            "leave it out or choose --policy interleave"
-        )
-    return None
-
-
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything about the command line that needs no model."""
     if args.save is None and not args.dry_run:
@@ -166,17 +139,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def plan_from(args: argparse.Namespace, model: ModelConfig) -> UpscalePlan:
     if model.family == "midus":
         raise ValueError(f"{args.hf_model} is a MIDUS model already; up-scale its base instead")
-    plan = make_plan(
-        args.policy,
-        num_layers=model.num_layers,
-        num_blocks=args.num_blocks,
-        insert_after=args.insert_after,
-        memory=memory_config(args),
-    )
-    if plan.memory is not None:
-        plan.memory.check_model(
-            hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads, kv_channels=model.kv_channels
-        )
+    plan = plan_from_arguments(args, model)
     check_parallel_sizes(
         model,
         plan,

@@ -137,7 +137,9 @@ def _leave_memory(
     hidden = workload.tokens * model.hidden_size * workload.itemsize
     if memory.memory_attention == "full":
         yield from _split_projection(hidden, backward=backward)
-    if memory.memory_variant == "block":
+    if layout.latent_values and memory.memory_variant != "full":
+        yield from _latent_exchange(model, plan, layout, workload, backward=backward)
+    elif memory.memory_variant == "block":
         yield from _leave(hidden, layout, backward=backward)
         return
     if layout.sequence_parallel:
@@ -146,6 +148,22 @@ def _leave_memory(
         yield "all_gather", hidden
     if memory.memory_output_projection == "linear":
         yield from _leave(hidden, layout, backward=backward)
+
+
+def _latent_exchange(
+    model: ModelConfig, plan: UpscalePlan, layout: Layout, workload: Workload, *, backward: bool
+) -> Iterator[tuple[Kind, float]]:
+    """Slots and weights of all heads to every rank, and each head's columns together again (not for variant block)."""
+    memory = plan.memory
+    assert memory is not None
+    heads = memory.num_memory_heads(model.num_attention_heads)
+    selected = 4 * workload.tokens * heads * memory.memory_topk
+    yield "all_gather", 2 * selected
+    if backward:
+        yield "reduce_scatter", selected
+    if memory.memory_variant != "block":
+        columns = workload.tokens * heads * memory.memory_latent_size * workload.itemsize / layout.tensor
+        yield "all_to_all", columns * (2 if backward else 1)
 
 
 def _split_projection(hidden: float, *, backward: bool) -> Iterator[tuple[Kind, float]]:

@@ -16,11 +16,24 @@ from megatron_midus.config import ModelConfig
 from megatron_midus.upscaling.cost import BlockFlops, Train, block_flops
 from megatron_midus.upscaling.plan import UpscalePlan
 
-# What makes seconds of FLOPs, bytes and comparisons: a GPU of the Hopper generation in bf16 at the shares of its peaks
-# that training reaches. Only ratios matter for a split.
-MATMUL_FLOPS_PER_SECOND = 4e14
-BYTES_PER_SECOND = 3.5e12
-SELECTION_STEPS_PER_SECOND = 3e13  # instructions of single lanes
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What makes seconds of FLOPs, bytes and comparisons: the shares of its peaks that training reaches.
+
+    Attributes:
+        matmul: FLOPs a second of matrix products.
+        bandwidth: bytes a second from memory.
+        selection: instructions of single lanes a second.
+    """
+
+    matmul: float
+    bandwidth: float
+    selection: float
+
+
+# The Hopper generation in bf16. Only ratios matter for a split.
+HOPPER = Device(matmul=4e14, bandwidth=3.5e12, selection=3e13)
 # Finding k of 2 n sub-keys by iterated maxima takes this many such instructions per k * 2 n.
 _STEPS_PER_CANDIDATE = 2.6
 
@@ -40,37 +53,49 @@ class StageCosts:
     logits: float
 
 
-def estimate_costs(model: ModelConfig, plan: UpscalePlan, seq_length: int, *, train: Train = "all") -> StageCosts:
+def estimate_costs(
+    model: ModelConfig, plan: UpscalePlan, seq_length: int, *, train: Train = "all", device: Device = HOPPER
+) -> StageCosts:
     """An estimate from FLOPs, from the bytes of the values that a memory reads and from its comparisons.
 
     Args:
         seq_length: tokens of a sequence, for the attention's share.
         train: ``inserted`` spares frozen blocks their weight gradients, and those before the first inserted one the
             whole backward pass.
+        device: what computes.
     """
     trained = [train == "all" or block.inserted for block in plan.blocks]
     first = trained.index(True) if any(trained) else len(trained)
     blocks = tuple(
-        _seconds(block_flops(model, plan, index, seq_length), is_trained=trained[index], has_backward=index >= first)
-        + (_memory_seconds(model, plan, has_backward=index >= first) if plan.blocks[index].kind == "memory" else 0.0)
+        _seconds(
+            block_flops(model, plan, index, seq_length),
+            device,
+            is_trained=trained[index],
+            has_backward=index >= first,
+        )
+        + (
+            _memory_seconds(model, plan, device, has_backward=index >= first)
+            if plan.blocks[index].kind == "memory"
+            else 0.0
+        )
         for index in range(plan.num_layers)
     )
     logits = BlockFlops(weights=2.0 * model.hidden_size * model.vocab_size, activations=0.0)
     return StageCosts(
         blocks=blocks,
-        embedding=6.0 * model.hidden_size / BYTES_PER_SECOND,
-        logits=_seconds(logits, is_trained=train == "all", has_backward=first < len(trained)),
+        embedding=6.0 * model.hidden_size / device.bandwidth,
+        logits=_seconds(logits, device, is_trained=train == "all", has_backward=first < len(trained)),
     )
 
 
-def _seconds(flops: BlockFlops, *, is_trained: bool, has_backward: bool) -> float:
+def _seconds(flops: BlockFlops, device: Device, *, is_trained: bool, has_backward: bool) -> float:
     total = flops.weights + flops.activations
     if has_backward:
         total += flops.weights * (2 if is_trained else 1) + 2 * flops.activations
-    return total / MATMUL_FLOPS_PER_SECOND
+    return total / device.matmul
 
 
-def _memory_seconds(model: ModelConfig, plan: UpscalePlan, *, has_backward: bool) -> float:
+def _memory_seconds(model: ModelConfig, plan: UpscalePlan, device: Device, *, has_backward: bool) -> float:
     """What a memory does besides matrix products: it finds slots, reads values, and sums their gradients."""
     memory = plan.memory
     assert memory is not None
@@ -81,7 +106,7 @@ def _memory_seconds(model: ModelConfig, plan: UpscalePlan, *, has_backward: bool
     read = 2.0 * heads * memory.memory_topk * shapes["values"][-1]  # bf16
     steps = _STEPS_PER_CANDIDATE * heads * memory.memory_topk * 2 * memory.memory_num_keys
     # Backward: the values again for the weights' gradient, and the sorted sum of fp32 rows, twice as wide.
-    return steps / SELECTION_STEPS_PER_SECOND + read * (4 if has_backward else 1) / BYTES_PER_SECOND
+    return steps / device.selection + read * (4 if has_backward else 1) / device.bandwidth
 
 
 # -- the split -------------------------------------------------------------------------------------------------------
