@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.config.fields import add_arguments, from_namespace
@@ -54,7 +55,7 @@ def plan_from_arguments(args: argparse.Namespace, model: ModelConfig) -> Upscale
 
 def _memory_config(args: argparse.Namespace) -> MemoryConfig | None:
     """Flags that the policy has no use for are a mistake, not a detail."""
-    given = [name for name in vars(args) if name.startswith("memory_")]
+    given = [field.name for field in dataclasses.fields(MemoryConfig) if hasattr(args, field.name)]
     if args.policy == "interleave":
         return from_namespace(MemoryConfig, args)
     if given:

@@ -1,0 +1,80 @@
+"""tools/plan.py: a table, flags that the driver understands, JSON, and clear refusals."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_midus.training.arguments import parse_arguments
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import plan as tool
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+MIDUS = ["--num-blocks", "8", "--memory-num-keys", "512", "--memory-topk", "16", "--memory-latent-size", "64"]
+
+
+@pytest.fixture
+def base(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return str(tmp_path)
+
+
+def test_a_table_flags_and_json(base, tmp_path, capsys):
+    out = tmp_path / "layouts.json"
+    assert tool.main(["--hf-model", base, *MIDUS, "--nodes", "2", "--gpu-memory-gib", "24", "--json", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "16 -> 24 blocks" in shown and "s/step" in shown
+    layouts = json.loads(out.read_text())
+    assert layouts[0]["fits"] and layouts[0]["memory"]["total"] < 24 * 2**30
+    assert all(flag.split()[0] in shown for flag in layouts[0]["flags"])
+
+
+def test_the_flags_are_the_drivers(base, tmp_path):
+    out = tmp_path / "layouts.json"
+    tool.main(["--hf-model", base, *MIDUS, "--nodes", "2", "--json", str(out), "--train", "all"])
+    for layout in json.loads(out.read_text()):
+        words = shlex.split(" ".join(layout["flags"]))
+        parsed = parse_arguments([*words, "--lr", "1", "--train-iters", "1", "--mock-data", "--seq-length", "4096"])
+        parallel = parsed.parallel
+        assert parallel.tensor_model_parallel_size == layout["layout"]["tensor"]
+        assert parallel.pipeline_model_parallel_size == len(layout["layout"]["stages"])
+
+
+WRONG = [
+    (["--nodes", "0"], "--nodes 0"),
+    (["--nodes", "31", "--global-batch-size", "3"], "divides a global batch of 3"),
+    (["--gpu-memory-gib", "1"], "nothing fits into 1 GiB"),
+    (["--gpu-memory-gib", "-1"], "memory_gib=-1"),
+    (["--policy", "none"], "nothing would learn"),
+    (["--policy", "solar", "--memory-topk", "3"], "--memory-topk"),
+    (["--num-blocks", "99"], "num_blocks=99"),
+]
+
+
+@pytest.mark.parametrize("changes, words", WRONG)
+def test_refusals(base, changes, words):
+    blocks = [] if any(flag in changes for flag in ("--policy", "--num-blocks")) else MIDUS
+    if "solar" in changes:
+        blocks = ["--num-blocks", "2"]
+    with pytest.raises(ValueError) as caught:
+        tool.main(["--hf-model", base, *blocks, *changes])
+    assert words in str(caught.value) and "\n" not in str(caught.value)
