@@ -35,6 +35,7 @@ def build_model(
     memory_backend: str = "auto",
     seed: int = 0,
     vp_stage: int | None = None,
+    model_class: type[GPTModel] = GPTModel,
 ) -> GPTModel:
     """The part of the model that lives on this rank, freshly initialised.
 
@@ -51,6 +52,7 @@ def build_model(
         memory_backend: of ``megatron_midus.ops.head_wise_memory``.
         seed: of the memories' initial values.
         vp_stage: which chunk, under the interleaved pipeline schedule.
+        model_class: a subclass of ``GPTModel`` to build instead.
 
     Raises:
         ValueError: a sequence that sequence parallelism cannot split, an unsupported rope scaling, a backend that
@@ -65,7 +67,7 @@ def build_model(
     vocab_size = padded_vocab_size(
         model.vocab_size, divisible_by=make_vocab_size_divisible_by, tensor_model_parallel_size=ranks
     )
-    gpt = GPTModel(
+    gpt = model_class(
         config=config,
         transformer_layer_spec=get_midus_block_spec(
             plan,

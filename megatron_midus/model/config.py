@@ -181,6 +181,25 @@ def _check_divides(size_name: str, size: int, things: Iterable[tuple[str, int]])
             )
 
 
+def check_transformer_config(config: TransformerConfig, model: ModelConfig, plan: UpscalePlan) -> None:
+    """Raises ``ValueError`` for a configuration made elsewhere that an up-scaled model cannot have."""
+    values = {name: getattr(config, name) for name in TransformerConfig.__dataclass_fields__ if hasattr(config, name)}
+    _check_tensor_parallel(model, plan, config.tensor_model_parallel_size, config.sequence_parallel)
+    chunks = config.virtual_pipeline_model_parallel_size
+    _check_pipeline(plan, config.pipeline_model_parallel_size, chunks, values)
+    _check_context_parallel(config.context_parallel_size)
+    _check_overrides(values)
+    if chunks is not None and (config.batch_p2p_comm or not config.overlap_p2p_comm):
+        raise ValueError(
+            "virtual pipeline stages train wrongly with batched transfers; overlap_p2p_comm must be on, "
+            "batch_p2p_comm off"
+        )
+    if not config.hetereogenous_dist_checkpoint:
+        raise ValueError(
+            "hetereogenous_dist_checkpoint must be on: layers of two kinds cannot be stacked in a checkpoint"
+        )
+
+
 def _check_tensor_parallel(model: ModelConfig, plan: UpscalePlan, size: int, sequence_parallel: bool) -> None:
     heads = [("num_attention_heads", model.num_attention_heads), ("ffn_hidden_size", model.ffn_hidden_size)]
     if plan.memory_indices:

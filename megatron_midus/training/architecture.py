@@ -107,7 +107,7 @@ def resolve_architecture(arguments: Arguments, source: Source, *, tokenizer_voca
     _check_flags(arguments.memory, plan.memory.to_dict() if plan.memory else {}, source.directory)
     _check_other_plans(arguments.checkpoint, plan, source.directory)
     assets = source.directory / ASSETS_DIRECTORY
-    return Architecture(model, plan, _resolve_train(arguments, plan), assets if assets.is_dir() else None)
+    return Architecture(model, plan, resolve_train(arguments.training.train, plan), assets if assets.is_dir() else None)
 
 
 def _check_flags(given: dict[str, Any], stored: dict[str, Any], directory: Path) -> None:
@@ -133,8 +133,8 @@ def _check_other_plans(checkpoint: CheckpointConfig, plan: UpscalePlan, director
             )
 
 
-def _resolve_train(arguments: Arguments, plan: UpscalePlan) -> Literal["inserted", "all"]:
-    train = arguments.training.train
+def resolve_train(train: Literal["inserted", "all"] | None, plan: UpscalePlan) -> Literal["inserted", "all"]:
+    """What ``--train`` means for a plan; by its policy when the flag is absent."""
     if train is None:
         return "inserted" if plan.policy in _FROZEN_BASE_POLICIES and plan.inserted_indices else "all"
     if train == "inserted" and not plan.inserted_indices:
@@ -155,7 +155,7 @@ def _from_flags(arguments: Arguments, tokenizer_vocab_size: int | None) -> Archi
         given["vocab_size"] = tokenizer_vocab_size
     model = ModelConfig(**given)
     plan = make_plan("none", num_layers=model.num_layers)
-    return Architecture(model, plan, _resolve_train(arguments, plan), None)
+    return Architecture(model, plan, resolve_train(arguments.training.train, plan), None)
 
 
 def _check_flags_from_scratch(arguments: Arguments) -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_midus"
 
 FREE = {"files", "cli"}
-NOT_FOR_TRAINING = {"hf", "evaluation", "analysis", "training"}
+NOT_FOR_TRAINING = {"hf", "evaluation", "analysis", "integrations", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "ops": set(),
@@ -25,6 +25,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"config"},
     "evaluation": {"config", "hf", "ops", "upscaling"},
     "analysis": {"config", "hf", "ops", "upscaling"},
+    "integrations": set(),
+    "integrations/vllm.py": {"hf"},
+    "integrations/megatron_lm.py": {"config", "upscaling", "conversion", "model", "training", "platform"},
     "platform.py": set(),
     "files.py": set(),
     "cli.py": set(),
@@ -33,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT["training"] = {name for name in MAY_IMPORT if "." not in name and "/" not in name} - NOT_FOR_TRAINING
 MAY_IMPORT["training"] |= {"platform"}
 MEGATRON = {"memory", "model", "conversion/megatron_io.py", "data", "training", "platform.py"}
+MEGATRON |= {"integrations/megatron_lm.py"}
 NO_TORCH = {"config", "files.py", "cli.py"}
 TOPMOST = {"tools", "examples", "pretrain_midus", "tests"}
 
