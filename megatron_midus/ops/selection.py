@@ -6,9 +6,10 @@ Shapes: T tokens, H memory heads, D channels of one head's query, N sub-keys per
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -54,9 +55,8 @@ def select_slots(
     chunks = [slice(begin, begin + step) for begin in range(0, tokens, step)]
 
     def work(some: list[slice]) -> None:
-        scratch = torch.empty(heads * step * num_keys, dtype=torch.float64, device=query.device)
         for chunk in some:
-            indices[:, chunk], scores[:, chunk] = _best_slots(query[:, chunk].to(dtype), keys, topk, scratch)
+            indices[:, chunk], scores[:, chunk] = _best_slots(query[:, chunk].to(dtype), keys, topk)
 
     _run_in_threads(work, [chunks[first::threads] for first in range(threads)] if threads > 1 else [chunks])
     return indices, scores
@@ -92,9 +92,7 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _best_slots(
-    query_HTD: torch.Tensor, keys: list[torch.Tensor], topk: int, scratch: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _best_slots(query_HTD: torch.Tensor, keys: list[torch.Tensor], topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Slots and scores ``[H, T, K]`` of one chunk."""
     heads, tokens, _ = query_HTD.shape
     num_keys = keys[0].shape[2]
@@ -103,8 +101,9 @@ def _best_slots(
         if found is not None:
             return found
     row_query, col_query = query_HTD.chunk(2, dim=-1)
-    row_best, row_index = top_columns(torch.bmm(row_query, keys[0]).view(-1, num_keys), topk, scratch)  # [R, K]
-    col_best, col_index = top_columns(torch.bmm(col_query, keys[1]).view(-1, num_keys), topk, scratch)
+    scores = _room(_KEPT.scores, (heads, tokens, num_keys), query_HTD)
+    row_best, row_index = top_columns(torch.bmm(row_query, keys[0], out=scores).view(-1, num_keys), topk)  # [R, K]
+    col_best, col_index = top_columns(torch.bmm(col_query, keys[1], out=scores).view(-1, num_keys), topk)
     if len(row_best) <= FEW_ROWS:  # each operator costs more than all of its work: take all pairs in fewer operators
         sums = (row_best[:, :, None] + col_best[:, None, :]).flatten(1)
         scores, pair = sums.topk(topk, dim=1)
@@ -116,6 +115,30 @@ def _best_slots(
         col = col_index.gather(1, second.index_select(0, pair.flatten()).view_as(pair))
         slots = row.mul_(num_keys).add_(col).int()
     return slots.view(heads, tokens, topk), scores.view(heads, tokens, topk)
+
+
+class _Kept(threading.local):
+    """Room for the scores of one chunk that each thread keeps, 6 MiB: fresh pages cost as much as the sort does.
+
+    A thread that is not the first one gets its memory from a heap that is given back whenever it is empty.
+    """
+
+    def __init__(self) -> None:
+        self.scores = torch.empty(CHUNK_SCORES)
+        self.packed = torch.empty(CHUNK_SCORES, dtype=torch.float64)
+
+
+_KEPT = _Kept()
+
+
+def _room(
+    kept: torch.Tensor, shape: Sequence[int], like: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """An uninitialised tensor of ``shape``, out of ``kept`` where it fits, in the dtype of ``like`` if none is given."""
+    dtype, size = dtype or like.dtype, math.prod(shape)
+    if size <= kept.numel() and dtype == kept.dtype and like.device == kept.device:
+        return kept[:size].view(shape)
+    return like.new_empty(shape, dtype=dtype)
 
 
 def _best_of_few(
@@ -150,21 +173,16 @@ def _top_columns_of_few(parts: list[Any], topk: int) -> tuple[Any, Any]:
     return best.astype(numpy.float32), best.view(numpy.int64) & COLUMN_MASK
 
 
-def top_columns(
-    scores_RN: torch.Tensor, topk: int, scratch: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def top_columns(scores_RN: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """``scores_RN.topk(topk)``, exact, best first; on ties the columns may be others, but always the same.
 
     On the CPU each fp32 score becomes a double that carries its column in the low bits, and numpy's SIMD sort of whole
     rows is several times faster than ``torch.topk``. Scores that are not finite have no room for a column, so rows with
-    such scores go through ``torch.topk``. ``scratch`` is fp64 room for all scores: fresh pages cost as much as a sort.
+    such scores go through ``torch.topk``.
     """
     worth_it = SIMD_SORT and scores_RN.numel() >= MIN_PACKED
     if worth_it and scores_RN.dtype == torch.float32 and scores_RN.device.type == "cpu":
-        if scratch is None:
-            packed = scores_RN.double()
-        else:
-            packed = scratch[: scores_RN.numel()].view_as(scores_RN).copy_(scores_RN)
+        packed = _room(_KEPT.packed, scores_RN.shape, scores_RN, torch.float64).copy_(scores_RN)
         packed.view(torch.int64).bitwise_or_(torch.arange(scores_RN.shape[1]))
         packed.numpy().sort(axis=1)
         best = packed[:, -topk:].flip(1)

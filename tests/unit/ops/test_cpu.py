@@ -63,7 +63,8 @@ def test_ragged_chunks_split_runs_and_threads(make_inputs, assert_within_plain_t
     """Every loop runs more than once, its last round shorter, and runs of a hot slot are split twice over."""
     monkeypatch.setattr(selection, "CHUNK_SCORES", 3 * 20 * 10)
     monkeypatch.setattr(selection, "MIN_ROWS_PER_THREAD", 5)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(selection, "_num_threads", lambda: 5)
+    monkeypatch.setattr(selection, "NUMPY_ROWS", 0)
     monkeypatch.setattr(selection, "MIN_PACKED", 0)
     monkeypatch.setattr(cpu, "CHUNK_SELECTIONS", 3 * 4 * 50)
     monkeypatch.setattr(cpu, "MAX_SEGMENT", 3)
@@ -156,6 +157,7 @@ class _Allocations(TorchDispatchMode):
 def test_peak_does_not_grow_with_what_is_looked_at(monkeypatch):
     """No tensor of [T, H, N], of [T, H, K, L], nor an int64 one of more than the selections, forward or backward."""
     monkeypatch.setattr(selection, "CHUNK_SCORES", 1 << 17)
+    monkeypatch.setattr(selection, "_KEPT", selection._Kept())
     tokens, heads, num_keys, topk, latent = 4096, 4, 128, 4, 16
     generator = torch.Generator().manual_seed(0)
     shapes = [(tokens, heads, 16), *[(heads, num_keys, 8)] * 2, (num_keys**2, latent), (heads, latent, 4)]

@@ -1,15 +1,20 @@
 """The fast selection is the exact top-k of all N * N slots, whichever way it takes."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from megatron_midus.ops import select_slots, selection
 
 
-@pytest.fixture(params=["as it is", "simd sort", "topk", "threads", "small chunks"])
+@pytest.fixture(params=["as it is", "torch", "simd sort", "topk", "threads", "small chunks"])
 def way(request, monkeypatch):
     """Every path through the selection: few rows, packed sort, torch.topk, sort by several threads, ragged chunks."""
-    if request.param == "as it is":
+    if request.param == "as it is":  # few rows, in numpy
+        return
+    monkeypatch.setattr(selection, "NUMPY_ROWS", 0)
+    if request.param == "torch":
         return
     monkeypatch.setattr(selection, "FEW_ROWS", 0)
     monkeypatch.setattr(selection, "MIN_PACKED", 0)
@@ -17,7 +22,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(selection, "SIMD_SORT", False)
     elif request.param == "threads":
         monkeypatch.setattr(selection, "MIN_ROWS_PER_THREAD", 5)
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+        monkeypatch.setattr(selection, "_num_threads", lambda: 5)
     elif request.param == "small chunks":
         monkeypatch.setattr(selection, "CHUNK_SCORES", 1000)
 
@@ -85,3 +90,34 @@ def test_tiny_and_signed_zero_scores(way):
     best, columns = selection.top_columns(scores, 9)
     assert torch.equal(best, scores.sort(descending=True).values)
     assert torch.equal(scores.gather(1, columns), best)
+
+
+def test_threads_leave_torchs_number_of_threads_alone(monkeypatch):
+    """The threads of the selection use one core each; this thread, and those that begin later, keep what they had."""
+    monkeypatch.setattr(selection, "_num_threads", lambda: 3)
+    monkeypatch.setattr(selection, "MIN_ROWS_PER_THREAD", 5)
+    monkeypatch.setattr(selection, "NUMPY_ROWS", 0)
+    before = torch.get_num_threads()
+    seen = []
+    monkeypatch.setattr(selection, "_best_slots", lambda *args: seen.append(torch.get_num_threads()) or (0, 0.0))
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            select_slots(torch.randn(50, 2, 4), torch.randn(2, 9, 2), torch.randn(2, 9, 2), topk=3)
+        later = ThreadPoolExecutor(1).submit(torch.get_num_threads).result()
+        assert (set(seen), torch.get_num_threads(), later) == ({1}, 2, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3e38])
+def test_few_rows_with_a_score_that_is_not_finite(bad):
+    """The short path hands them on: the other tokens select what they do without their neighbour."""
+    generator = torch.Generator().manual_seed(0)
+    query, rows, cols = (torch.randn(s, generator=generator) for s in ((5, 2, 6), (2, 9, 3), (2, 9, 3)))
+    expected = select_slots(query, rows, cols, topk=4)
+    query[2, 1] = bad
+    found = select_slots(query, rows, cols, topk=4)
+    others = [0, 1, 3, 4]
+    assert torch.equal(found[0][others], expected[0][others])
+    torch.testing.assert_close(found[1][others], expected[1][others], rtol=1e-6, atol=1e-6)
