@@ -10,6 +10,7 @@
 #   GPUS_PER_NODE    processes on each node                           (as many as nvidia-smi lists)
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT                       (1, 0, 127.0.0.1, 29500)
 #   MAX_RESTARTS     times that torchrun starts again by itself after a process died (0); it resumes from the last checkpoint
+#   TASKS, TASK_DATA zero-shot tasks of 05_evaluate.sh and local files of them  (the paper's nine; from the network)
 #   TRAIN_ITERS      optimizer steps                                  (what 03_cpt.sh says)
 #   WORKERS          processes that tokenise                          (as many as there are cores)
 #   MIDUS_VENV       Python environment (see tools/setup_environment.sh); "none" inside the image
@@ -32,7 +33,7 @@ begin() {
     done
     cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
     # shellcheck source=tools/setup_environment.sh
-    source tools/setup_environment.sh
+    source tools/setup_environment.sh eval
     MODEL=$model
     if [ "$TINY" = yes ]; then
         tiny_settings
@@ -54,7 +55,8 @@ tiny_settings() {
     TINY_UPSCALE=(--num-blocks 2 --memory-num-keys 16 --memory-topk 4 --memory-latent-size 8)
     TINY_CPT=(--distributed-backend gloo --seq-length 64 --micro-batch-size 2 --global-batch-size 8 --train-iters "${TRAIN_ITERS:-6}"
         --lr-warmup-iters 2 --lr-wsd-decay-iters 2 --save-interval 3 --eval-interval 3 --eval-iters 1 --log-interval 1)
-    TINY_EVALUATE=(--seq-length 64 --max-tokens 4000)
+    TASKS="${TASKS:-arc_easy,piqa}" TASK_DATA="${TASK_DATA:-examples/task_data}"
+    TINY_EVALUATE=(--seq-length 64 --max-tokens 4000 --max-length 128 --latency-prompt-tokens 32 --latency-rounds 2)
 }
 
 # The tiny stand-in for 00_download.md: a random model of the family, and text of this machine.

@@ -51,10 +51,10 @@ def test_all_scripts_in_order(model, tmp_path):
     assert "tensors are equal when read back" in output["04_export.sh"]
     config = json.loads((tmp_path / "midus_hf" / "config.json").read_text())
     assert config["model_type"] == "midus" and config["block_types"].count("memory") == 2
-    figures = json.loads((tmp_path / "perplexity.json").read_text())
+    figures = json.loads((tmp_path / "evaluation.json").read_text())
     base, midus = (model["results"]["heldout.jsonl"]["loss"] for model in figures["models"])
     assert midus < base
-    assert (tmp_path / "perplexity.md").read_text().count("|") > 10
+    assert (tmp_path / "evaluation.md").read_text().count("|") > 10
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
