@@ -21,6 +21,7 @@ MAY_SPILL = {
     "1b-n512-k16-fp32 _projection_backward_kernel": 1024,
     "1b-n512-k16-fp32 select_kernel": 512,
     "sm_80 1b-n512-k16-block select_kernel": 1024,
+    "sm_80 1b-n256-k8 _sub_keys_backward_kernel": 8,
 }
 SHARED_LIMIT = {"sm_90": 227 * 1024, "sm_80": 163 * 1024}
 
