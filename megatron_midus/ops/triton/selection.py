@@ -4,7 +4,9 @@ One program handles BLOCK_T tokens of one head. Scores never leave the registers
 
 A candidate is one unsigned integer, its *key*: rank of the score above, complement of the position below, so that keys
 are distinct and the lower position wins a tie. The best K are taken by ``m += max(key - m)``: modulo 2^32 the keys below
-m wrap round to the top, so the maximum is the greatest key below m, and neither masks nor writes are needed.
+m wrap round to the top, so the maximum is the greatest key below m, and neither masks nor writes are needed. Up to K = 16
+with narrow keys a sorting network goes first: a tile of scores is taken as K tensors that are sorted against each other,
+which makes every column a sorted list, and the lists of all tiles are merged; a third of the instructions.
 
 * wide, 64 bits: the rank is the score's own 32 bits, ordered. Exact for any fp32 scores.
 * narrow, 32 bits, a quarter of the work, for 16-bit inputs: the rank is the score's distance from a lower bound of the
@@ -28,6 +30,7 @@ NARROW_KEYS = 1024  # up to here 22 bits are left for the rank in a narrow key
 # No key is 0, which stands for "none". What is below the bound has the lowest rank, what is at the bound the next.
 LOWEST = tl.constexpr(8388609.0)
 BOUND = tl.constexpr(8388610.0)
+MAX_NETWORK = tl.constexpr(16)  # of 32 tensors, two lists no longer fit the registers
 FAR = tl.constexpr(1e37)  # infinite scores count as this far, so that distances stay finite
 
 
@@ -120,6 +123,91 @@ def _merge_best(keys, best, TOPK: tl.constexpr):
     return found
 
 
+# -- sorting networks across tensors ---------------------------------------------------------------------------------
+@triton.constexpr_function
+def _sorting_network(size):
+    """Comparators (i, j), i < j, that sort ``size`` elements, a power of two (Batcher's odd-even merge sort, 1968)."""
+    pairs, part = [], 1
+    while part < size:
+        step = part
+        while step >= 1:
+            for begin in range(step % part, size - step, 2 * step):
+                for i in range(begin, min(begin + step, size - step)):
+                    if i // (2 * part) == (i + step) // (2 * part):
+                        pairs.append((i, i + step))
+            step //= 2
+        part *= 2
+    return tuple(pairs)
+
+
+@triton.constexpr_function
+def _merging_network(size):
+    """Comparators that sort ``size`` elements which first rise and then fall, or the other way round."""
+    steps = [size >> i for i in range(1, size.bit_length())]
+    return tuple((i, i + step) for step in steps for i in range(size) if not i & step)
+
+
+@triton.jit
+def _exchange(lists, A: tl.constexpr, B: tl.constexpr):
+    high, low = tl.maximum(lists[A], lists[B]), tl.minimum(lists[A], lists[B])
+    return lists[:A] + (high,) + lists[A + 1 : B] + (low,) + lists[B + 1 :]
+
+
+@triton.jit
+def _run_network(lists, PAIRS: tl.constexpr):
+    """Brings the greater of each pair of tensors to the front, element by element."""
+    for c in tl.static_range(len(PAIRS)):
+        lists = _exchange(lists, PAIRS[c][0], PAIRS[c][1])
+    return lists
+
+
+@triton.jit
+def _merge_lists(first, second):
+    """The greater half of two falling lists of tensors, in falling order."""
+    merged = ()
+    for i in tl.static_range(len(first)):
+        merged = merged + (tl.maximum(first[i], second[len(first) - 1 - i]),)
+    return _run_network(merged, _merging_network(len(first)))
+
+
+@triton.jit
+def _take_apart(keys, DEPTH: tl.constexpr):
+    """``[BLOCK_T, C]`` -> DEPTH tensors ``[BLOCK_T, C / DEPTH]``, by registers of a matrix product's result."""
+    if DEPTH == 1:
+        return (keys,)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(keys, [keys.shape[0], 2, keys.shape[1] // 2]), (0, 2, 1)))
+        return _take_apart(left, DEPTH // 2) + _take_apart(right, DEPTH // 2)
+
+
+@triton.jit
+def _put_together(lists):
+    """Inverse of ``_take_apart``."""
+    if len(lists) == 1:
+        return lists[0]
+    else:
+        left, right = _put_together(lists[: len(lists) // 2]), _put_together(lists[len(lists) // 2 :])
+        return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), [left.shape[0], 2 * left.shape[1]])
+
+
+@triton.jit
+def _merge_neighbours(lists):
+    """Merges the lists of columns 2 c and 2 c + 1, which one thread holds: ``[BLOCK_T, C]`` -> ``[BLOCK_T, C / 2]``."""
+    even, odd = (), ()
+    for i in tl.static_range(len(lists)):
+        left, right = tl.split(tl.reshape(lists[i], [lists[i].shape[0], lists[i].shape[1] // 2, 2]))
+        even, odd = even + (left,), odd + (right,)
+    return _merge_lists(even, odd)
+
+
+@triton.jit
+def _empty_lists(DEPTH: tl.constexpr, BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr):
+    if DEPTH == 1:
+        return (tl.zeros([BLOCK_T, COLUMNS], tl.uint32),)
+    else:
+        return _empty_lists(DEPTH // 2, BLOCK_T, COLUMNS) + _empty_lists(DEPTH // 2, BLOCK_T, COLUMNS)
+
+
 @triton.jit
 def _best_of_half(
     query_ptr, keys, inside_token,
@@ -136,6 +224,9 @@ def _best_of_half(
         best = tl.zeros([BLOCK_T, TOPK_PADDED], tl.uint32)
         low, top = _lower_bound(query, keys, N, HALF, TOPK_PADDED, BLOCK_T, BLOCK_N, BLOCK_D)
         step = tl.maximum(top - low, 1e-28) / (_num_ranks(BITS) - 8.0)  # the highest rank is for what is not finite
+    NETWORK: tl.constexpr = not WIDE and TOPK_PADDED <= MAX_NETWORK
+    if NETWORK:
+        lists = _empty_lists(TOPK_PADDED, BLOCK_T, BLOCK_N // TOPK_PADDED)
     for start in tl.range(0, N, BLOCK_N):
         scores = _scores(query, keys, start, N, HALF, BLOCK_N, BLOCK_D)
         position = start + tl.arange(0, BLOCK_N)
@@ -145,7 +236,13 @@ def _best_of_half(
             packed = _narrow_keys(scores, low, step, position, BITS)
         if N % BLOCK_N != 0:
             packed = tl.where((position < N)[None, :], packed, tl.zeros_like(packed))
-        best = _merge_best(packed, best, TOPK)
+        if NETWORK:
+            found = _run_network(_take_apart(packed, TOPK_PADDED), _sorting_network(TOPK_PADDED))
+            lists = _merge_lists(lists, found)
+        else:
+            best = _merge_best(packed, best, TOPK)
+    if NETWORK:
+        best = _merge_best(_put_together(_merge_neighbours(lists)), best, TOPK)
     if WIDE:
         return _read_wide(best)
     else:
@@ -157,30 +254,26 @@ def _merge_halves(row, row_score, col, col_score, N: tl.constexpr, TOPK: tl.cons
     """The K best sums of a row and a column: ``(slot int32, score fp32)``, ``[BLOCK_T, TOPK_PADDED]``, best first.
 
     Each row holds out its best column that is not yet taken; the best of these sums is next. So only the pairs (i, j)
-    with (i + 1) * (j + 1) <= K are ever taken, and no more than 2 * K looked at. A NaN comes before everything.
+    with (i + 1) * (j + 1) <= K are ever taken, and no more than 2 * K looked at. NaN and infinity come before
+    everything, as NaN.
     """
     rank = tl.broadcast_to(tl.arange(0, row.shape[1])[None, :], row.shape)
-    row_score = tl.where(rank < TOPK, row_score, float("-inf"))
-    first = rank == 0
-    taken = tl.zeros_like(row)  # columns that a row has given up
-    held = tl.broadcast_to(tl.sum(tl.where(first, col_score, 0.0), 1)[:, None], row.shape)
-    held_col = tl.broadcast_to(tl.sum(tl.where(first, col, 0), 1)[:, None], row.shape)
-    slots = tl.zeros_like(row)
+    code = rank * 256  # the row's rank, and below it the rank of the column that it holds out
+    held = tl.broadcast_to(tl.sum(tl.where(rank == 0, col_score, 0.0), 1)[:, None], row.shape)
+    codes = tl.zeros_like(row)
     scores = tl.zeros_like(row_score)
     for i in tl.range(0, TOPK):
         sums = row_score + held
         order = tl.where(sums == sums, sums, float("inf"))
         order = tl.where(rank < TOPK, order, float("-inf"))
-        winner = tl.min(tl.where(order == tl.max(order, 1)[:, None], rank, row.shape[1]), 1)[:, None]  # [BLOCK_T, 1]
-        won = rank == winner
-        slot = tl.sum(tl.where(won, row * N + held_col, 0), 1)
-        score = tl.sum(tl.where(won, sums, 0.0), 1)
-        slots = tl.where(rank == i, slot[:, None], slots)
-        scores = tl.where(rank == i, score[:, None], scores)
-        taken = tl.where(won, taken + 1, taken)
-        following = rank == tl.sum(tl.where(won, taken, 0), 1)[:, None]  # the winner's next column
-        held = tl.where(won, tl.sum(tl.where(following, col_score, 0.0), 1)[:, None], held)
-        held_col = tl.where(won, tl.sum(tl.where(following, col, 0), 1)[:, None], held_col)
+        best = tl.max(order, 1)[:, None]  # [BLOCK_T, 1]
+        winner = tl.min(tl.where(order == best, code, 0x7FFFFFFF), 1)[:, None]
+        codes = tl.where(rank == i, winner, codes)
+        scores = tl.where(rank == i, tl.where(best < float("inf"), best, float("nan")), scores)
+        following = tl.sum(tl.where(rank == (winner & 255) + 1, col_score, 0.0), 1)[:, None]
+        held = tl.where(code == winner, following, held)
+        code = tl.where(code == winner, code + 1, code)
+    slots = tl.gather(row, codes // 256, 1) * N + tl.gather(col, codes & 255, 1)
     return slots, scores
 
 
@@ -254,12 +347,14 @@ def select(
     weights = torch.empty(tokens, heads, topk, dtype=torch.float32, device=query_THD.device)
     if wide is None:
         wide = query_THD.dtype == torch.float32 or num_keys > NARROW_KEYS
+    block_t = BLOCK_T // 2 if wide else BLOCK_T
     if tokens > 0:
-        select_kernel[(triton.cdiv(tokens, BLOCK_T), heads)](
+        select_kernel[(triton.cdiv(tokens, block_t), heads)](
             query_THD, row_keys_HND, col_keys_HND, indices, weights, tokens, heads,
             N=num_keys, HALF=channels // 2, TOPK=topk, TOPK_PADDED=triton.next_power_of_2(topk),
             ACTIVATION=activation, WIDE=wide, BITS=(num_keys - 1).bit_length(),
-            BLOCK_T=BLOCK_T, BLOCK_N=max(64 if wide else 128, triton.next_power_of_2(topk)), BLOCK_D=max(16, triton.next_power_of_2(channels // 2)),
+            BLOCK_T=block_t, BLOCK_N=max(64 if wide else 128, triton.next_power_of_2(topk)),
+            BLOCK_D=max(16, triton.next_power_of_2(channels // 2)),
             num_warps=4, num_stages=2,
         )  # fmt: skip
     return indices, weights

@@ -57,11 +57,11 @@ def project_kernel(
         tl.store(latent + line[:, None] * W + channel[None, :], total, mask=mask)
     for start in tl.range(0, OUT, BLOCK_O):
         column = start + tl.arange(0, BLOCK_O)
-        mask = inside_channel[:, None] & (column < OUT)[None, :]
-        proj = tl.load(head_proj + (head * W + channel[:, None]) * OUT + column[None, :], mask=mask, other=0.0)
-        found = tl.dot(total, proj, input_precision="ieee")
-        mask = inside_token[:, None] & (column < OUT)[None, :]
-        tl.store(out + line[:, None] * OUT + column[None, :], found.to(out.dtype.element_ty), mask=mask)
+        in_column = (column < OUT)[None, :]
+        proj_at = head_proj + (head * W + channel[:, None]) * OUT + column[None, :]
+        proj = tl.load(proj_at, mask=inside_channel[:, None] & in_column, other=0.0)
+        found = tl.dot(total, proj, input_precision="ieee").to(out.dtype.element_ty)
+        tl.store(out + line[:, None] * OUT + column[None, :], found, mask=inside_token[:, None] & in_column)
 
 
 @triton.jit
