@@ -126,10 +126,10 @@ def work_of(launch, shape) -> Work:
 def sub_keys_work(launch, shape, metadata: float, query: float, keys: float) -> Work:
     arguments = launch.arguments
     rounds = arguments["per_split"] // arguments["BLOCK_T"]
-    partial = launch.grid[1] * keys * 2
+    partial = arguments["splits"] * keys * 2
     blocks = launch.grid[2] // 2
     flops = 2 * shape.tokens * shape.heads * shape.num_keys * shape.channels
-    return Work([rounds, shape.topk], metadata + query + 2 * partial, 2 * blocks * metadata + blocks * query, flops)
+    return Work([rounds], metadata + query + 2 * partial, 2 * blocks * metadata + blocks * query, flops)
 
 
 def unrolled() -> int:

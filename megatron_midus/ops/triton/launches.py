@@ -49,18 +49,13 @@ def launches(shape: Shape, *, capability: int) -> list[resources.Launch]:
         sizes = [(shape.tokens, shape.heads, shape.channels), keys_shape, keys_shape, values_shape]
         if shape.variant == "hive":
             sizes.append((shape.heads, shape.latent, shape.out))
-        tensors = [torch.empty(size, dtype=shape.dtype, device="meta", requires_grad=True) for size in sizes]
-        query, row_keys, col_keys, values, *projection = tensors
-        out = function.head_wise_memory(
-            query,
-            row_keys,
-            col_keys,
-            values,
-            projection[0] if projection else None,
-            topk=shape.topk,
-            variant=shape.variant,
-            deterministic=shape.deterministic,
+        query, row_keys, col_keys, values, *rest = (
+            torch.empty(size, dtype=shape.dtype, device="meta", requires_grad=True) for size in sizes
         )
+        out = function.head_wise_memory(
+            query, row_keys, col_keys, values, rest[0] if rest else None,
+            topk=shape.topk, variant=shape.variant, deterministic=shape.deterministic,
+        )  # fmt: skip
         out.backward(torch.empty_like(out))
 
     return resources.compiled_launches(run, capability=capability)

@@ -40,12 +40,14 @@ def projection_backward(
     splits = max(1, min(MAX_SPLITS, triton.cdiv(tokens, TOKENS_PER_SPLIT)))
     per_split = triton.cdiv(triton.cdiv(tokens, splits), BLOCK_T) * BLOCK_T
     partial = torch.empty(splits, heads, latent, out, dtype=torch.float32, device=latent_THL.device)
+    wide = dtype == torch.float32  # half of the tokens and twice the warps keep full-precision products in registers
+    block_t = BLOCK_T // 2 if wide else BLOCK_T
     block_l = min(MAX_BLOCK_L, max(16, triton.next_power_of_2(latent)))
     block_o = max(16, triton.next_power_of_2(out))
     _projection_backward_kernel[(heads, splits, triton.cdiv(latent, block_l))](
         grad_out_THO, latent_THL, head_proj_HLO, grad_latent, partial,
         tokens, heads, latent, out, per_split,
-        BLOCK_T=BLOCK_T, BLOCK_L=block_l, BLOCK_O=block_o, num_warps=4,
+        BLOCK_T=block_t, BLOCK_L=block_l, BLOCK_O=block_o, num_warps=8 if wide else 4,
     )  # fmt: skip
     return grad_latent, partial.sum(0).to(head_proj_HLO.dtype)
 

@@ -85,7 +85,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(values_backward, "TILE_ELEMENTS", 512)
     monkeypatch.setattr(values_backward, "MAX_BLOCK_W", 32)
     monkeypatch.setattr(projection_backward, "TOKENS_PER_SPLIT", 5)
-    monkeypatch.setattr(projection_backward, "BLOCK_T", 16)
+    monkeypatch.setattr(projection_backward, "BLOCK_T", 32)
     monkeypatch.setattr(projection_backward, "MAX_BLOCK_L", 16)
 
 
