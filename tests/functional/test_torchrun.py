@@ -212,6 +212,8 @@ def join(start: Callable[..., Launcher], hosts: list[Host], index: int, port: in
         f"--nnodes 2 --nproc-per-node 2 --rdzv-id midus {rendezvous} --local-addr {host.address} {flags}",
         words,
         prefix=host.prefix,
+        # torchrun tells a host that comes later no address of the store that it shares with the ranks.
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
         **host.environment,
     )
 
