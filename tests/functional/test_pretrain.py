@@ -56,6 +56,8 @@ LAYOUTS = {
     # Stages 0 and 2 have no trainable parameter at all.
     "pp3": ("--pipeline-model-parallel-size 3", 3),
     "pp3-distributed-optimizer": ("--pipeline-model-parallel-size 3 --use-distributed-optimizer", 3),
+    "tp2-latent": ("--tensor-model-parallel-size 2 --memory-value-placement latent", 2),
+    "pp2-by-cost": ("--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout auto", 2),
     "recompute": ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 1),
     "per-token": ("--calculate-per-token-loss", 1),
 }
