@@ -143,7 +143,7 @@ def block_activations(
         heads = model.num_attention_heads + model.num_query_groups
         attention += (heads * model.kv_channels * (4 + (item if trained else 0)) + 4 * heads) / tensor
     if plan.blocks[index].kind == "memory":
-        return norm + attention + _memory_activations(model, plan, item) / tensor
+        return norm + attention + _memory_activations(model, plan, layout, item)
     # Gate and up side by side, silu(gate), the chunk of up that the product needs, and the input of the last matrix.
     mlp = (4 + trained) * model.ffn_hidden_size * item / tensor
     return norm + attention + _norm_activations(model, layout, item, trained=trained, needs_input=True) + mlp
@@ -158,7 +158,7 @@ def _norm_activations(model: ModelConfig, layout: Layout, item: int, *, trained:
     return kept
 
 
-def _memory_activations(model: ModelConfig, plan: UpscalePlan, item: int) -> float:
+def _memory_activations(model: ModelConfig, plan: UpscalePlan, layout: Layout, item: int) -> float:
     """Slots (int32) and weights (fp32) that were selected, and what the settings add to the query and to the result.
 
     The query itself is the attention's output, which is kept there.
@@ -166,9 +166,13 @@ def _memory_activations(model: ModelConfig, plan: UpscalePlan, item: int) -> flo
     memory = plan.memory
     assert memory is not None
     heads = memory.num_memory_heads(model.num_attention_heads)
-    kept = 8.0 * heads * memory.memory_topk
+    kept = 8.0 * heads * memory.memory_topk / layout.tensor
+    if layout.latent_values and memory.memory_variant != "full":
+        kept += 8.0 * heads * memory.memory_topk  # those of all heads, which every rank reads for
+        if memory.memory_variant == "hive":
+            kept += heads * memory.memory_latent_size * item / layout.tensor  # what the head projection takes
     if memory.memory_output_projection == "linear":
-        kept += model.hidden_size * item  # input of the mixer
+        kept += model.hidden_size * item / layout.tensor  # input of the mixer
     return kept
 
 

@@ -57,6 +57,7 @@ class Setting:
     steps: int = 4
     zero_values: bool = False
     transformer_impl: str = "local"
+    value_placement: str = "replicated"
     insert_after: tuple[int, ...] = (1, 3)
 
 
@@ -117,6 +118,7 @@ def build(setting: Setting, layout: Layout) -> tuple[list[torch.nn.Module], Upsc
             plan=plan,
             sequence_length=SEQUENCE,
             transformer_impl=setting.transformer_impl,
+            value_placement=setting.value_placement,
             vp_stage=stage if layout.vpp else None,
         )
         for stage in range(layout.vpp or 1)

@@ -19,6 +19,11 @@ CASES = {
     "tp full bank": (Layout(tp=2), Setting(memory={"memory_variant": "full"})),
     "tp block": (Layout(tp=2, sp=True), Setting(memory={"memory_variant": "block"})),
     "tp mixer": (Layout(tp=2, sp=True), Setting(memory={"memory_output_projection": "linear"})),
+    "tp latent": (Layout(tp=2, sp=True), Setting(memory={"memory_latent_size": 8}, value_placement="latent")),
+    "tp latent block": (
+        Layout(tp=2),
+        Setting(memory={"memory_variant": "block"}, value_placement="latent", train="inserted"),
+    ),
     "pp": (Layout(pp=2), Setting()),
     "pp inserted": (Layout(pp=2), Setting(train="inserted")),
     "pp tied": (Layout(pp=2), Setting(model={"tie_word_embeddings": True})),
@@ -44,6 +49,7 @@ def planned(layout: Layout, setting: Setting):
         chunks=layout.vpp or 1,
         sequence_parallel=layout.sp,
         distributed_optimizer=setting.distributed_optimizer,
+        latent_values=setting.value_placement == "latent",
     )
     workload = planning.Workload(
         SEQUENCE, MICRO_BATCH, GLOBAL_BATCH, itemsize=2 if setting.config else 4, train=setting.train
