@@ -16,13 +16,12 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
 TABLE = Path(__file__).parent / "triton_resources.json"
 
-# Bytes of stack that kernels may spill; all others none. fp32 products in full precision are for checks, not for speed,
-# and 512 channels per query head are more than any model's attention head has.
+# Bytes of stack that kernels may use, by the start and the end of their names; all others none. On Ampere the scores of a
+# tile stand in registers beside the selection, where Hopper keeps one operand in shared memory.
 MAY_SPILL = {
-    "1b-n512-k16-fp32 select_kernel": 512,
-    "sm_80 1b-n512-k16-block select_kernel": 1024,
-    "sm_80 1b-n256-k8 _sub_keys_backward_kernel": 8,
-    "sm_80 1b-n256-k16-full _sub_keys_backward_kernel": 8,
+    ("sm_80 1b-n256-k8 ", "select_kernel"): 1648,
+    ("sm_80 ", "select_kernel"): 256,
+    ("sm_80 1b-n256-", "_sub_keys_backward_kernel"): 8,
 }
 SHARED_LIMIT = {"sm_90": 227 * 1024, "sm_80": 163 * 1024}
 
@@ -38,7 +37,9 @@ def test_committed_table_spills_nothing_but_what_is_stated():
     table = json.loads(TABLE.read_text())
     assert {name.split()[0] for name in table} == set(SHARED_LIMIT)
     for name, found in table.items():
-        allowed = next((n for kernel, n in MAY_SPILL.items() if name.endswith(kernel)), 0)
+        allowed = next(
+            (n for (first, last), n in MAY_SPILL.items() if name.startswith(first) and name.endswith(last)), 0
+        )
         assert found["spill_bytes"] <= allowed, name
         assert found["registers"] <= 255
         assert found["shared_bytes"] <= SHARED_LIMIT[name.split()[0]], name
