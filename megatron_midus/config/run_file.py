@@ -43,6 +43,11 @@ def parse_arguments_with_file(parser: argparse.ArgumentParser, argv: Sequence[st
 
 def words_of_file(parser: argparse.ArgumentParser, path: str | Path) -> list[str]:
     """The entries of a YAML file as words of a command line; raises ``ValueError``."""
+    return words_of_entries(parser, read_yaml(path, what=CONFIG_FLAG), where=str(path))
+
+
+def words_of_entries(parser: argparse.ArgumentParser, entries: Mapping[str, Any], *, where: str) -> list[str]:
+    """Entries ``{flag: value}`` as words of a command line; ``ValueError`` begins with ``where``."""
     actions = {
         _key(option): action
         for action in parser._actions
@@ -51,16 +56,16 @@ def words_of_file(parser: argparse.ArgumentParser, path: str | Path) -> list[str
     }
     words: list[str] = []
     seen: dict[int, str] = {}
-    for name, value in _read(path).items():
+    for name, value in entries.items():
         action = actions.get(_key(name))
         if action is None:
             near = difflib.get_close_matches(_key(name), actions, n=1)
-            raise ValueError(f"{path}: {name!r} is no flag{f'; did you mean {near[0]!r}?' if near else ''}")
+            raise ValueError(f"{where}: {name!r} is no flag{f'; did you mean {near[0]!r}?' if near else ''}")
         if id(action) in seen:
-            raise ValueError(f"{path}: {seen[id(action)]!r} and {name!r} are the same flag; give one")
+            raise ValueError(f"{where}: {seen[id(action)]!r} and {name!r} are the same flag; give one")
         seen[id(action)] = name
         if value is not None:
-            words += _words(action, name, value, str(path))
+            words += _words(action, name, value, where)
     return words
 
 
@@ -94,9 +99,10 @@ def _key(name: str) -> str:
     return name.lstrip("-").replace("-", "_")
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path, *, what: str = "") -> dict[str, Any]:
+    """A file with one mapping; ``ValueError`` for anything else, and for a key that is given twice."""
     if not Path(path).is_file():
-        raise ValueError(f"--config {path} is not a file")
+        raise ValueError(f"{what} {path} is not a file".strip())
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_midus"
 
 FREE = {"files", "cli"}
-NOT_FOR_TRAINING = {"hf", "evaluation", "analysis", "benchmark", "planning", "integrations", "training"}
+NOT_FOR_TRAINING = {"hf", "evaluation", "analysis", "benchmark", "comparison", "planning", "integrations", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "ops": set(),
@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"config"},
     "evaluation": {"config", "hf", "ops", "upscaling"},
     "analysis": {"config", "hf", "ops", "upscaling"},
+    "comparison": {"analysis", "config", "evaluation", "planning", "upscaling"},
     "benchmark": {"config", "model", "ops", "platform", "training", "upscaling"},
     "planning": {"config", "upscaling"},
     "integrations": set(),

@@ -1,0 +1,221 @@
+"""Charts as inline SVG: lines and points with axes, legend and error bars. Colours come from the page's style sheet.
+
+Shapes have the classes ``s0 … s11`` (a series each), ``axis``, ``grid`` and ``note``; ``analysis/report.py`` gives them
+colours for light and for dark.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from html import escape
+
+NUM_SERIES = 12
+_WIDTH, _HEIGHT = 680, 380
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 14, 46
+_CHARACTER = 6.6
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """One line, or points alone.
+
+    Attributes:
+        name: in the legend.
+        x, y: of equal length.
+        spread: half length of each error bar.
+        style: which colour, counted from 0; arms keep theirs over several charts.
+        is_line: whether the points are joined.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: int
+    spread: Sequence[float] | None = None
+    is_line: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    """A map from values to pixels."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+    is_log: bool
+
+    def place(self, value: float) -> float:
+        low, high, value = (math.log10(v) if self.is_log else v for v in (self.low, self.high, value))
+        return self.start + (value - low) / (high - low) * (self.stop - self.start)
+
+    def ticks(self) -> list[float]:
+        if self.is_log:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            found = [m * 10.0**p for p in powers for m in (1, 2, 5) if self.low <= m * 10.0**p <= self.high]
+            return found if len(found) >= 2 else [self.low, self.high]
+        return nice_ticks(self.low, self.high)
+
+
+def nice_ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """About ``count`` round numbers between ``low`` and ``high``."""
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def short_number(value: float) -> str:
+    """``1.5M``, ``20k``, ``0.25``."""
+    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def chart(
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    title: str = "",
+    label_points: bool = False,
+) -> str:
+    """One chart.
+
+    Args:
+        series: at least one point in all; values that are not finite (or not positive on a log axis) are left out.
+        x_label, y_label: with units.
+        log_x: logarithmic horizontal axis.
+        title: said to screen readers.
+        label_points: write names beside points instead of a legend.
+    """
+    series = [_finite(entry, log_x) for entry in series]
+    series = [entry for entry in series if entry.x]
+    if not series:
+        return '<p class="note">No data.</p>'
+    rows = [] if label_points else _legend_rows([entry.name for entry in series])
+    height = _HEIGHT + 18 * len(rows)
+    x = _axis([v for s in series for v in s.x], _LEFT, _WIDTH - _RIGHT, is_log=log_x)
+    bounds = [v + sign * e for s in series for v, e in zip(s.y, s.spread or [0.0] * len(s.y)) for sign in (-1, 1)]
+    y = _axis(bounds, _HEIGHT - _BOTTOM, _TOP, is_log=False)
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title or y_label)}">']
+    parts += _frame(x, y, x_label, y_label)
+    for entry in series:
+        parts += _draw(entry, x, y)
+    if label_points:
+        parts += _point_labels(series, x, y)
+    for row, names in enumerate(rows):
+        parts += _legend(names, series, _HEIGHT + 12 + 18 * row)
+    return "\n".join([*parts, "</svg>"])
+
+
+def _finite(entry: Series, log_x: bool) -> Series:
+    keep = [
+        i for i, (a, b) in enumerate(zip(entry.x, entry.y))
+        if math.isfinite(a) and math.isfinite(b) and (a > 0 or not log_x)
+    ]  # fmt: skip
+    spread = None if entry.spread is None else [entry.spread[i] for i in keep]
+    return dataclasses.replace(entry, x=[entry.x[i] for i in keep], y=[entry.y[i] for i in keep], spread=spread)
+
+
+def _axis(values: Sequence[float], start: float, stop: float, *, is_log: bool) -> _Axis:
+    low, high = min(values), max(values)
+    if is_log:
+        factor = max((high / low) ** 0.05, 1.1)
+        return _Axis(low / factor, high * factor, start, stop, True)
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return _Axis(low - margin, high + margin, start, stop, False)
+
+
+def _frame(x: _Axis, y: _Axis, x_label: str, y_label: str) -> list[str]:
+    bottom, left, right = _HEIGHT - _BOTTOM, _LEFT, _WIDTH - _RIGHT
+    parts = []
+    for tick in y.ticks():
+        at = y.place(tick)
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(
+            f'<text class="tick" x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{short_number(tick)}</text>'
+        )
+    for tick in x.ticks():
+        at = x.place(tick)
+        parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
+        parts.append(
+            f'<text class="tick" x="{at:.1f}" y="{bottom + 17}" text-anchor="middle">{short_number(tick)}</text>'
+        )
+    parts.append(f'<path class="axis" d="M{left} {_TOP}V{bottom}H{right}"/>')
+    parts.append(
+        f'<text class="label" x="{(left + right) / 2}" y="{bottom + 37}" text-anchor="middle">{escape(x_label)}</text>'
+    )
+    middle = (_TOP + bottom) / 2
+    parts.append(
+        f'<text class="label" transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+    )
+    return parts
+
+
+def _draw(entry: Series, x: _Axis, y: _Axis) -> list[str]:
+    places = [(x.place(a), y.place(b)) for a, b in zip(entry.x, entry.y)]
+    css = f"s{entry.style % NUM_SERIES}"
+    # A thirteenth series has the colour of the first and another stroke.
+    dash = ' stroke-dasharray="5 3"' if entry.style // NUM_SERIES % 2 else ""
+    parts = []
+    if entry.is_line and len(places) > 1:
+        path = " ".join(f"{'M' if i == 0 else 'L'}{a:.1f} {b:.1f}" for i, (a, b) in enumerate(places))
+        parts.append(f'<path class="line {css}" d="{path}"{dash}/>')
+    for (a, _), value, half in zip(places, entry.y, entry.spread or [0.0] * len(places)):
+        if half:
+            top, bottom = y.place(value + half), y.place(value - half)
+            parts.append(f'<path class="line thin {css}" d="M{a:.1f} {top:.1f}V{bottom:.1f}"/>')
+    if len(places) <= 40:
+        radius = 2.6 if entry.is_line else 5
+        for (a, b), given, loss in zip(places, entry.x, entry.y):
+            told = f"{entry.name}: {short_number(given)}, {loss:.4f}"
+            parts.append(
+                f'<circle class="dot {css}" cx="{a:.1f}" cy="{b:.1f}" r="{radius}"><title>{escape(told)}</title></circle>'
+            )
+    return parts
+
+
+def _point_labels(series: Sequence[Series], x: _Axis, y: _Axis) -> list[str]:
+    """Names beside points, moved down until none covers another."""
+    taken: list[tuple[float, float, float]] = []  # [left, right, baseline]
+    parts = []
+    for a, b, name in sorted((x.place(s.x[i]), y.place(s.y[i]), s.name) for s in series for i in range(len(s.x))):
+        width = _CHARACTER * len(name)
+        is_right = a + 9 + width <= _WIDTH - _RIGHT
+        left = a + 9 if is_right else a - 9 - width
+        baseline = b + 4
+        while any(left < end and start < left + width and abs(baseline - other) < 13 for start, end, other in taken):
+            baseline += 3
+        taken.append((left, left + width, baseline))
+        anchor, at = ("start", a + 9) if is_right else ("end", a - 9)
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{baseline:.1f}" text-anchor="{anchor}">{escape(name)}</text>')
+    return parts
+
+
+def _legend_rows(names: Sequence[str]) -> list[list[str]]:
+    rows: list[list[str]] = [[]]
+    used = 0.0
+    for name in names:
+        width = 30 + _CHARACTER * len(name)
+        if rows[-1] and used + width > _WIDTH - _LEFT - _RIGHT:
+            rows.append([])
+            used = 0.0
+        rows[-1].append(name)
+        used += width
+    return rows
+
+
+def _legend(names: Sequence[str], series: Sequence[Series], baseline: float) -> list[str]:
+    at, parts = float(_LEFT), []
+    for name in names:
+        css = f"s{next(s.style for s in series if s.name == name) % NUM_SERIES}"
+        parts.append(f'<path class="line {css}" d="M{at:.1f} {baseline - 4:.1f}h18"/>')
+        parts.append(f'<text class="tick" x="{at + 22:.1f}" y="{baseline:.1f}">{escape(name)}</text>')
+        at += 30 + _CHARACTER * len(name)
+    return parts

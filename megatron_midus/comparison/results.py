@@ -1,0 +1,287 @@
+"""Results of an experiment, collected from what its runs left: figures of every run, means and spreads of every arm."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_midus.comparison.arms import ResolvedArm
+from megatron_midus.comparison.curves import Curves, Point, make_curves, read_scalars, thin
+from megatron_midus.comparison.runner import choose_rate, finished, rate_losses
+from megatron_midus.comparison.runs import Chain, Runs, one_of_each_architecture
+from megatron_midus.comparison.steps import FileHashes
+
+CURVE_POINTS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """Mean over seeds and its sample standard deviation (``None`` for one seed)."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean | None:
+        """Of no values there is none."""
+        if not values:
+            return None
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), deviation, len(values))
+
+
+@dataclasses.dataclass
+class RunResult:
+    """One seed of one arm. Losses are nats per token of the whole held-out texts, by ``tools/evaluate.py``."""
+
+    seed: int
+    new_loss: float
+    old_loss: float | None
+    curves: Curves | None
+    """``None`` for an arm that does not train."""
+
+
+@dataclasses.dataclass
+class ArmResult:
+    """One arm over its seeds."""
+
+    name: str
+    policy: str
+    train: str
+    num_blocks: int
+    memory: dict[str, Any] | None
+    driver: dict[str, Any]
+    parameters: int
+    added: int
+    trainable: int
+    flops_per_token: float
+    iterations: int
+    tokens: int
+    lr: float | None
+    rate_losses: dict[str, float]
+    """Held-out loss of the learning rates that were tried on the first seed."""
+    runs: list[RunResult] = dataclasses.field(default_factory=list)
+    latency: dict[str, Any] | None = None
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def loss(self, domain: str) -> Mean | None:
+        """Held-out loss on ``new`` or ``old``."""
+        values = [getattr(run, f"{domain}_loss") for run in self.runs]
+        return Mean.of([value for value in values if value is not None])
+
+    def perplexity(self, domain: str) -> Mean | None:
+        values = [getattr(run, f"{domain}_loss") for run in self.runs]
+        return Mean.of([math.exp(value) for value in values if value is not None])
+
+    def difference(self, other: ArmResult, domain: str = "new") -> Mean | None:
+        """Of the losses, seed by seed: arms of one seed saw the same data. A run of one seed stands for all of them."""
+        mine = {run.seed: getattr(run, f"{domain}_loss") for run in self.runs}
+        theirs = {run.seed: getattr(run, f"{domain}_loss") for run in other.runs}
+        if self.trainable and other.trainable:
+            pairs = [(mine[seed], theirs[seed]) for seed in mine if seed in theirs]
+        elif self.trainable:
+            pairs = [(loss, base) for loss in mine.values() for base in theirs.values()]
+        else:
+            pairs = [(base, loss) for base in mine.values() for loss in theirs.values()]
+        return Mean.of([a - b for a, b in pairs if a is not None and b is not None])
+
+    @property
+    def curves(self) -> list[Curves]:
+        return [run.curves for run in self.runs if run.curves is not None]
+
+    @property
+    def seconds_per_iteration(self) -> float | None:
+        """Median over seeds."""
+        times = [curves.seconds_per_iteration for curves in self.curves]
+        return statistics.median(times) if times else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        seconds = self.seconds_per_iteration
+        return self.tokens / self.iterations / seconds if seconds else None
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Of all steps, median over seeds."""
+        ends = [curves.validation[-1].seconds for curves in self.curves if curves.validation]
+        return statistics.median(ends) if ends else None
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        peaks = [curves.peak_memory_bytes for curves in self.curves if curves.peak_memory_bytes is not None]
+        return max(peaks) if peaks else None
+
+    def validation_at(self, seconds: float) -> Mean | None:
+        """Loss of the validation curve after so much training, over seeds that trained that long."""
+        losses = [curves.validation_at(seconds) for curves in self.curves]
+        return Mean.of([loss for loss in losses if loss is not None])
+
+
+@dataclasses.dataclass
+class Results:
+    """A whole comparison."""
+
+    description: str
+    reference: str
+    seeds: list[int]
+    arms: list[ArmResult]
+    settings: dict[str, Any]
+    """The experiment as it was read."""
+    machine: dict[str, Any]
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def reference_arm(self) -> ArmResult | None:
+        return next((arm for arm in self.arms if arm.name == self.reference and arm.runs), None)
+
+    @property
+    def equal_seconds(self) -> float | None:
+        """The time at which arms are compared: that of the reference's training, or the shortest of all, if less."""
+        times = [arm.training_seconds for arm in self.arms if arm.training_seconds is not None]
+        return min(times) if times else None
+
+    def to_json(self) -> str:
+        values = dataclasses.asdict(self)
+        for arm, entry in zip(self.arms, values["arms"]):
+            summary: dict[str, Any] = {name: getattr(arm, name) for name in (
+                "seconds_per_iteration", "tokens_per_second", "training_seconds", "peak_memory_bytes")}  # fmt: skip
+            for domain in ("new", "old"):
+                for figure in ("loss", "perplexity"):
+                    found = getattr(arm, figure)(domain)
+                    summary[f"{domain}_{figure}"] = found and dataclasses.asdict(found)
+            entry["summary"] = summary
+        return json.dumps(_finite(values), indent=1) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_results(text: str) -> Results:
+    """Inverse of ``Results.to_json``; infinite losses come back as ``None``."""
+    values = json.loads(text)
+    arms = []
+    for entry in values.pop("arms"):
+        entry.pop("summary")
+        runs = [RunResult(**{**run, "curves": _read_curves(run["curves"])}) for run in entry.pop("runs")]
+        arms.append(ArmResult(**entry, runs=runs))
+    return Results(**values, arms=arms)
+
+
+def _read_curves(values: dict[str, Any] | None) -> Curves | None:
+    if values is None:
+        return None
+    lists = {name: [Point(**point) for point in values[name]] for name in ("training", "validation")}
+    return Curves(**{**values, **lists})
+
+
+def collect(
+    runs: Runs, hashes: FileHashes, *, machine: dict[str, Any], failures: dict[str, str], notes: Sequence[str] = ()
+) -> Results:
+    """Reads the figures of all finished runs.
+
+    Args:
+        runs: of the experiment.
+        hashes: tell whether a run is of these settings.
+        machine: of ``machine_facts``.
+        failures: by label of the chain.
+        notes: for the reader.
+    """
+    experiment = runs.experiment
+    arms, done_chains = [], []
+    for arm in runs.arms:
+        rate = choose_rate(runs, arm)
+        chains = [runs.chain(arm, seed, rate) for seed in runs.seeds_of(arm)]
+        done = finished(chains, hashes)
+        done_chains += done
+        arms.append(_arm_result(runs, arm, rate, done))
+        arms[-1].failures = {label: text for label, text in failures.items() if label.startswith(f"{arm.arm.name}, ")}
+    _add_latency(runs, hashes, arms, done_chains)
+    return Results(
+        description=experiment.description,
+        reference=experiment.reference_name,
+        seeds=experiment.seeds,
+        arms=arms,
+        settings=dataclasses.asdict(experiment),
+        machine=machine,
+        notes=[*notes, *_notes(runs, arms)],
+    )
+
+
+def _arm_result(runs: Runs, arm: ResolvedArm, rate: float | None, chains: Sequence[Chain]) -> ArmResult:
+    experiment, tried = runs.experiment, {}
+    tokens_per_iteration = experiment.global_batch_size * experiment.seq_length
+    if len(experiment.rates(arm.arm)) > 1:
+        tried = {f"{lr:g}": loss for lr, loss in rate_losses(runs, arm).items()}
+    return ArmResult(
+        name=arm.arm.name,
+        policy=arm.arm.policy,
+        train=arm.arm.train,
+        num_blocks=len(arm.plan.inserted_indices),
+        memory=None if arm.plan.memory is None else arm.plan.memory.to_dict(),
+        driver=arm.arm.driver,
+        parameters=arm.parameters,
+        added=arm.added,
+        trainable=arm.trainable,
+        flops_per_token=arm.flops_per_token,
+        iterations=arm.iterations,
+        tokens=arm.iterations * tokens_per_iteration,
+        lr=rate,
+        rate_losses=tried,
+        runs=[_run_result(chain, tokens_per_iteration) for chain in chains],
+    )
+
+
+def _run_result(chain: Chain, tokens_per_iteration: int) -> RunResult:
+    (model,) = json.loads(chain.evaluation.read_text())["models"]
+    losses = [entry["loss"] for entry in model["results"].values()]
+    curves = None
+    if chain.train is not None:
+        curves = make_curves(read_scalars(chain.tensorboard), tokens_per_iteration=tokens_per_iteration)
+        curves = dataclasses.replace(curves, training=thin(curves.training, CURVE_POINTS))
+    return RunResult(chain.seed, losses[0], losses[1] if len(losses) > 1 else None, curves)
+
+
+def _add_latency(runs: Runs, hashes: FileHashes, arms: Sequence[ArmResult], chains: Sequence[Chain]) -> None:
+    measured = one_of_each_architecture(_by_seed(runs, chains))
+    step = runs.latency(measured)
+    if step is None or not step.is_done(step.fingerprint(hashes)):
+        return
+    models = json.loads(step.makes[0].read_text())["models"]
+    by_architecture = {chain.arm.architecture: model["latency"] for chain, model in zip(measured, models)}
+    for resolved, arm in zip(runs.arms, arms):
+        arm.latency = by_architecture.get(resolved.architecture)
+
+
+def _by_seed(runs: Runs, chains: Sequence[Chain]) -> list[Chain]:
+    """In the order in which they ran: seed by seed, all arms in turn."""
+    order = {arm.arm.name: index for index, arm in enumerate(runs.arms)}
+    return sorted(chains, key=lambda c: (runs.experiment.seeds.index(c.seed), order[c.arm.arm.name]))
+
+
+def _notes(runs: Runs, arms: Sequence[ArmResult]) -> list[str]:
+    data = runs.experiment.data
+    notes = []
+    if any(arm.rate_losses for arm in arms) and data.valid in (None, data.new):
+        notes.append(
+            "learning rates were chosen on the first seed by the loss on the validation batches, which are part of the "
+            "held-out text of the new domain: the figures on that text are slightly optimistic for arms with a choice"
+        )
+    if runs.experiment.budget.flops is not None:
+        notes.append("the budget is in FLOPs: arms see different numbers of tokens, each a beginning of the same order")
+    incomplete = [
+        arm.name for arm in arms if arm.runs and 1 < len(runs.experiment.seeds) != len(arm.runs) and arm.trainable
+    ]
+    if incomplete:
+        notes.append(f"seeds are missing, so means are over fewer: {', '.join(incomplete)}")
+    return notes

@@ -1,0 +1,343 @@
+"""The steps of an experiment: which commands, in which order, with which files between them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_midus.comparison.arms import ResolvedArm
+from megatron_midus.comparison.experiment import REPOSITORY, Experiment
+from megatron_midus.comparison.steps import Step, StepFailed
+from megatron_midus.config.run_file import words_of_entries
+
+LATEST_FILE = "latest_checkpointed_iteration.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """One arm with one seed and one learning rate, up to its figures.
+
+    Attributes:
+        rate: ``None`` for an arm that does not train.
+        train: the training, ``None`` likewise.
+        model: the step that leaves the Hugging Face directory ``hf``.
+        steps: all of its own, in order.
+    """
+
+    arm: ResolvedArm
+    seed: int
+    rate: float | None
+    directory: Path
+    train: Step | None
+    model: Step
+    steps: tuple[Step, ...]
+
+    @property
+    def label(self) -> str:
+        rate = "" if self.rate is None else f", lr {self.rate:g}"
+        return f"{self.arm.arm.name}, seed {self.seed}{rate}"
+
+    @property
+    def hf(self) -> Path:
+        return self.directory / "hf"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.directory / "evaluation.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.directory / "tensorboard"
+
+
+class Runs:
+    """Makes the steps.
+
+    Args:
+        experiment: with its paths resolved.
+        arms: the same arms, resolved against the base.
+        output: root directory.
+        driver: parser of ``pretrain_midus.py``, which spells the experiment's flags.
+    """
+
+    def __init__(
+        self, experiment: Experiment, arms: Sequence[ResolvedArm], output: Path, driver: argparse.ArgumentParser
+    ) -> None:
+        self.experiment = experiment
+        self.arms = list(arms)
+        self.output = output
+        self.driver = driver
+        # With a budget in FLOPs arms differ in length: the data are drawn for the longest, and every arm reads a
+        # beginning of the same order.
+        self.data_iterations = max((arm.iterations for arm in arms), default=0)
+        self.prepare = self._prepare_steps()
+        self.datasets, self.train_words = self._train_data()
+        self.valid_prefix = ""
+        if self.data_iterations:
+            data = experiment.data
+            step, self.valid_prefix = self._tokenise("valid", data.valid or data.new, data.json_key)
+            self.datasets.append(step)
+
+    def seeds_of(self, arm: ResolvedArm) -> list[int]:
+        """All seeds; one for an arm that does not train, which none of them changes."""
+        return self.experiment.seeds if arm.iterations else self.experiment.seeds[:1]
+
+    def prepared_paths(self) -> list[str]:
+        """What the experiment reads from its own output directory, and so expects ``prepare`` to make."""
+        data = self.experiment.data
+        texts = [*(source.text for source in data.train), data.new, data.old, data.valid]
+        texts += [arm.arm.calibration_data for arm in self.arms]
+        return [text for text in texts if text is not None and Path(text).is_relative_to(self.output)]
+
+    # -- data ----------------------------------------------------------------------------------------------------
+    def _prepare_steps(self) -> list[Step]:
+        steps: list[Step] = []
+        for index, command in enumerate(self.experiment.prepare):
+            words = shlex.split(command)
+            is_python = words[0] in ("python", "python3")
+            steps.append(
+                Step(
+                    name=f"prepare-{index}",
+                    directory=self.output / "data",
+                    words=tuple(words[1:] if is_python else words),
+                    launcher=(sys.executable,) if is_python else (),
+                    output=self.output,
+                    after=tuple(steps[-1:]),
+                )
+            )
+        return steps
+
+    def _source(self, path: str) -> tuple[tuple[str, ...], tuple[Step, ...]]:
+        """``reads`` and ``after`` of a step that reads a file of the experiment."""
+        if Path(path).is_relative_to(self.output):
+            return (), tuple(self.prepare[-1:])
+        return (path,), ()
+
+    def _tokenise(self, name: str, text: str, key: str) -> tuple[Step, str]:
+        """The step that encodes a text, and the prefix of what it makes."""
+        directory = self.output / "data" / name
+        reads, after = self._source(text)
+        step = Step(
+            name=f"tokenise-{name}",
+            directory=self.output / "data",
+            words=(
+                "tools/preprocess_data.py", "--input", text, "--json-keys", key, "--append-eod",
+                "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", self.experiment.base,
+                "--output-prefix", str(directory / "part"),
+            ),
+            launcher=(sys.executable,),
+            output=self.output,
+            reads=(*reads, self.experiment.base),
+            after=after,
+            makes=(directory,),
+        )  # fmt: skip
+        return step, str(directory / f"part_{key}_document")
+
+    def _train_data(self) -> tuple[list[Step], list[str]]:
+        steps, words = [], []
+        if not self.data_iterations:
+            return [], []
+        for index, source in enumerate(self.experiment.data.train):
+            prefix = source.dataset
+            if source.text is not None:
+                step, prefix = self._tokenise(f"train-{index}", source.text, source.json_key)
+                steps.append(step)
+            words += [f"{source.weight:g}"] if source.weight is not None else []
+            words.append(str(prefix))
+        return steps, words
+
+    # -- an arm --------------------------------------------------------------------------------------------------
+    def chain(self, arm: ResolvedArm, seed: int, rate: float | None) -> Chain:
+        """The steps of one run."""
+        root = self.output / "runs" / arm.arm.name / f"seed-{seed}"
+        directory = root if rate is None else root / f"lr-{rate:g}"
+        train = None
+        if rate is None:
+            model = self._upscale(arm, seed, directory / "hf", ["--save-format", "hf"])
+            steps = [model]
+        else:
+            upscale = self._upscale(arm, seed, root / "upscaled", self._padding(arm))
+            train = self._train(arm, seed, rate, directory, upscale)
+            model = self._export(directory, train)
+            steps = [upscale, train, model]
+        steps.append(self._evaluate(directory, model))
+        return Chain(arm, seed, rate, directory, train, model, tuple(steps))
+
+    def _padding(self, arm: ResolvedArm) -> list[str]:
+        """Flags of the training's layout that up-scaling has to know."""
+        flags = {**self.experiment.driver, **arm.arm.driver}
+        given = {name.lstrip("-").replace("-", "_"): value for name, value in flags.items()}
+        words = []
+        for name, target in (
+            ("tensor_model_parallel_size", "--target-tensor-parallel-size"),
+            ("pipeline_model_parallel_size", "--target-pipeline-parallel-size"),
+            ("make_vocab_size_divisible_by", "--make-vocab-size-divisible-by"),
+        ):
+            if name in given:
+                words += [target, str(given[name])]
+        return words
+
+    def _upscale(self, arm: ResolvedArm, seed: int, target: Path, more: Sequence[str]) -> Step:
+        setting = arm.arm
+        words = ["tools/upscale.py", "--hf-model", self.experiment.base, "--save", str(target)]
+        words += ["--policy", setting.policy, "--seed", str(seed), *more]
+        words += ["--num-blocks", str(setting.num_blocks)] if setting.num_blocks is not None else []
+        words += ["--insert-after", *map(str, setting.insert_after)] if setting.insert_after is not None else []
+        memory = {} if arm.plan.memory is None else dataclasses.asdict(arm.plan.memory)
+        for name, value in memory.items():
+            if isinstance(value, bool):
+                words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+            elif value is not None:
+                words += [f"--{name.replace('_', '-')}", str(value)]
+        reads, after = (), ()
+        if setting.calibration_data is not None:
+            reads, after = self._source(setting.calibration_data)
+            words += ["--calibration-data", setting.calibration_data]
+            words += ["--calibration-tokens", str(setting.calibration_tokens)]
+        return Step(
+            name="upscale",
+            directory=target.parent,
+            words=tuple(words),
+            launcher=(sys.executable,),
+            output=self.output,
+            reads=(*reads, self.experiment.base),
+            after=after,
+            makes=(target,),
+        )
+
+    def _train(self, arm: ResolvedArm, seed: int, rate: float, directory: Path, upscale: Step) -> Step:
+        experiment, checkpoints = self.experiment, directory / "checkpoints"
+        flags = words_of_entries(self.driver, {**experiment.driver, **arm.arm.driver}, where="driver")
+        words = [
+            "pretrain_midus.py", *flags,
+            "--distributed-backend", experiment.layout.backend,
+            "--load", str(upscale.makes[0]), "--save", str(checkpoints),
+            "--train", arm.arm.train, "--seed", str(seed),
+            "--seq-length", str(experiment.seq_length),
+            "--micro-batch-size", str(experiment.micro_batch_size),
+            "--global-batch-size", str(experiment.global_batch_size),
+            "--train-iters", str(self.data_iterations), "--exit-interval", str(arm.iterations),
+            "--lr", f"{rate:g}", "--min-lr", f"{rate * experiment.min_lr_ratio:g}",
+            "--lr-decay-iters", str(arm.iterations),
+            "--train-data-path", *self.train_words, "--valid-data-path", self.valid_prefix,
+            "--data-cache-path", str(directory / "cache"),
+            "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", experiment.base,
+            "--eval-at-start", "--eval-interval", str(arm.eval_interval),
+            "--eval-iters", str(experiment.evaluation.valid_batches),
+            "--log-interval", str(max(1, arm.iterations // 200)),
+            "--tensorboard-dir", str(directory / "tensorboard"), "--log-memory-to-tensorboard",
+        ]  # fmt: skip
+        ready = [source.dataset for source in experiment.data.train if source.dataset is not None]
+
+        def check() -> None:
+            """A driver that was asked to stop saves and ends well."""
+            latest = checkpoints / LATEST_FILE
+            reached = latest.read_text().strip() if latest.is_file() else "0"
+            if reached != str(arm.iterations):
+                raise StepFailed(f"stopped after iteration {reached} of {arm.iterations}; run again to continue")
+
+        return Step(
+            name="train",
+            directory=directory,
+            words=tuple(words),
+            launcher=self._launcher(),
+            output=self.output,
+            reads=(experiment.base, *ready),
+            after=(upscale, *self.datasets),
+            makes=(checkpoints, directory / "tensorboard", directory / "cache"),
+            goes_on=True,
+            check=check,
+        )
+
+    def _launcher(self) -> tuple[str, ...]:
+        if self.experiment.layout.nproc == 1:
+            return (sys.executable,)
+        count = str(self.experiment.layout.nproc)
+        return (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count, "--master-port", FREE_PORT)
+
+    def _export(self, directory: Path, train: Step) -> Step:
+        words = ("tools/convert_checkpoint.py", "--load", str(directory / "checkpoints"), "--to", "hf")
+        return Step(
+            name="export",
+            directory=directory,
+            words=(*words, "--save", str(directory / "hf")),
+            launcher=(sys.executable,),
+            output=self.output,
+            after=(train,),
+            makes=(directory / "hf",),
+        )
+
+    def _evaluate(self, directory: Path, model: Step) -> Step:
+        data, settings = self.experiment.data, self.experiment.evaluation
+        texts = [data.new, *([data.old] if data.old is not None else [])]
+        words = ["tools/evaluate.py", "--model", str(directory / "hf"), "--data", *texts, "--json-key", data.json_key]
+        words += ["--seq-length", str(settings.seq_length or self.experiment.seq_length)]
+        words += ["--batch-size", str(settings.batch_size), "--dtype", settings.dtype]
+        words += ["--max-tokens", str(settings.max_tokens)] if settings.max_tokens is not None else []
+        words += self._device()
+        sources = [self._source(text) for text in texts]
+        return Step(
+            name="evaluate",
+            directory=directory,
+            words=(*words, "--json", str(directory / "evaluation.json")),
+            launcher=(sys.executable,),
+            output=self.output,
+            reads=tuple(path for reads, _ in sources for path in reads),
+            after=(model, *dict.fromkeys(step for _, after in sources for step in after)),
+            makes=(directory / "evaluation.json",),
+        )
+
+    def _device(self) -> list[str]:
+        return ["--device", "cpu" if self.experiment.layout.backend == "gloo" else "cuda"]
+
+    # -- all of them ---------------------------------------------------------------------------------------------
+    def latency(self, chains: Sequence[Chain]) -> Step | None:
+        """One measurement of a model of every architecture; ``None`` when it is not asked for."""
+        settings = self.experiment.latency
+        if not settings.rounds or not chains:
+            return None
+        target = self.output / "latency.json"
+        words = ["tools/evaluate.py", "--model", *(str(chain.hf) for chain in chains), "--latency"]
+        words += ["--latency-rounds", str(settings.rounds), "--latency-batch-size", str(settings.batch_size)]
+        words += ["--latency-prompt-tokens", str(settings.prompt_tokens)]
+        words += ["--latency-decode-tokens", str(settings.decode_tokens), "--dtype", self.experiment.evaluation.dtype]
+        return Step(
+            name="latency",
+            directory=self.output,
+            words=(*words, *self._device(), "--json", str(target)),
+            launcher=(sys.executable,),
+            output=self.output,
+            after=tuple(chain.model for chain in chains),
+            makes=(target,),
+        )
+
+
+FREE_PORT = "{free port}"
+
+
+def free_port() -> str:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def one_of_each_architecture(chains: Sequence[Chain]) -> list[Chain]:
+    """The first chain of every kind of model: latency depends on the blocks, not on what they learnt."""
+    found: dict[tuple, Chain] = {}
+    for chain in chains:
+        found.setdefault(chain.arm.architecture, chain)
+    return list(found.values())
+
+
+def command_line(step: Step) -> list[str]:
+    """Interpreter, launcher, program (by its full path) and arguments."""
+    port = free_port() if FREE_PORT in step.launcher else ""
+    launcher = [port if word == FREE_PORT else word for word in step.launcher]
+    program = REPOSITORY / step.words[0]
+    return [*launcher, str(program) if program.is_file() else step.words[0], *step.words[1:]]

@@ -1,0 +1,93 @@
+"""Up-scales one base in several ways, trains all of them alike, and lays the results side by side.
+
+Examples:
+  python tools/compare.py examples/comparison/smoke.yaml --output comparison_smoke
+  python tools/compare.py mine.yaml --output out --arms llama_pro midus --seeds 1 --jobs 2
+
+A run that was interrupted goes on with the same command; after a change in the file only what depends on it runs again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_midus import cli
+from megatron_midus.comparison.arms import resolve
+from megatron_midus.comparison.experiment import read_experiment
+from megatron_midus.comparison.machine import machine_facts
+from megatron_midus.comparison.page import to_html
+from megatron_midus.comparison.results import collect
+from megatron_midus.comparison.runner import Runner, lock, run_experiment
+from megatron_midus.comparison.runs import Runs
+from megatron_midus.comparison.steps import FileHashes, StepFailed
+from megatron_midus.comparison.table import to_markdown
+from megatron_midus.conversion.families import from_hf_config
+from megatron_midus.conversion.hf_io import read_hf_config
+from megatron_midus.files import write_text_atomically
+from megatron_midus.training.arguments import build_parser
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("experiment", metavar="EXPERIMENT.yaml", help="what is compared; docs/comparing.md lists the keys")
+    add("--output", metavar="DIR", help="directory of everything (default: comparison_<name of the file>)")
+    add("--arms", nargs="+", metavar="NAME", help="only these arms")
+    add("--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds")
+    add("--jobs", type=int, default=1, help="runs at a time; more than 1 spoils the timings (default: 1)")
+    add("--report-only", action="store_true", help="run nothing; write the report of what is done")
+    namespace = parser.parse_args(arguments)
+    if namespace.jobs < 1:
+        raise ValueError(f"--jobs {namespace.jobs} must be at least 1")
+    return namespace
+
+
+def say(text: str) -> None:
+    print(f"[{datetime.datetime.now():%H:%M:%S}] {text}", flush=True)
+
+
+def make_runs(arguments: argparse.Namespace, output: Path) -> Runs:
+    """The experiment of the command line, checked as far as that goes without running anything."""
+    experiment = read_experiment(arguments.experiment, output).select(arguments.arms, arguments.seeds)
+    driver = build_parser()
+    model = from_hf_config(read_hf_config(experiment.base))
+    return Runs(experiment, resolve(experiment, model, driver), output, driver)
+
+
+def write_report(runs: Runs, runner: Runner, output: Path) -> None:
+    """``results.json``, ``table.md``, ``report.html``."""
+    notes = []
+    if runner.jobs > 1:
+        notes.append(f"{runner.jobs} runs went on at a time: compare times with care")
+    results = collect(runs, runner.hashes, machine=machine_facts(), failures=runner.failures, notes=notes)
+    write_text_atomically(output / "results.json", results.to_json())
+    write_text_atomically(output / "table.md", to_markdown(results))
+    write_text_atomically(output / "report.html", to_html(results))
+    print(to_markdown(results), end="")
+    say(f"report: {output / 'report.html'}, {output / 'table.md'}, {output / 'results.json'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    namespace = parse_arguments(arguments)
+    output = Path(namespace.output or f"comparison_{Path(namespace.experiment).stem}").resolve()
+    runs = make_runs(namespace, output)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with lock(output):
+        runner = Runner(FileHashes(output / "hashes.json"), say, jobs=namespace.jobs)
+        try:
+            if not namespace.report_only:
+                run_experiment(runs, runner)
+        except StepFailed as error:
+            raise ValueError(str(error)) from None
+        write_report(runs, runner, output)
+    for label, message in runner.failures.items():
+        say(f"FAILED: {label}: {message}")
+    return 1 if runner.failures else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
