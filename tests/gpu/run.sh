@@ -3,7 +3,7 @@
 #   tests/gpu/run.sh [DIRECTORY]    results (default: gpu-results); needs the package installed in the active environment
 # Every part runs, whatever became of the ones before; the exit status is 1 when any failed and 2 when there is no GPU.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 results="${1:-gpu-results}"
 
 if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() or torch.version.cuda is None)'; then
