@@ -24,8 +24,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from megatron_midus.config import MemoryConfig
+from megatron_midus.memory.balance import BalanceLoss
 from megatron_midus.memory.latent import read_latent_bank
-from megatron_midus.ops import head_wise_memory, initialize_parameter, transform_query, weigh_slots
+from megatron_midus.ops import (
+    Observer,
+    balance_loss,
+    head_wise_memory,
+    initialize_parameter,
+    transform_query,
+    weigh_slots,
+)
 
 ValuePlacement = Literal["replicated", "latent"]
 
@@ -63,6 +71,12 @@ class HeadWiseMemory(MegatronModule):
     Parameters and their global shapes are ``MemoryConfig.parameter_shapes``; each carries its name there as
     ``memory_parameter_kind``, and ``is_memory_value`` says whether it is the value bank.
 
+    Attributes:
+        observer: is shown ``(indices, weights)`` of this rank's heads, ``[T, M/p, K]``, in every forward pass that
+            records gradients: once per micro-batch of training, with activation recompute as well, and never in
+            evaluation. It changes nothing.
+        balance_loss: adds the auxiliary loss to the backward pass; ``None`` = there is none.
+
     Raises:
         ValueError: heads, or columns of a latent bank, that the ranks cannot share evenly.
     """
@@ -98,6 +112,8 @@ class HeadWiseMemory(MegatronModule):
         self.deterministic = deterministic
         self.values_main_grad = values_main_grad
         self.tp_group = tp_group
+        self.observer: Observer | None = None
+        self.balance_loss: BalanceLoss | None = None
         is_split = value_placement == "latent" and memory.memory_variant != "full" and tp_group.size() > 1
         self.value_placement: ValuePlacement = "latent" if is_split else "replicated"
         self._check_heads()
@@ -183,13 +199,44 @@ class HeadWiseMemory(MegatronModule):
         """
         raw, query = self.queries(hidden)
         # [T, M/p, O]; block: [T, 1, h] summed over this rank's heads, or, of a latent bank, [T, 1, h/p] over all heads
-        found = self._read_split(query) if self.value_placement == "latent" else self._read_whole(query)
+        read = self._read_split if self.value_placement == "latent" else self._read_whole
+        selected: list[torch.Tensor] = []
+        found = read(query, self._observer(selected))
         gate = self._parameters.get("gate")
         if gate is not None:
             found = found * F.silu(torch.einsum("thd,hdo->tho", raw, gate))
-        return self._leave(found.reshape(*hidden.shape[:2], -1)), None
+        output = self._leave(found.reshape(*hidden.shape[:2], -1))
+        if selected:
+            output = self._with_balance_loss(output, query, selected[0])
+        return output, None
 
-    def _read_whole(self, query: torch.Tensor) -> torch.Tensor:
+    def _observer(self, selected: list[torch.Tensor]) -> Observer | None:
+        """Who is to be shown this pass; ``selected`` receives the slots where the balance loss needs them."""
+        # Recompute runs a layer twice, the first time without gradients. Asked here: inside of operators they are off.
+        if not torch.is_grad_enabled():
+            return None
+        observer = self.observer
+        if self.balance_loss is None:
+            return observer
+
+        def show(indices: torch.Tensor, weights: torch.Tensor) -> None:
+            selected.append(indices)
+            if observer is not None:
+                observer(indices, weights)
+
+        return show
+
+    def _with_balance_loss(self, output: torch.Tensor, query: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        assert self.balance_loss is not None
+        return self.balance_loss.attach(
+            output,
+            balance_loss(query, self.row_keys, self.col_keys, indices),
+            num_heads=self.num_memory_heads * self.tp_group.size(),
+            num_tokens=query.shape[0],
+            config=self.config,
+        )
+
+    def _read_whole(self, query: torch.Tensor, observer: Observer | None = None) -> torch.Tensor:
         """The look-up in banks that this rank holds whole."""
         values = self.values
         if partition_axis("values", self.memory) is None:
@@ -206,9 +253,10 @@ class HeadWiseMemory(MegatronModule):
             backend=self.backend,
             deterministic=self.deterministic,
             values_main_grad=self._values_main_grad(),
+            observer=observer,
         )
 
-    def _read_split(self, query: torch.Tensor) -> torch.Tensor:
+    def _read_split(self, query: torch.Tensor, observer: Observer | None = None) -> torch.Tensor:
         """The look-up in a bank of which every rank holds some columns."""
         indices, weights = weigh_slots(
             query,
@@ -218,6 +266,8 @@ class HeadWiseMemory(MegatronModule):
             score_activation=self.memory.memory_score_activation,
             backend=self.backend,
         )
+        if observer is not None:
+            observer(indices, weights.detach())
         found = read_latent_bank(
             self.values,
             indices,

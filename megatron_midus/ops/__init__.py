@@ -1,6 +1,8 @@
 """Head-wise memory as functions of tensors: no module, no process group, no Megatron."""
 
+from megatron_midus.ops.balance import balance_loss
 from megatron_midus.ops.dispatch import (
+    Observer,
     aggregate_values,
     head_wise_memory,
     select_slots,
@@ -11,7 +13,9 @@ from megatron_midus.ops.initialization import calibrated_keys, initialize_parame
 from megatron_midus.ops.reference import transform_query
 
 __all__ = [
+    "Observer",
     "aggregate_values",
+    "balance_loss",
     "calibrated_keys",
     "head_wise_memory",
     "initialize_parameter",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -45,10 +45,11 @@ def head_wise_memory(
     topk: int,
     variant: str = "hive",
     score_activation: str = "softmax",
+    observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """As ``megatron_midus.ops.head_wise_memory``; gradients are the same from run to run."""
     tensors = (query_THD, row_keys_HND, col_keys_HND, values, head_proj)
-    settings = _Settings(topk, variant, score_activation)
+    settings = _Settings(topk, variant, score_activation, observer)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _HeadWiseMemory.apply(*tensors, settings)
     return _look_up(*tensors, settings)[0]
@@ -84,6 +85,7 @@ class _Settings(NamedTuple):
     topk: int
     variant: str
     score_activation: str
+    observer: Callable[[torch.Tensor, torch.Tensor], None] | None
 
 
 def _look_up(
@@ -98,6 +100,8 @@ def _look_up(
     dtype = compute_dtype(query, row_keys, col_keys, values, head_proj)
     index, scores = selection.select_slots(query, row_keys, col_keys, topk=settings.topk, dtype=dtype)
     weights = activate_scores(scores, settings.score_activation)
+    if settings.observer is not None:
+        settings.observer(index.transpose(0, 1), weights.detach().transpose(0, 1))
     tokens, heads, _ = query.shape
     if head_proj is not None and tokens * heads <= FEW_LOOKUPS:  # one part; of a decoding step, each call counts
         bank, slots = _widened(values, index.view(-1), dtype)

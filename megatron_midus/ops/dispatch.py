@@ -8,11 +8,16 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+# Called with a look-up's ``(indices int32 [T, H, K], weights [T, H, K])``, without gradient. They are the operator's own
+# tensors and saved for the backward pass, so an observer must not write to them; they need not be contiguous.
+Observer = Callable[[torch.Tensor, torch.Tensor], None]
 
 VARIANTS = ("hive", "full", "block")
 SCORE_ACTIVATIONS = ("softmax", "sigmoid", "relu")
@@ -39,6 +44,7 @@ def head_wise_memory(
     backend: str = "auto",
     deterministic: bool = True,
     values_main_grad: torch.Tensor | None = None,
+    observer: Observer | None = None,
 ) -> torch.Tensor:
     """Product-key memory with one look-up per head (Kim et al., MIDUS, arXiv 2512.13751).
 
@@ -58,6 +64,7 @@ def head_wise_memory(
         deterministic: ask for gradients that are equal bit by bit from run to run. ``False`` merely allows otherwise.
         values_main_grad: fp32 buffer of the shape of ``values``, to which the backward pass adds their gradient;
             autograd then sees zeros. Backend ``triton`` alone; saves a pass over the bank and its gradient.
+        observer: is shown the selected slots and their weights, every time that the look-up is computed.
 
     Returns:
         ``[T, H, d_o]``, for ``block`` ``[T, 1, d]``, in the dtype of the query. Scores, weights and sums are fp32 at
@@ -77,6 +84,8 @@ def head_wise_memory(
         settings["deterministic"] = deterministic
     if values_main_grad is not None:
         settings["values_main_grad"] = values_main_grad
+    if observer is not None:
+        settings["observer"] = observer
     if not torch.is_autocast_enabled(query_THD.device.type):  # a context costs as much as a few look-ups of one token
         return _module(name).head_wise_memory(*tensors, **settings)
     with torch.autocast(query_THD.device.type, enabled=False):

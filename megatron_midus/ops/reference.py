@@ -5,6 +5,8 @@ Shapes: T tokens, H memory heads, D channels of one head's query, N sub-keys per
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 RMS_EPSILON = 1e-6
@@ -106,11 +108,14 @@ def head_wise_memory(
     topk: int,
     variant: str = "hive",
     score_activation: str = "softmax",
+    observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """The maths of ``megatron_midus.ops.head_wise_memory``, where arguments and shapes are explained and checked."""
     dtype = compute_dtype(query_THD, row_keys_HND, col_keys_HND, values, head_proj)
     index, scores = select_slots(query_THD.to(dtype), row_keys_HND, col_keys_HND, topk=topk)
     weights = activate_scores(scores, score_activation)  # [T, H, K]
+    if observer is not None:
+        observer(index.int(), weights.detach())
     values = values.to(dtype)
     if variant == "hive":
         assert head_proj is not None

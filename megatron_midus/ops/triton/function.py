@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +84,7 @@ def head_wise_memory(
     score_activation: str = "softmax",
     deterministic: bool = True,
     values_main_grad: torch.Tensor | None = None,
+    observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """As ``megatron_midus.ops.head_wise_memory``.
 
@@ -94,7 +96,7 @@ def head_wise_memory(
     query, row_keys, col_keys = (t.to(dtype).contiguous() for t in (query_THD, row_keys_HND, col_keys_HND))
     head_proj = None if head_proj is None else head_proj.to(values.dtype).contiguous()
     tensors = (query, row_keys, col_keys, values.contiguous(), head_proj)
-    settings = _Settings(topk, variant, score_activation, deterministic, out_dtype, values_main_grad)
+    settings = _Settings(topk, variant, score_activation, deterministic, out_dtype, values_main_grad, observer)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _HeadWiseMemory.apply(*tensors, settings)
     return _look_up(*tensors, settings, save_latent=False)[0]
@@ -118,6 +120,7 @@ class _Settings(NamedTuple):
     deterministic: bool
     out_dtype: torch.dtype
     values_main_grad: torch.Tensor | None
+    observer: Callable[[torch.Tensor, torch.Tensor], None] | None
 
 
 def _look_up(
@@ -137,6 +140,8 @@ def _look_up(
     indices, weights = selection.select(
         query, row_keys, col_keys, topk=settings.topk, activation=settings.score_activation
     )
+    if settings.observer is not None:
+        settings.observer(indices, weights)
     if head_proj is None:
         out = value_kernels.sum_values(indices, weights, values, variant=settings.variant, dtype=settings.out_dtype)
         return out, indices, weights, None
