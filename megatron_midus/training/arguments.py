@@ -13,6 +13,7 @@ from megatron_midus.config.checkpoint import CheckpointConfig
 from megatron_midus.config.compatibility import CompatibilityConfig
 from megatron_midus.config.data import DataConfig
 from megatron_midus.config.fields import add_arguments, from_namespace
+from megatron_midus.config.memory_telemetry import MemoryTelemetryConfig
 from megatron_midus.config.optimizer import OptimizerSettings
 from megatron_midus.config.parallel import ParallelConfig
 from megatron_midus.config.run_file import parse_arguments_with_file, write_run_file
@@ -34,6 +35,7 @@ class Arguments:
     parallel: ParallelConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    memory_telemetry: MemoryTelemetryConfig
     data: DataConfig
     compatibility: CompatibilityConfig
     architecture: dict[str, Any]
@@ -63,6 +65,7 @@ _GROUPS: dict[str, type] = {
     "parallel": ParallelConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
+    "memory_telemetry": MemoryTelemetryConfig,
     "data": DataConfig,
     "compatibility": CompatibilityConfig,
 }

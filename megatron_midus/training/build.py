@@ -14,6 +14,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.core.transformer.module import Float16Module
@@ -23,6 +24,7 @@ from megatron_midus import data as midus_data
 from megatron_midus.config.data import DataConfig
 from megatron_midus.config.parallel import ParallelConfig
 from megatron_midus.data.tokenizer import Tokenizer
+from megatron_midus.memory import BalanceLoss
 from megatron_midus.model.builder import build_model, freeze
 from megatron_midus.model.checkpoint import load_weights
 from megatron_midus.model.config import make_transformer_config
@@ -31,6 +33,7 @@ from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.checkpointing import readable
 from megatron_midus.training.checks import Layout, num_virtual_stages
+from megatron_midus.training.memory_counters import memory_layers
 from megatron_midus.training.messages import print_rank_0
 from megatron_midus.training.source import Source
 from megatron_midus.upscaling.value_placement import Placement, resolve_value_placement
@@ -120,6 +123,10 @@ def build_model_chunks(
         with readable(source.directory):
             load_weights(chunks, source.directory)
     freeze(chunks, architecture.plan, architecture.train)
+    coeff = arguments.memory_telemetry.memory_balance_loss_coeff
+    if coeff:
+        for layer in memory_layers(chunks):
+            layer.self_attention.linear_proj.balance_loss = BalanceLoss(coeff, get_num_microbatches)
     return chunks
 
 

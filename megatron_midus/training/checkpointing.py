@@ -59,6 +59,7 @@ def training_state(
     *,
     train: str,
     with_rng: bool,
+    memory_usage: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint holds.
 
@@ -68,10 +69,12 @@ def training_state(
         progress: where the run is.
         train: the resolved ``--train``, because optimizer state of other parameters cannot be resumed.
         with_rng: include the random number states.
+        memory_usage: of ``MemoryTelemetry.state``.
     """
     model_state = sharded_state_dict(model_chunks)
     state: dict[str, Any] = {
         **model_state,
+        **(memory_usage or {}),
         _TRAINING_STATE: {
             **dataclasses.asdict(progress),
             "train": train,

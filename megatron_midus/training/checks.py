@@ -171,6 +171,16 @@ def check_schedule(arguments: Arguments, layout: Layout, num_layers: int) -> Non
         raise ValueError("rampup_batch_size does not go with several model chunks per pipeline stage; drop either")
 
 
+def check_memory_settings(arguments: Arguments, plan: UpscalePlan) -> None:
+    """Refuses what only Memory blocks can do where there are none."""
+    if plan.memory is not None:
+        return
+    for name in ("memory_revive_interval", "memory_balance_loss_coeff"):
+        value = getattr(arguments.memory_telemetry, name)
+        if value:
+            raise ValueError(f"{name}={value} is about Memory blocks and policy {plan.policy} has none; leave it out")
+
+
 def check_environment(arguments: Arguments) -> None:
     """Packages without which a run would fail or hang late."""
     if arguments.checkpoint.save is not None and importlib.util.find_spec("psutil") is None:

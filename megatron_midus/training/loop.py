@@ -25,6 +25,7 @@ from megatron_midus.training.build import build_iterators
 from megatron_midus.training.checkpoint_writer import CheckpointWriter
 from megatron_midus.training.checkpointing import Progress, training_state
 from megatron_midus.training.checks import Layout
+from megatron_midus.training.memory_telemetry import MemoryReport, MemoryTelemetry
 from megatron_midus.training.messages import print_rank_0, rank, warn_rank_0
 from megatron_midus.training.optimizer import learning_rates
 from megatron_midus.training.profiler import StepProfiler
@@ -135,6 +136,20 @@ class Trainer:
         self.profiler = StepProfiler(arguments.logging, directory=directory, rank=rank())
         self._start = time.monotonic()
         self._gathers_ahead = arguments.parallel.overlap_param_gather
+        self.memory_telemetry = self._watch_memories()
+
+    def _watch_memories(self) -> MemoryTelemetry | None:
+        settings = self.arguments.memory_telemetry
+        if self.optimizer is None or not settings.memory_log_interval or self.architecture.plan.memory is None:
+            return None
+        return MemoryTelemetry(
+            settings,
+            model_chunks=self.model_chunks,
+            optimizer=self.optimizer,
+            report=MemoryReport(self.telemetry, settings.memory_alarm_threshold),
+            seed=self.arguments.training.seed,
+            synchronise_parameters=self._synchronise_parameters,
+        )
 
     # -- the loop ------------------------------------------------------------------------------------------------
     def run(self) -> int:
@@ -218,6 +233,8 @@ class Trainer:
         assert self.optimizer is not None and self.scheduler is not None
         update_num_microbatches(self.progress.consumed_train_samples, consistency_check=True)
         samples = get_current_running_global_batch_size()
+        if self.memory_telemetry is not None:
+            self.memory_telemetry.before_step(self.progress.iteration + 1)
         try:
             result = train_step(
                 self.forward_step,
@@ -276,6 +293,8 @@ class Trainer:
                 params_norm=parameter_norm(self.model_chunks) if logging.log_params_norm and due else None,
             )
         )
+        if self.memory_telemetry is not None:
+            self.memory_telemetry.after_step(progress.iteration)
         if due and logging.timing_log_level > 0:
             self.timers.log(_TIMERS, normalizer=logging.log_interval, reset=True)
 
@@ -323,6 +342,7 @@ class Trainer:
             self.progress,
             train=self.architecture.train,
             with_rng=checkpoint.save_rng,
+            memory_usage=self.memory_telemetry.state() if self.memory_telemetry is not None else None,
         )
         self.writer.save(self.progress.iteration, state)
         seconds = time.perf_counter() - start

@@ -16,7 +16,13 @@ from typing import NoReturn
 from megatron_midus import cli
 from megatron_midus.training.architecture import resolve_model
 from megatron_midus.training.arguments import Arguments, parse_arguments
-from megatron_midus.training.checks import check_environment, check_schedule, resolve_layout, resolve_pipeline
+from megatron_midus.training.checks import (
+    check_environment,
+    check_memory_settings,
+    check_schedule,
+    resolve_layout,
+    resolve_pipeline,
+)
 from megatron_midus.training.schedule import schedule_lengths
 from megatron_midus.training.source import find_source
 
@@ -54,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = dataclasses.replace(arguments, parallel=parallel)
     check_schedule(arguments, layout, architecture.plan.num_layers)
+    check_memory_settings(arguments, architecture.plan)
     _prepare_environment(arguments)
     from megatron_midus import platform
 

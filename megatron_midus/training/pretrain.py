@@ -164,7 +164,7 @@ def _build_trainer(
         run_settings=dataclasses.asdict(arguments),
         save_directory=arguments.checkpoint.save,
     )
-    return Trainer(
+    trainer = Trainer(
         arguments=arguments,
         architecture=architecture,
         layout=layout,
@@ -180,6 +180,9 @@ def _build_trainer(
         timers=timers,
         train_iters=train_iters,
     )
+    if trainer.memory_telemetry is not None and source.resume and source.directory is not None:
+        trainer.memory_telemetry.load(source.directory)
+    return trainer
 
 
 def _restore(

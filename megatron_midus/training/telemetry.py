@@ -11,9 +11,12 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_midus.config.telemetry import LoggingConfig
+
+if TYPE_CHECKING:
+    from megatron_midus.training.memory_figures import Histogram
 
 
 @dataclasses.dataclass
@@ -190,6 +193,31 @@ class Telemetry:
         self._write({name: loss, f"{name} ppl": perplexity}, iteration)
         against_samples = {f"{name} vs samples": loss, f"{name} ppl vs samples": perplexity}
         self._write(against_samples, consumed_samples, to_wandb=False)
+
+    def write_scalars(self, scalars: dict[str, float], step: int) -> None:
+        """Sends scalars to TensorBoard and Weights & Biases."""
+        self._write(scalars, step)
+
+    def write_histograms(self, histograms: dict[str, Histogram], step: int) -> None:
+        """Sends counted histograms to TensorBoard and Weights & Biases."""
+        if self._writer is not None:
+            for key, histogram in histograms.items():
+                self._writer.add_histogram_raw(
+                    key,
+                    min=histogram.edges[0],
+                    max=histogram.edges[-1],
+                    num=sum(histogram.counts),
+                    sum=histogram.total,
+                    sum_squares=histogram.total_squares,
+                    bucket_limits=histogram.edges[1:],
+                    bucket_counts=histogram.counts,
+                    global_step=step,
+                )
+        if self._wandb is not None and histograms:
+            import wandb
+
+            drawn = {k: wandb.Histogram(np_histogram=(h.counts, h.edges)) for k, h in histograms.items()}
+            self._wandb.log(drawn, step)
 
     def _write(self, scalars: dict[str, Any], step: int, *, to_wandb: bool = True) -> None:
         known = {key: value for key, value in scalars.items() if value is not None}

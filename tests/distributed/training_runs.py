@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from megatron_midus.training.arguments import Arguments, parse_arguments
 from megatron_midus.training.checkpoint_writer import CheckpointWriter
 from megatron_midus.training.checkpointing import Progress, load_training_state, training_state
 from megatron_midus.training.checks import check_schedule, resolve_layout, resolve_pipeline
+from megatron_midus.training.memory_telemetry import MemoryTelemetry
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
 from megatron_midus.training.optimizer_state import stored_groups
 from megatron_midus.training.step import BatchShape, make_forward_step, train_step
@@ -118,12 +120,45 @@ class Run:
     save: Path | None = None
 
 
+@dataclasses.dataclass
+class Outcome:
+    """What a run leaves in memory.
+
+    Attributes:
+        curve: ``(iteration, loss, gradient norm)`` of every step, loss off the last stage None.
+        figures: ``(iteration, figures of the blocks, update ratios)`` of every report, on the last rank.
+        revived: ``(iteration, sub-keys by block)`` of every revival, on the last rank.
+    """
+
+    curve: list[tuple]
+    chunks: list
+    optimizer: Any
+    memory_telemetry: MemoryTelemetry | None
+    figures: list[tuple]
+    revived: list[tuple]
+
+
+class _Recorder:
+    """In place of ``MemoryReport``."""
+
+    def __init__(self) -> None:
+        self.figures: list[tuple] = []
+        self.revived: list[tuple] = []
+
+    def write(self, *report: Any) -> None:
+        self.figures.append(report)
+
+    def write_revived(self, *revival: Any) -> None:
+        self.revived.append(revival)
+
+
 def train_runs(runs: dict[str, Run], layout_flags: str) -> dict[str, list[tuple]]:
     """The runs one after the other: ``(iteration, loss, gradient norm)`` of every step, loss off the last stage None."""
-    return {name: _train(run, layout_flags) for name, run in runs.items()}
+    return {name: train(run, layout_flags).curve for name, run in runs.items()}
 
 
-def _train(run: Run, layout_flags: str) -> list[tuple]:
+def train(run: Run, layout_flags: str, *, before_steps: Callable[[list], None] = lambda chunks: None) -> Outcome:
+    """One run; ``before_steps`` is called with the model chunks once everything is loaded."""
     flags = f"{COMMON} --load {run.load} {layout_flags} {run.flags}"
     arguments = parse_arguments(shlex.split(flags))
     layout = resolve_layout(arguments, torch.distributed.get_world_size())
@@ -159,15 +194,37 @@ def _train(run: Run, layout_flags: str) -> list[tuple]:
             load_optim=arguments.checkpoint.load_optim,
             load_rng=False,
         )
-    curve = _steps(arguments, chunks, optimizer, scheduler, progress, run.steps)
+    before_steps(chunks)
+    recorder, memory_telemetry = _Recorder(), None
+    if arguments.memory_telemetry.memory_log_interval and architecture.plan.memory is not None:
+        memory_telemetry = MemoryTelemetry(
+            arguments.memory_telemetry,
+            model_chunks=chunks,
+            optimizer=optimizer,
+            report=recorder,
+            seed=arguments.training.seed,
+            synchronise_parameters=lambda: _synchronise(arguments, chunks),
+        )
+        if source.resume:
+            memory_telemetry.load(source.directory)
+    curve = _steps(arguments, chunks, optimizer, scheduler, progress, run.steps, memory_telemetry)
     if run.save is not None:
-        state = training_state(chunks, optimizer, scheduler, progress, train=architecture.train, with_rng=False)
+        usage = memory_telemetry.state() if memory_telemetry is not None else None
+        state = training_state(
+            chunks, optimizer, scheduler, progress, train=architecture.train, with_rng=False, memory_usage=usage
+        )
         CheckpointWriter(run.save, architecture, is_async=False, keep_last=0).save(progress.iteration, state)
-    return curve
+    return Outcome(curve, chunks, optimizer, memory_telemetry, recorder.figures, recorder.revived)
 
 
 def _steps(
-    arguments: Arguments, chunks: list, optimizer: Any, scheduler: Any, progress: Progress, last: int
+    arguments: Arguments,
+    chunks: list,
+    optimizer: Any,
+    scheduler: Any,
+    progress: Progress,
+    last: int,
+    memory_telemetry: MemoryTelemetry | None,
 ) -> list[tuple]:
     shape = BatchShape(arguments.training.micro_batch_size, SEQUENCE, False, None)
     forward_step = make_forward_step(shape, check_loss=False)
@@ -182,6 +239,8 @@ def _steps(
         chunk.train()
     curve = []
     while progress.iteration < last:
+        if memory_telemetry is not None:
+            memory_telemetry.before_step(progress.iteration + 1)
         result = train_step(
             forward_step, iterator, chunks, optimizer, scheduler, shape, arguments.optimizer,
             samples=GLOBAL_BATCH, check_loss=False,
@@ -189,11 +248,17 @@ def _steps(
         progress.iteration += 1
         progress.consumed_train_samples += GLOBAL_BATCH
         curve.append((progress.iteration, result.loss, result.grad_norm))
+        if memory_telemetry is not None:
+            memory_telemetry.after_step(progress.iteration)
+    _synchronise(arguments, chunks)
+    return curve
+
+
+def _synchronise(arguments: Arguments, chunks: list) -> None:
+    """Under overlapped gathering the parameters of the last step are still on their way."""
     if arguments.parallel.overlap_param_gather:
-        # The parameters of the last step are still on their way.
         for chunk in chunks:
             chunk.start_param_sync(force_sync=True)
-    return curve
 
 
 def stored_optimizer_state(roots: dict[str, Path]) -> dict[str, dict[str, torch.Tensor]]:
