@@ -60,6 +60,7 @@ class Runner:
         self.jobs = jobs
         self.failures: dict[str, str] = {}
         self._mutex = threading.Lock()
+        self._step_locks: dict[Path, threading.Lock] = {}
         self._processes: set[subprocess.Popen] = set()
         self._stopped = False
 
@@ -68,6 +69,12 @@ class Runner:
         """Runs a step unless it is done; raises ``StepFailed``."""
         with self._mutex:
             fingerprint = step.fingerprint(self.hashes)
+            # Chains with several learning rates share their up-scaling: the second one waits for the first.
+            alone = self._step_locks.setdefault(step.marker, threading.Lock())
+        with alone:
+            self._run_alone(step, label, fingerprint, force=force)
+
+    def _run_alone(self, step: Step, label: str, fingerprint: str, *, force: bool) -> None:
         if step.is_done(fingerprint) and not force:
             return
         step.begin(fingerprint)

@@ -66,6 +66,8 @@ def pretrain(
         source = agreed
         tokenizer, architecture = resolve_model(arguments, source)
     _warn_about_save(arguments, source)
+    if arguments.training.bf16 and platform.is_cpu() and not platform.cpu_multiplies_bf16():
+        warn_rank_0("this processor has no bf16 instructions: --bf16 trains several times slower here than without it")
     build.initialize_model_parallel(parallel, arguments.training.seed, architecture.plan.num_layers)
     with _data_for(arguments) as data_arguments:
         trainer = _build_trainer(data_arguments, source, architecture, tokenizer, layout, signal)
