@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
 from megatron_midus.conversion.checkpoint_layout import (
     ASSETS_DIRECTORY,
@@ -40,15 +42,25 @@ class CheckpointWriter:
         architecture: plan, model and Hugging Face files that travel into every checkpoint.
         is_async: write in the background; ``finalize`` must then be called now and then.
         keep_last: newest checkpoints to keep, 0 = all.
+        fully_parallel: data-parallel ranks share the writing of what they hold alike, about the same bytes each.
     """
 
-    def __init__(self, root: str | Path, architecture: Architecture, *, is_async: bool, keep_last: int) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        architecture: Architecture,
+        *,
+        is_async: bool,
+        keep_last: int,
+        fully_parallel: bool = True,
+    ) -> None:
         self.root = Path(root)
         self.architecture = architecture
         self.keep_last = keep_last
         # Follows the newest checkpoint: the one that the run began with may be deleted by then.
         self._assets = architecture.assets
         self._queue = AsyncCallsQueue() if is_async else None
+        self._strategy = _sharing_strategy() if fully_parallel else get_default_save_sharded_strategy()
         self._run = _agree_on_name()
         start_result_queue()
         if torch.distributed.get_rank() == 0:
@@ -64,7 +76,11 @@ class CheckpointWriter:
             staging.mkdir(parents=True)
         torch.distributed.barrier()
         request = dist_checkpointing.save(
-            state, str(staging), async_sharded_save=self._queue is not None, content_metadata=optimizer_metadata()
+            state,
+            str(staging),
+            self._strategy,
+            async_sharded_save=self._queue is not None,
+            content_metadata=optimizer_metadata(),
         )
         rank = torch.distributed.get_rank()
         if self._queue is None:
@@ -118,6 +134,13 @@ class CheckpointWriter:
         else:
             target.mkdir()
             shutil.copyfile(self._assets, target / "tokenizer.model")
+
+
+def _sharing_strategy() -> FullyParallelSaveStrategyWrapper:
+    """Spreads over the data-parallel ranks what each of them could write."""
+    return FullyParallelSaveStrategyWrapper(
+        get_default_save_sharded_strategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
 
 
 def _agree_on_name() -> str:
