@@ -55,7 +55,7 @@ class _Axis:
         if self.is_log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             found = [m * 10.0**p for p in powers for m in (1, 2, 5) if self.low <= m * 10.0**p <= self.high]
-            return found if len(found) >= 2 else [self.low, self.high]
+            return found if len(found) >= 2 else nice_ticks(self.low, self.high, 4)
         return nice_ticks(self.low, self.high)
 
 

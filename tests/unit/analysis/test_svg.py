@@ -24,3 +24,9 @@ def test_a_thirteenth_series_is_dashed_in_plot_and_legend():
     series = [Series(f"s-{i}", [0.0, 1.0], [float(i), i + 1.0], i) for i in range(15)]
     drawn = chart(series, x_label="x", y_label="y")
     assert drawn.count("stroke-dasharray") == 2 * 3
+
+
+def test_a_short_log_axis_has_round_ticks():
+    drawn = chart([Series("a", [295e3, 787e3], [1.0, 2.0], 0)], x_label="x", y_label="y", log_x=True)
+    ticks = re.findall(r'text-anchor="middle">([\d.]+k)<', drawn)
+    assert len(ticks) >= 2 and all(tick.endswith("00k") for tick in ticks), ticks
