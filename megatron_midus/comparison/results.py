@@ -250,7 +250,10 @@ def _run_result(chain: Chain, tokens_per_iteration: int) -> RunResult:
     curves = None
     if chain.train is not None:
         curves = make_curves(read_scalars(chain.tensorboard), tokens_per_iteration=tokens_per_iteration)
-        curves = dataclasses.replace(curves, training=thin(curves.training, CURVE_POINTS))
+        # A run that was resumed evaluated there as well, where runs of other seeds have no point.
+        every = chain.arm.eval_interval * tokens_per_iteration
+        validation = [point for point in curves.validation if point.tokens % every == 0]
+        curves = dataclasses.replace(curves, training=thin(curves.training, CURVE_POINTS), validation=validation)
     return RunResult(chain.seed, losses[0], losses[1] if len(losses) > 1 else None, curves)
 
 

@@ -207,7 +207,7 @@ def chosen_chains(runs: Runs, hashes: FileHashes) -> list[Chain]:
 
 
 def rate_losses(runs: Runs, arm: ResolvedArm, hashes: FileHashes) -> dict[float, float]:
-    """``{learning rate: held-out loss at the end}`` of the first seed; infinite for a run that is not there, or is of other settings."""
+    """``{learning rate: held-out loss at the end}`` of the first seed; infinite for a run not there, or of other settings."""
     losses = {}
     for rate in runs.experiment.rates(arm.arm):
         chain = runs.chain(arm, runs.experiment.seeds[0], rate)

@@ -224,7 +224,8 @@ class Runs:
         words = [
             "pretrain_midus.py", *flags,
             "--distributed-backend", experiment.layout.backend,
-            "--load", str(upscale.makes[0]), "--save", str(checkpoints),
+            # Weights of the up-scaling while there is no checkpoint of its own; after that it resumes.
+            "--pretrained-checkpoint", str(upscale.makes[0]), "--load", str(checkpoints), "--save", str(checkpoints),
             "--train", arm.arm.train, "--seed", str(seed),
             "--seq-length", str(experiment.seq_length),
             "--micro-batch-size", str(experiment.micro_batch_size),

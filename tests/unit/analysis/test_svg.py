@@ -7,7 +7,9 @@ from megatron_midus.analysis.svg import Series, chart
 
 
 def test_names_of_many_points_do_not_overlap():
-    series = [Series(f"variant-{i}", [1000.0 + i % 3], [3.0 - 0.001 * i], i, is_line=False) for i in range(15)]
+    series = [Series(f"variant-{i}", [1000.0 + i % 3], [3.0 - 0.001 * i], i, is_line=False) for i in range(14)]
+    # Far away, so that the others lie close together.
+    series.append(Series("variant-14", [2000.0], [2.0], 14, is_line=False))
     drawn = chart(series, x_label="x", y_label="y", label_points=True)
     labels = re.findall(r'<text class="tick" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">(variant-\d+)<', drawn)
     assert len(labels) == 15

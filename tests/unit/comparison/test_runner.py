@@ -1,4 +1,4 @@
-"""The runner, with commands that are tiny: what is done stays done, what fails takes nothing with it, what runs can be ended."""
+"""The runner, with tiny commands: what is done stays done, what fails takes nothing with it, what runs can be ended."""
 
 import dataclasses
 import sys

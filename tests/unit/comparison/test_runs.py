@@ -47,6 +47,7 @@ def test_arms_of_a_seed_read_the_same_data(tmp_path):
 def test_the_tools_understand_their_words(tmp_path):
     runs = experiments.make_runs(tmp_path)
     namespace = build_parser().parse_args(runs.chain(runs.arms[1], 1, 1e-2).train.words[1:])
+    assert namespace.load == namespace.save != namespace.pretrained_checkpoint
     assert (namespace.lr, namespace.min_lr, namespace.train_iters, namespace.seed) == (1e-2, 1e-3, 30, 1)
     upscale = flags(runs.chain(runs.arms[1], 1, 1e-2).steps[0].words)
     assert upscale["--memory-num-keys"] == ["8"] and upscale["--num-blocks"] == ["2"]
