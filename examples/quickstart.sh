@@ -40,7 +40,7 @@ torchrun --nproc-per-node 2 pretrain_midus.py --distributed-backend gloo --tenso
     --load "$out/upscaled" --save "$out/checkpoints" --save-interval 40 --tensorboard-dir "$out/tensorboard" \
     --train-data-path "$out/data/train_text_document" --valid-data-path "$out/data/heldout_text_document" \
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$base" \
-    --seq-length 512 --micro-batch-size 16 --global-batch-size 16 --bf16 --train-iters "$train_iters" \
+    --seq-length 512 --micro-batch-size 16 --global-batch-size 16 --train-iters "$train_iters" \
     --train inserted --lr 3e-3 --min-lr 3e-4 --value-lr-mult 10 --lr-decay-style cosine --lr-warmup-iters 10 \
     --clip-grad 1.0 --eval-interval 20 --eval-iters 4 --eval-at-start --log-interval 10
 

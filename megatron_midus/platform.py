@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import logging
 import os
+import platform as host
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -37,6 +38,12 @@ def is_cpu() -> bool:
 def device() -> torch.device:
     """The device of this process: its CUDA device, or the CPU."""
     return CPU if is_cpu() else torch.device("cuda", torch.cuda.current_device())
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether torch has fast bf16 products for this processor; without AVX-512 it adds them up in plain loops on x86."""
+    is_x86 = host.machine().lower() in ("x86_64", "amd64")
+    return not is_x86 or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def transformer_engine_available() -> bool:

@@ -36,14 +36,11 @@ from megatron_midus.training.loop import Trainer
 from megatron_midus.training.messages import is_last_rank, print_rank_0, rank, warn_rank_0
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
 from megatron_midus.training.signals import TerminationSignal
-from megatron_midus.training.source import Source
+from megatron_midus.training.source import RUN_FILE, Source
 from megatron_midus.training.summary import describe_groups, describe_run
 from megatron_midus.training.telemetry import Telemetry
 from megatron_midus.training.verification import agree_on_source
 from megatron_midus.upscaling.cost import flops_per_token
-
-# Beside the checkpoints: --config of a run like this one.
-RUN_FILE = "run.yaml"
 
 
 def pretrain(
@@ -66,6 +63,8 @@ def pretrain(
         source = agreed
         tokenizer, architecture = resolve_model(arguments, source)
     _warn_about_save(arguments, source)
+    if arguments.training.bf16 and platform.is_cpu() and not platform.cpu_multiplies_bf16():
+        warn_rank_0("this processor has no bf16 instructions: --bf16 trains several times slower here than without it")
     build.initialize_model_parallel(parallel, arguments.training.seed, architecture.plan.num_layers)
     with _data_for(arguments) as data_arguments:
         trainer = _build_trainer(data_arguments, source, architecture, tokenizer, layout, signal)

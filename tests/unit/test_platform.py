@@ -196,3 +196,13 @@ def test_a_start_has_a_name_that_earlier_starts_cannot_have_left():
     assert len(set(first)) == len(set(third)) == 1 and first != third
     with pytest.raises(ValueError, match=r"waited .* for ranks \[1\]"):
         name_of_this_start(torch.distributed.HashStore(), 0, 2, datetime.timedelta(seconds=0.02))
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "fast"),
+    [("x86_64", "AVX2", False), ("x86_64", "AVX512", True), ("AMD64", "DEFAULT", False), ("aarch64", "DEFAULT", True)],
+)
+def test_which_processors_multiply_bf16(monkeypatch, machine, capability, fast):
+    monkeypatch.setattr(platform.host, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert platform.cpu_multiplies_bf16() is fast
