@@ -119,9 +119,7 @@ def table_width(memory: Any) -> int:
 
 
 # -- one projection for all heads --------------------------------------------------------------------------------
-def shared_projection(
-    latent_grams: torch.Tensor, projections: torch.Tensor, *, ridge: float = 1e-6
-) -> torch.Tensor:
+def shared_projection(latent_grams: torch.Tensor, projections: torch.Tensor, *, ridge: float = 1e-6) -> torch.Tensor:
     """The one projection that comes closest to what all heads write.
 
     Minimises ``sum_h sum_t ||z_th X - z_th W_h||^2 + r ||X - mean W||^2`` over X: equal projections are kept exactly, and

@@ -37,9 +37,7 @@ class HeadImportance:
     all_memories: Estimate
 
 
-def measure_heads(
-    model: Any, windows: Windows, *, batch_size: int, progress: Progress | None = None
-) -> HeadImportance:
+def measure_heads(model: Any, windows: Windows, *, batch_size: int, progress: Progress | None = None) -> HeadImportance:
     """Zeroes every head in turn. A memory head gets weights of zero; an attention head vanishes before ``o_proj``."""
     found = memories(model)
     neighbours = {block: neighbour(model, block) for block in found}

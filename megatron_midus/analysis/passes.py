@@ -91,9 +91,23 @@ def own_passes(model: Any, windows: Windows, *, batch_size: int, progress: Progr
         yield done
 
 
+def plain_losses(model: Any, windows: Windows, *, batch_size: int, progress: Progress | None = None) -> torch.Tensor:
+    """``nats`` ``[W]`` of any causal language model, of which nothing but its logits need be known."""
+    device, parts = next(model.parameters()).device, []
+    for batch in windows.batches(batch_size):
+        with torch.no_grad():
+            logits = model(input_ids=batch.inputs.to(device), use_cache=False).logits
+        parts.append(_window_nats(logits, batch.labels.to(device)))
+        if progress is not None:
+            progress(len(batch))
+    return torch.cat(parts)
+
+
 def _window_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Row by row: in float32 the logits of a whole batch take gigabytes at a vocabulary of 128k."""
-    losses = [F.cross_entropy(row.float(), truth, reduction="none").double().sum() for row, truth in zip(logits, labels)]
+    losses = [
+        F.cross_entropy(row.float(), truth, reduction="none").double().sum() for row, truth in zip(logits, labels)
+    ]
     return torch.stack(losses).cpu()
 
 

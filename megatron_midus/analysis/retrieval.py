@@ -107,9 +107,7 @@ def reason_against(config: Any) -> str | None:
     return None
 
 
-def measure_retrieval(
-    model: Any, windows: Windows, *, batch_size: int, progress: Progress | None = None
-) -> Retrieval:
+def measure_retrieval(model: Any, windows: Windows, *, batch_size: int, progress: Progress | None = None) -> Retrieval:
     """Fits on the first half of the windows, measures on the second; raises ``ValueError`` with fewer than four."""
     first, second = windows.halves()
     reason = reason_against(model.config)
@@ -163,9 +161,7 @@ def _fit(
     return counts, grams
 
 
-def exchanged(
-    memory: Any, kind: str, counts: SlotCounts, latent_grams: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
+def exchanged(memory: Any, kind: str, counts: SlotCounts, latent_grams: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """Parameters of the memory in which what each head has of its own is exchanged as ``SHARINGS`` says."""
     name = "values" if memory.head_proj is None else "head_proj"
     own = getattr(memory, name).detach()
