@@ -52,10 +52,14 @@ def say(text: str) -> None:
 
 def make_runs(arguments: argparse.Namespace, output: Path) -> Runs:
     """The experiment of the command line, checked as far as that goes without running anything."""
-    experiment = read_experiment(arguments.experiment, output).select(arguments.arms, arguments.seeds)
+    whole = read_experiment(arguments.experiment, output)
+    experiment = whole.select(arguments.arms, arguments.seeds)
     driver = build_parser()
-    model = from_hf_config(read_hf_config(experiment.base))
-    return Runs(experiment, resolve(experiment, model, driver), output, driver)
+    arms = resolve(whole, from_hf_config(read_hf_config(whole.base)), driver)
+    chosen = {arm.name for arm in experiment.arms}
+    # The order of the data is that of the whole file, whichever arms run now.
+    longest = max(arm.iterations for arm in arms)
+    return Runs(experiment, [arm for arm in arms if arm.arm.name in chosen], output, driver, data_iterations=longest)
 
 
 def write_report(runs: Runs, runner: Runner, output: Path) -> None:

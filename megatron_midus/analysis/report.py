@@ -31,7 +31,8 @@ th button:focus-visible { outline: 2px solid currentColor; outline-offset: 2px; 
 th[aria-sort=ascending] button::after { content: " \\25B2"; }
 th[aria-sort=descending] button::after { content: " \\25BC"; }
 th.text, td.text { text-align: left; }
-tbody tr:hover { background: var(--row); }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--ground); }
+tbody tr:hover, tbody tr:hover td { background: var(--row); }
 td.best { color: var(--best); font-weight: 600; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(32rem, 100%), 1fr)); gap: 1.2rem 1.6rem; }
 figure { margin: 0; }

@@ -55,7 +55,7 @@ class _Axis:
         if self.is_log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             found = [m * 10.0**p for p in powers for m in (1, 2, 5) if self.low <= m * 10.0**p <= self.high]
-            return found if len(found) >= 2 else [self.low, self.high]
+            return found if len(found) >= 2 else nice_ticks(self.low, self.high, 4)
         return nice_ticks(self.low, self.high)
 
 
@@ -158,11 +158,14 @@ def _frame(x: _Axis, y: _Axis, x_label: str, y_label: str) -> list[str]:
     return parts
 
 
+def _dash(entry: Series) -> str:
+    """A thirteenth series has the colour of the first and another stroke."""
+    return ' stroke-dasharray="5 3"' if entry.style // NUM_SERIES % 2 else ""
+
+
 def _draw(entry: Series, x: _Axis, y: _Axis) -> list[str]:
     places = [(x.place(a), y.place(b)) for a, b in zip(entry.x, entry.y)]
-    css = f"s{entry.style % NUM_SERIES}"
-    # A thirteenth series has the colour of the first and another stroke.
-    dash = ' stroke-dasharray="5 3"' if entry.style // NUM_SERIES % 2 else ""
+    css, dash = f"s{entry.style % NUM_SERIES}", _dash(entry)
     parts = []
     if entry.is_line and len(places) > 1:
         path = " ".join(f"{'M' if i == 0 else 'L'}{a:.1f} {b:.1f}" for i, (a, b) in enumerate(places))
@@ -182,20 +185,32 @@ def _draw(entry: Series, x: _Axis, y: _Axis) -> list[str]:
 
 
 def _point_labels(series: Sequence[Series], x: _Axis, y: _Axis) -> list[str]:
-    """Names beside points, moved down until none covers another."""
-    taken: list[tuple[float, float, float]] = []  # [left, right, baseline]
+    """Names beside points, each at the nearest height where it covers no name and no point; a thin line leads to one that moved."""
+    points = sorted((x.place(s.x[i]), y.place(s.y[i]), s.name) for s in series for i in range(len(s.x)))
+    taken = [(a - 6, a + 6, b + 4) for a, b, _ in points]  # left, right, baseline
     parts = []
-    for a, b, name in sorted((x.place(s.x[i]), y.place(s.y[i]), s.name) for s in series for i in range(len(s.x))):
+    for a, b, name in points:
         width = _CHARACTER * len(name)
-        is_right = a + 9 + width <= _WIDTH - _RIGHT
-        left = a + 9 if is_right else a - 9 - width
-        baseline = b + 4
-        while any(left < end and start < left + width and abs(baseline - other) < 13 for start, end, other in taken):
-            baseline += 3
+        is_right = a + 14 + width <= _WIDTH - _RIGHT
+        left = a + 14 if is_right else a - 14 - width
+        baseline = _free_baseline(taken, left, left + width, b + 4)
         taken.append((left, left + width, baseline))
-        anchor, at = ("start", a + 9) if is_right else ("end", a - 9)
+        anchor, at, edge = ("start", left, left - 2) if is_right else ("end", left + width, left + width + 2)
+        if abs(baseline - 4 - b) > 3:
+            parts.append(f'<path class="grid" d="M{a:.1f} {b:.1f}L{edge:.1f} {baseline - 4:.1f}"/>')
         parts.append(f'<text class="tick" x="{at:.1f}" y="{baseline:.1f}" text-anchor="{anchor}">{escape(name)}</text>')
     return parts
+
+
+def _free_baseline(taken: Sequence[tuple[float, float, float]], left: float, right: float, wanted: float) -> float:
+    """The height nearest to ``wanted`` inside the frame where a text covers none of ``taken``."""
+
+    def is_free(baseline: float) -> bool:
+        return not any(left < end and start < right and abs(baseline - other) < 13 for start, end, other in taken)
+
+    places = range(_TOP + 10, _HEIGHT - _BOTTOM - 3)
+    free = [float(place) for place in places if is_free(place)]
+    return min([wanted, *free] if is_free(wanted) else free, key=lambda at: abs(at - wanted), default=wanted)
 
 
 def _legend_rows(names: Sequence[str]) -> list[list[str]]:
@@ -214,8 +229,9 @@ def _legend_rows(names: Sequence[str]) -> list[list[str]]:
 def _legend(names: Sequence[str], series: Sequence[Series], baseline: float) -> list[str]:
     at, parts = float(_LEFT), []
     for name in names:
-        css = f"s{next(s.style for s in series if s.name == name) % NUM_SERIES}"
-        parts.append(f'<path class="line {css}" d="M{at:.1f} {baseline - 4:.1f}h18"/>')
+        entry = next(s for s in series if s.name == name)
+        css = f"s{entry.style % NUM_SERIES}"
+        parts.append(f'<path class="line {css}" d="M{at:.1f} {baseline - 4:.1f}h18"{_dash(entry)}/>')
         parts.append(f'<text class="tick" x="{at + 22:.1f}" y="{baseline:.1f}">{escape(name)}</text>')
         at += 30 + _CHARACTER * len(name)
     return parts

@@ -142,7 +142,10 @@ def available_backends(shape: Shape, variant: str, device: str) -> dict[str, str
     inputs = make_operands(dataclasses.replace(shape, num_keys=shape.topk), variant, tokens=2, device=device, seed=0)
     tensors = [*inputs.inputs, *([None] if variant != "hive" else [])]
     settings = {"topk": shape.topk, "variant": variant, "score_activation": "softmax", "deterministic": True}
-    return {name: dispatch.unsupported_reason(name, *tensors, **settings) for name in dispatch.BACKENDS}
+    reasons = {name: dispatch.unsupported_reason(name, *tensors, **settings) for name in dispatch.BACKENDS}
+    if device == "cpu" and reasons["triton"] is None:
+        reasons["triton"] = "on a CPU it runs in Triton's interpreter, whose times say nothing"
+    return reasons
 
 
 def find_contenders(

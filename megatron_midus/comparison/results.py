@@ -141,7 +141,7 @@ class Results:
 
     @property
     def equal_seconds(self) -> float | None:
-        """The time at which arms are compared: that of the reference's training, or the shortest of all, if less."""
+        """The time at which arms are compared: that of the training of the quickest arm."""
         times = [arm.training_seconds for arm in self.arms if arm.training_seconds is not None]
         return min(times) if times else None
 
@@ -200,11 +200,11 @@ def collect(
     experiment = runs.experiment
     arms, done_chains = [], []
     for arm in runs.arms:
-        rate = choose_rate(runs, arm)
+        rate = choose_rate(runs, arm, hashes)
         chains = [runs.chain(arm, seed, rate) for seed in runs.seeds_of(arm)]
         done = finished(chains, hashes)
         done_chains += done
-        arms.append(_arm_result(runs, arm, rate, done))
+        arms.append(_arm_result(runs, arm, rate, done, hashes))
         arms[-1].failures = {label: text for label, text in failures.items() if label.startswith(f"{arm.arm.name}, ")}
     _add_latency(runs, hashes, arms, done_chains)
     return Results(
@@ -214,15 +214,17 @@ def collect(
         arms=arms,
         settings=dataclasses.asdict(experiment),
         machine=machine,
-        notes=[*notes, *_notes(runs, arms)],
+        notes=[*notes, *_notes(runs, arms), *_latency_failed(failures)],
     )
 
 
-def _arm_result(runs: Runs, arm: ResolvedArm, rate: float | None, chains: Sequence[Chain]) -> ArmResult:
+def _arm_result(
+    runs: Runs, arm: ResolvedArm, rate: float | None, chains: Sequence[Chain], hashes: FileHashes
+) -> ArmResult:
     experiment, tried = runs.experiment, {}
     tokens_per_iteration = experiment.global_batch_size * experiment.seq_length
     if len(experiment.rates(arm.arm)) > 1:
-        tried = {f"{lr:g}": loss for lr, loss in rate_losses(runs, arm).items()}
+        tried = {f"{lr:g}": loss for lr, loss in rate_losses(runs, arm, hashes).items()}
     return ArmResult(
         name=arm.arm.name,
         policy=arm.arm.policy,
@@ -248,7 +250,10 @@ def _run_result(chain: Chain, tokens_per_iteration: int) -> RunResult:
     curves = None
     if chain.train is not None:
         curves = make_curves(read_scalars(chain.tensorboard), tokens_per_iteration=tokens_per_iteration)
-        curves = dataclasses.replace(curves, training=thin(curves.training, CURVE_POINTS))
+        # A run that was resumed evaluated there as well, where runs of other seeds have no point.
+        every = chain.arm.eval_interval * tokens_per_iteration
+        validation = [point for point in curves.validation if point.tokens % every == 0]
+        curves = dataclasses.replace(curves, training=thin(curves.training, CURVE_POINTS), validation=validation)
     return RunResult(chain.seed, losses[0], losses[1] if len(losses) > 1 else None, curves)
 
 
@@ -267,6 +272,10 @@ def _by_seed(runs: Runs, chains: Sequence[Chain]) -> list[Chain]:
     """In the order in which they ran: seed by seed, all arms in turn."""
     order = {arm.arm.name: index for index, arm in enumerate(runs.arms)}
     return sorted(chains, key=lambda c: (runs.experiment.seeds.index(c.seed), order[c.arm.arm.name]))
+
+
+def _latency_failed(failures: dict[str, str]) -> list[str]:
+    return [f"the latency was not measured: {failures['latency']}"] if "latency" in failures else []
 
 
 def _notes(runs: Runs, arms: Sequence[ArmResult]) -> list[str]:

@@ -187,7 +187,7 @@ def _run_all(runs: Runs, runner: Runner) -> list[Chain]:
             runner.run(step, chain.label)
 
     runner.each(candidates, try_rate, lambda chain: f"{chain.label} (candidate)")
-    chains = chosen_chains(runs)
+    chains = chosen_chains(runs, runner.hashes)
     runner.each(chains, runner.run_chain, lambda chain: chain.label)
     done = finished(chains, runner.hashes)
     latency = runs.latency(one_of_each_architecture(done))
@@ -196,34 +196,34 @@ def _run_all(runs: Runs, runner: Runner) -> list[Chain]:
     return chains
 
 
-def chosen_chains(runs: Runs) -> list[Chain]:
+def chosen_chains(runs: Runs, hashes: FileHashes) -> list[Chain]:
     """The runs that count, seed by seed: every arm with its learning rate, or the best of several on the first seed."""
     found = []
     for seed in runs.experiment.seeds:
         for arm in runs.arms:
             if seed in runs.seeds_of(arm):
-                found.append(runs.chain(arm, seed, choose_rate(runs, arm)))
+                found.append(runs.chain(arm, seed, choose_rate(runs, arm, hashes)))
     return found
 
 
-def rate_losses(runs: Runs, arm: ResolvedArm) -> dict[float, float]:
-    """``{learning rate: held-out loss at the end}`` of the first seed; infinite for a run that is not there."""
+def rate_losses(runs: Runs, arm: ResolvedArm, hashes: FileHashes) -> dict[float, float]:
+    """``{learning rate: held-out loss at the end}`` of the first seed; infinite for a run not there, or of other settings."""
     losses = {}
     for rate in runs.experiment.rates(arm.arm):
         chain = runs.chain(arm, runs.experiment.seeds[0], rate)
         assert chain.train is not None
         losses[rate] = math.inf
-        if chain.train.marker.is_file():
+        if chain.train.is_done(chain.train.fingerprint(hashes)):
             losses[rate] = make_curves(read_scalars(chain.tensorboard), tokens_per_iteration=1).final_validation
     return losses
 
 
-def choose_rate(runs: Runs, arm: ResolvedArm) -> float | None:
+def choose_rate(runs: Runs, arm: ResolvedArm, hashes: FileHashes) -> float | None:
     """The learning rate of an arm; ``None`` when it does not train."""
     rates = runs.experiment.rates(arm.arm)
     if len(rates) < 2:
         return rates[0] if rates else None
-    losses = rate_losses(runs, arm)
+    losses = rate_losses(runs, arm, hashes)
     return min(rates, key=lambda rate: losses[rate])
 
 

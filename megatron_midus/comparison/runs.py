@@ -63,10 +63,17 @@ class Runs:
         arms: the same arms, resolved against the base.
         output: root directory.
         driver: parser of ``pretrain_midus.py``, which spells the experiment's flags.
+        data_iterations: steps that the data are drawn for; those of the longest of ``arms`` when absent.
     """
 
     def __init__(
-        self, experiment: Experiment, arms: Sequence[ResolvedArm], output: Path, driver: argparse.ArgumentParser
+        self,
+        experiment: Experiment,
+        arms: Sequence[ResolvedArm],
+        output: Path,
+        driver: argparse.ArgumentParser,
+        *,
+        data_iterations: int | None = None,
     ) -> None:
         self.experiment = experiment
         self.arms = list(arms)
@@ -74,7 +81,8 @@ class Runs:
         self.driver = driver
         # With a budget in FLOPs arms differ in length: the data are drawn for the longest, and every arm reads a
         # beginning of the same order.
-        self.data_iterations = max((arm.iterations for arm in arms), default=0)
+        longest = max((arm.iterations for arm in arms), default=0)
+        self.data_iterations = longest and (data_iterations or longest)
         self.prepare = self._prepare_steps()
         self.datasets, self.train_words = self._train_data()
         self.valid_prefix = ""
@@ -216,7 +224,8 @@ class Runs:
         words = [
             "pretrain_midus.py", *flags,
             "--distributed-backend", experiment.layout.backend,
-            "--load", str(upscale.makes[0]), "--save", str(checkpoints),
+            # Weights of the up-scaling while there is no checkpoint of its own; after that it resumes.
+            "--pretrained-checkpoint", str(upscale.makes[0]), "--load", str(checkpoints), "--save", str(checkpoints),
             "--train", arm.arm.train, "--seed", str(seed),
             "--seq-length", str(experiment.seq_length),
             "--micro-batch-size", str(experiment.micro_batch_size),

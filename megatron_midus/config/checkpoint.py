@@ -46,6 +46,9 @@ class CheckpointConfig:
     async_save: bool = False
     """Write checkpoints in the background while training goes on."""
 
+    ckpt_fully_parallel_save: bool = True
+    """Data-parallel processes share the writing of what they hold alike; otherwise the first of them writes it all."""
+
     keep_last: int = 0
     """Newest checkpoints of --save to keep, the up-scaled model at iteration 0 apart; 0 = all."""
 

@@ -13,7 +13,7 @@ class ParallelConfig:
     distributed_backend: Literal["nccl", "gloo"] = "nccl"
     """nccl = GPUs; gloo = processes on the CPU (refused where CUDA is available)."""
 
-    distributed_timeout_minutes: float = 10
+    distributed_timeout_minutes: float = 10.0
     """Minutes after which a collective that hangs ends the run."""
 
     tensor_model_parallel_size: int = 1

@@ -6,24 +6,31 @@ names the latest iteration is written last. So a process killed at any moment le
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_midus.conversion.checkpoint_layout import (
     ASSETS_DIRECTORY,
     copy_assets,
     iteration_directory,
     list_iterations,
+    read_latest_iteration,
     write_latest_iteration,
 )
 from megatron_midus.conversion.checksums import file_sha256, write_checksums
@@ -40,16 +47,29 @@ class CheckpointWriter:
         architecture: plan, model and Hugging Face files that travel into every checkpoint.
         is_async: write in the background; ``finalize`` must then be called now and then.
         keep_last: newest checkpoints to keep, 0 = all.
+        fully_parallel: data-parallel ranks share the writing of what they hold alike, about the same bytes each.
     """
 
-    def __init__(self, root: str | Path, architecture: Architecture, *, is_async: bool, keep_last: int) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        architecture: Architecture,
+        *,
+        is_async: bool,
+        keep_last: int,
+        fully_parallel: bool = True,
+    ) -> None:
         self.root = Path(root)
         self.architecture = architecture
         self.keep_last = keep_last
         # Follows the newest checkpoint: the one that the run began with may be deleted by then.
         self._assets = architecture.assets
         self._queue = AsyncCallsQueue() if is_async else None
+        self._strategy = _sharing_strategy() if fully_parallel else get_default_save_sharded_strategy()
         self._run = _agree_on_name()
+        self._saving = 0  # the iteration that is being written, or was last
+        # Its processes report what they could not write; the one line of the run has it too.
+        logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
         start_result_queue()
         if torch.distributed.get_rank() == 0:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -63,9 +83,15 @@ class CheckpointWriter:
         if torch.distributed.get_rank() == 0:
             staging.mkdir(parents=True)
         torch.distributed.barrier()
-        request = dist_checkpointing.save(
-            state, str(staging), async_sharded_save=self._queue is not None, content_metadata=optimizer_metadata()
-        )
+        self._saving = iteration
+        with self._failures_named():
+            request = dist_checkpointing.save(
+                state,
+                str(staging),
+                self._strategy,
+                async_sharded_save=self._queue is not None,
+                content_metadata=optimizer_metadata(),
+            )
         rank = torch.distributed.get_rank()
         if self._queue is None:
             self._publish(iteration, hash_own_files(staging, rank))
@@ -83,7 +109,26 @@ class CheckpointWriter:
     def finalize(self, *, blocking: bool = False) -> None:
         """Publishes background saves that are done; waits for all of them if ``blocking``. Collective."""
         if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=blocking)
+            with self._failures_named():
+                self._queue.maybe_finalize_async_calls(blocking=blocking)
+
+    @contextlib.contextmanager
+    def _failures_named(self) -> Iterator[None]:
+        """Turns what all ranks raise when one could not write into one line, and gives back the room that it took."""
+        try:
+            yield
+        except CheckpointException as error:
+            # The first rank knows what happened on which rank.
+            reasons = [" ".join(str(reason).split())[:200] for reason, _ in error.failures.values()]
+            free = shutil.disk_usage(self.root).free
+            if torch.distributed.get_rank() == 0:
+                shutil.rmtree(self._staging_directory(self._saving), ignore_errors=True)
+            raise OSError(
+                f"a checkpoint of iteration {self._saving} could not be saved to {self.root} "
+                f"({reasons[0] if reasons else 'another rank failed'}; {free / 2**30:.1f} GiB are free there); the latest "
+                f"one there is of iteration {read_latest_iteration(self.root)}. Make room or choose another --save, and "
+                "start again"
+            ) from None
 
     def _publish(self, iteration: int, checksums: dict[str, str]) -> None:
         """Turns the staging directory into the checkpoint, once it is complete on all ranks.
@@ -118,6 +163,13 @@ class CheckpointWriter:
         else:
             target.mkdir()
             shutil.copyfile(self._assets, target / "tokenizer.model")
+
+
+def _sharing_strategy() -> FullyParallelSaveStrategyWrapper:
+    """Spreads over the data-parallel ranks what each of them could write."""
+    return FullyParallelSaveStrategyWrapper(
+        get_default_save_sharded_strategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
 
 
 def _agree_on_name() -> str:

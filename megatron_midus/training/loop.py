@@ -130,6 +130,7 @@ class Trainer:
                 architecture,
                 is_async=arguments.checkpoint.async_save,
                 keep_last=arguments.checkpoint.keep_last,
+                fully_parallel=arguments.checkpoint.ckpt_fully_parallel_save,
             )
         directory = Path(arguments.checkpoint.save or ".") / "profile"
         self.profiler = StepProfiler(arguments.logging, directory=directory, rank=rank())

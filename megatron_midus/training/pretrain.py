@@ -36,14 +36,11 @@ from megatron_midus.training.loop import Trainer
 from megatron_midus.training.messages import is_last_rank, print_rank_0, rank, warn_rank_0
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
 from megatron_midus.training.signals import TerminationSignal
-from megatron_midus.training.source import Source
+from megatron_midus.training.source import RUN_FILE, Source
 from megatron_midus.training.summary import describe_groups, describe_run
 from megatron_midus.training.telemetry import Telemetry
 from megatron_midus.training.verification import agree_on_source
 from megatron_midus.upscaling.cost import flops_per_token
-
-# Beside the checkpoints: --config of a run like this one.
-RUN_FILE = "run.yaml"
 
 
 def pretrain(

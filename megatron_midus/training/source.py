@@ -19,6 +19,9 @@ from megatron_midus.conversion.checkpoint_layout import (
 from megatron_midus.conversion.checksums import CHECKSUMS_FILE, DamagedError, check_files, read_checksums
 from megatron_midus.training.messages import warn_rank_0
 
+# The configuration of the run that writes into a checkpoint directory, there before its first checkpoint.
+RUN_FILE = "run.yaml"
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -83,8 +86,8 @@ def _holds_checkpoint(checkpoint: CheckpointConfig) -> bool:
             )
         return False
     if root.is_dir() and not must_exist and not (root / LATEST_FILE).is_file():
-        # Staging leftovers of a killed first save do not make a checkpoint.
-        return any(not path.name.startswith(".") for path in root.iterdir())
+        # What a run leaves that was killed before its first checkpoint: staging directories and its configuration.
+        return any(not path.name.startswith(".") and path.name != RUN_FILE for path in root.iterdir())
     return True
 
 

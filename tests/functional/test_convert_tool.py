@@ -154,6 +154,7 @@ def test_the_card_knows_training_and_evaluation(tmp_path, base):
     iteration = iteration_directory(tmp_path / "trained", 0)
     state = {"training_state": {"consumed_train_tokens": 40_960, "train": "inserted"}, "iteration": 40}
     torch.save(state, iteration / "common.pt")
+    write_checksums(iteration)
     iteration.rename(iteration_directory(tmp_path / "trained", 40))
     (tmp_path / "e.json").write_text('{"models": [{"name": "tiny", "results": {"prose": {"perplexity": 33.3}}}]}')
     run(tmp_path / "trained", tmp_path / "hf", "hf", "--ckpt-step", 40, "--evaluation", tmp_path / "e.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import signal
 import time
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from driver import TINY_MODEL, TINY_RUN, train
 from upscaled import read_weights, write_upscaled
+
+from megatron_midus.conversion.checksums import check_checkpoint
 
 ENDLESS = "--train-iters 100000 --lr-warmup-iters 2"
 
@@ -23,6 +26,33 @@ def upscaled(tmp_path_factory):
 
 def latest(root) -> int:
     return int((root / "latest_checkpointed_iteration.txt").read_text())
+
+
+# -- outputs ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("mode", "processes"),
+    [
+        ("", 1),
+        ("--async-save", 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("--async-save", 1), ("", 2))),
+    ],
+)
+def test_a_save_that_fails_is_one_line_and_leaves_the_checkpoint_before(mode, processes, upscaled, tmp_path):
+    """From some moment on no file may pass 20 KB."""
+
+    def take_the_room(ranks, output):
+        if (tmp_path / "latest_checkpointed_iteration.txt").exists():
+            for process in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    flags = [f"{ENDLESS} --save-interval 2 {mode} --load", upscaled, "--save", tmp_path]
+    run = train(*TINY_RUN, *flags, processes=processes, while_running=take_the_room)
+    last = latest(tmp_path)
+    assert f"a checkpoint of iteration {last + 2} could not be saved to {tmp_path}" in run.error
+    assert f"the latest one there is of iteration {last}" in run.error
+    assert check_checkpoint(tmp_path / f"iter_{last:07d}")
+    assert [path.name for path in tmp_path.glob(".*")] == []
 
 
 # -- signals and time ------------------------------------------------------------------------------------------------

@@ -146,10 +146,12 @@ def test_slots_nobody_read_get_exactly_zero(memory, make_inputs, run_with_gradie
     moved = found["values"].ne(0).any(-1)
     assert torch.equal(moved, touched if variant == "full" else touched.any(0))
     for name, key in (("row_keys", index // 100), ("col_keys", index % 100)):
-        used = torch.zeros(3, 100, dtype=torch.bool)
-        for head in range(3):
-            used[head, key[:, head].flatten().long()] = True
-        assert torch.equal(found[name].ne(0).any(-1), used)
+        counts = torch.zeros(len(index), 3, 100, dtype=torch.long)  # slots of a token and head, by sub-key
+        counts.scatter_add_(2, key.long(), torch.ones_like(key, dtype=torch.long))
+        moved = found[name].ne(0).any(-1)
+        assert not moved[~counts.any(0)].any()
+        # Where all K slots share a sub-key the softmax does not depend on its score: the gradient is rounding, or zero.
+        assert moved[((counts > 0) & (counts < 9)).any(0)].all()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -61,7 +61,9 @@ def test_an_empty_load_begins_afresh_or_from_the_pretrained_checkpoint(tmp_path)
     assert find_source(pretrained) == Source(base / "iter_0000000", 0)
     run.mkdir()
     (run / ".iter_0000002.partial").mkdir()  # left by a killed save
+    (run / "run.yaml").write_text("lr: 0.1")  # written before the first step
     assert find_source(CheckpointConfig(load=str(run))) == Source(None)
+    assert find_source(pretrained) == Source(base / "iter_0000000", 0)
     checkpoint(run, 2)
     assert find_source(pretrained) == Source(run / "iter_0000002", 2, resume=True)
 

@@ -1,0 +1,81 @@
+"""docs/comparing.md: its keys are those of the dataclasses, its file can be read, its commands are understood."""
+
+import dataclasses
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_midus.comparison.arms import resolve
+from megatron_midus.comparison.experiment import (
+    Arm,
+    Budget,
+    Data,
+    Evaluation,
+    Experiment,
+    LatencySettings,
+    Layout,
+    TrainData,
+    read_experiment,
+)
+from megatron_midus.config.fields import field_docs
+from megatron_midus.conversion.families import from_hf_config
+from megatron_midus.conversion.hf_io import read_hf_config
+from megatron_midus.training.arguments import build_parser
+from megatron_midus.upscaling import POLICIES
+
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT / "tools"))
+PAGE = (ROOT / "docs/comparing.md").read_text()
+SECTIONS = {
+    "Top level": Experiment, "`data`": Data, "`data: train`, each": TrainData, "`budget`": Budget, "`arms`, each": Arm,
+    "`layout`": Layout, "`evaluation`": Evaluation, "`latency`": LatencySettings,
+}  # fmt: skip
+
+
+def key_table(cls: type) -> str:
+    """The keys of a dataclass as the page has them."""
+    docs = field_docs(cls)
+    lines = ["| key | default | |", "|---|---|---|"]
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            default = "–" if field.default in (None, "") else f"`{field.default}`"
+        elif field.default_factory is not dataclasses.MISSING:
+            made = field.default_factory()
+            default = f"`{made}`" if isinstance(made, (list, dict)) and made else "–"
+        else:
+            default = "must be given"
+        text = docs.get(field.name) or f"see `{field.name}` below"
+        lines.append(f"| `{field.name}` | {default} | {text} |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_keys(title):
+    found = re.search(rf"^### {re.escape(title)}\n\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
+    expected = key_table(SECTIONS[title])
+    assert found and found[1].rstrip() == expected, f"put this under '### {title}':\n{expected}"
+
+
+def test_the_file_of_the_page(tmp_path):
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(block.replace("examples/tiny_base", str(ROOT / "examples/tiny_base")))
+    experiment = read_experiment(tmp_path / "mine.yaml", tmp_path / "out")
+    arms = resolve(experiment, from_hf_config(read_hf_config(experiment.base)), build_parser())
+    assert {arm.arm.policy for arm in arms} == set(POLICIES)
+    assert {arm.plan.memory.memory_variant for arm in arms if arm.plan.memory} == {"hive", "block", "full"}
+    assert {arm.arm.train for arm in arms} == {"inserted", "all", "none"}
+
+
+def test_the_commands_of_the_page():
+    from compare import parse_arguments
+
+    blocks = re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    commands = [words for words in commands if words]
+    assert len(commands) >= 4
+    for python, tool, *words in commands:
+        assert (python, tool) == ("python", "tools/compare.py")
+        assert (ROOT / parse_arguments(words).experiment).is_file()
