@@ -143,6 +143,9 @@ def build_data_loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         worker_init_fn=_outlive_signals,
+        # Readers of a fork server (the standard way from Python 3.14 on) have it for their parent, and leave when a signal
+        # to the whole job has ended it; they also import torch once more.
+        multiprocessing_context="fork" if num_workers else None,
         # An iterator draws the seed of its workers. From the process's own generator that would be a number less for
         # dropout, at every start and every evaluation.
         generator=torch.Generator().manual_seed(seed),
