@@ -2,8 +2,10 @@
 how small k, n and d_l could be.
 
 Examples:
-  python tools/analyze.py --model MIDUS --data heldout.jsonl --html report.html
-  python tools/analyze.py --model MIDUS --base BASE --data heldout.txt --parts usage heads --json figures.json
+  python tools/analyze.py --model MIDUS --data heldout.jsonl --output analysis
+  python tools/analyze.py --model MIDUS --base BASE --data heldout.txt --output analysis --parts usage heads --tokens 20000
+
+Writes report.html (opens without a network), analysis.json (every figure) and summary.md into the output directory.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 from megatron_midus import cli
 from megatron_midus.data.corpus import DEFAULT_SEPARATOR, TEXT_KEY, read_documents, unescape
-from megatron_midus.files import check_output_file, write_text_atomically
+from megatron_midus.files import check_output_directory, staged_directory
 
 PARTS = ("usage", "heads", "retrieval", "slots", "sensitivity")
 
@@ -26,6 +28,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face directory of a MIDUS model")
     add("--base", metavar="DIR", help="Hugging Face directory of its base, whose loss is then told as well")
+    add("--output", required=True, metavar="DIR", help="directory of the report")
+    add("--overwrite", action="store_true", help="replace what the output directory holds")
     add(
         "--parts",
         nargs="+",
@@ -44,8 +48,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of the weights; auto = float32 on a CPU, the checkpoint's own on a GPU (default: %(default)s)",
     )
     add("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    add("--json", metavar="OUT", help="write every figure here as JSON")
-    add("--html", metavar="OUT", help="write the report with figures here; it opens without a network")
     return parser.parse_args(arguments)
 
 
@@ -65,7 +67,7 @@ def _add_text_arguments(add: Callable[..., Any]) -> None:
     )
     add("--seq-length", type=int, default=512, help="tokens of a window (default: %(default)s)")
     add(
-        "--max-tokens",
+        "--tokens",
         type=int,
         default=50_000,
         help="use only the first documents, up to so many tokens; every memory and attention head costs a pass over "
@@ -90,7 +92,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     from megatron_midus.evaluation.loading import choose_device, read_config
     from megatron_midus.evaluation.parameters import check_safetensors
 
-    for name in ("seq_length", "max_tokens", "slots", "contexts", "min_reads", "batch_size"):
+    for name in ("seq_length", "tokens", "slots", "contexts", "min_reads", "batch_size"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1")
     check_is_midus(arguments.model)
@@ -98,9 +100,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.base:
         read_config(arguments.base)
         check_safetensors(arguments.base)
-    for path in (arguments.json, arguments.html):
-        if path:
-            check_output_file(path)
+    check_output_directory(arguments.output, overwrite=arguments.overwrite)
     arguments.device = choose_device(arguments.device)
 
 
@@ -112,7 +112,7 @@ def read_windows(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Any, in
 
     separator = unescape(arguments.text_document_separator)
     documents = (text for _, text in read_documents(arguments.data, key=arguments.json_key, separator=separator))
-    kept = limit_documents(documents, tokenizer, arguments.max_tokens)
+    kept = limit_documents(documents, tokenizer, arguments.tokens)
     windows = make_windows(tokenizer, kept, seq_length=arguments.seq_length)
     check_parts(arguments.parts, windows)
     return windows, len(kept)
@@ -136,7 +136,7 @@ def base_losses(arguments: argparse.Namespace, tokenizer: Any, windows: Any) -> 
         )
     model = load_model(arguments.base, dtype=arguments.dtype, device=arguments.device)
     name = Path(arguments.base).resolve().name
-    with tqdm(total=len(windows), unit="window", desc=name) as bar:
+    with tqdm(total=len(windows), unit="window", mininterval=1, desc=name) as bar:
         return name, plain_losses(model, windows, batch_size=arguments.batch_size, progress=bar.update)
 
 
@@ -158,7 +158,7 @@ def analyse_model(arguments: argparse.Namespace, tokenizer: Any, windows: Any, b
         contexts=arguments.contexts,
         min_reads=arguments.min_reads,
     )
-    with tqdm(total=num_windows(model, windows, arguments.parts), unit="window", desc="analysis") as bar:
+    with tqdm(total=num_windows(model, windows, arguments.parts), unit="window", mininterval=1, desc="analysis") as bar:
         study = analyse(
             model,
             windows,
@@ -175,11 +175,22 @@ def analyse_model(arguments: argparse.Namespace, tokenizer: Any, windows: Any, b
     return study
 
 
+def write_results(study: Any, arguments: argparse.Namespace) -> None:
+    from megatron_midus.analysis.page import to_html
+    from megatron_midus.analysis.table import to_markdown
+
+    summary = to_markdown(study)
+    with staged_directory(arguments.output, overwrite=arguments.overwrite) as directory:
+        (directory / "analysis.json").write_text(json.dumps(study.to_dict(), indent=1, allow_nan=False) + "\n")
+        (directory / "summary.md").write_text(summary)
+        (directory / "report.html").write_text(to_html(study))
+    print(summary, end="")
+    print(f"report: {arguments.output}/report.html")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     check_arguments(arguments)
-    from megatron_midus.analysis.page import to_html
-    from megatron_midus.analysis.table import print_study
     from megatron_midus.data.tokenizer import HuggingFaceTokenizer
 
     tokenizer = HuggingFaceTokenizer(arguments.model)
@@ -188,13 +199,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     gc.collect()
     study = analyse_model(arguments, tokenizer, windows, base)
     study.text = {"data": arguments.data, "documents": num_documents, **study.text}
-    names = ("base", "data", "parts", "seq_length", "max_tokens", "batch_size", "slots", "contexts", "min_reads")
+    names = ("base", "data", "parts", "seq_length", "tokens", "batch_size", "slots", "contexts", "min_reads")
     study.settings.update({name: getattr(arguments, name) for name in names}, device=str(arguments.device))
-    print_study(study)
-    if arguments.json:
-        write_text_atomically(arguments.json, json.dumps(study.to_dict(), indent=1, allow_nan=False) + "\n")
-    if arguments.html:
-        write_text_atomically(arguments.html, to_html(study))
+    write_results(study, arguments)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_midus.analysis.lookup import Read, Selected, look_up_with, read, select
 from megatron_midus.analysis.windows import Windows
 
 Progress = Callable[[int], Any]
@@ -48,11 +49,11 @@ class Pass:
     nats: torch.Tensor
     inputs: dict[int, torch.Tensor]
     written: dict[int, torch.Tensor]
-    selected: dict[int, list[tuple[torch.Tensor, torch.Tensor]]]
+    selected: dict[int, list[Selected]]
     _model: Any
     _arguments: dict[int, dict[str, Any]]
 
-    def slots_and_weights(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def slots_and_weights(self, block: int) -> Selected:
         """``[T, M, K]`` each, T in the order of the flattened windows."""
         pieces = self.selected[block]
         return torch.cat([slots for slots, _ in pieces]), torch.cat([weights for _, weights in pieces])
@@ -134,18 +135,12 @@ def _recording(model: Any, into: Pass) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _recording_selection(memory: Any, into: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    def select(query_TMD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        found = type(memory).select(memory, query_TMD)
-        into.append(found)
-        return found
+def _recording_selection(memory: Any, into: list[Selected]) -> contextlib.AbstractContextManager[None]:
+    def recorded(memory: Any, query_TMD: torch.Tensor) -> Selected:
+        into.append(select(memory, query_TMD))
+        return into[-1]
 
-    memory.select = select
-    try:
-        yield
-    finally:
-        del memory.select
+    return look_up_with(memory, select=recorded)
 
 
 # -- changed passes ----------------------------------------------------------------------------------------------
@@ -199,30 +194,14 @@ def replaced(module: Any, **tensors: torch.Tensor) -> Iterator[None]:
             setattr(module, name, parameter)
 
 
-@contextlib.contextmanager
-def overridden(module: Any, **functions: Callable[..., Any]) -> Iterator[None]:
-    """Other methods of one module."""
-    for name, function in functions.items():
-        setattr(module, name, function)
-    try:
-        yield
-    finally:
-        for name in functions:
-            delattr(module, name)
-
-
-@contextlib.contextmanager
-def zeroed_memory_heads(memory: Any, heads: Sequence[int]) -> Iterator[None]:
+def zeroed_memory_heads(memory: Any, heads: Sequence[int]) -> contextlib.AbstractContextManager[None]:
     """These heads read nothing: their weights are zero, so gate and mixer get nothing from them either."""
 
-    def select(query_TMD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        slots, weights = type(memory).select(memory, query_TMD)
-        weights = weights.clone()
-        weights[:, list(heads)] = 0
-        return slots, weights
+    def silenced(memory: Any, query_TMD: torch.Tensor) -> Selected:
+        slots, weights = select(memory, query_TMD)
+        return slots, weights.index_fill(1, torch.tensor(list(heads), device=weights.device), 0)
 
-    with overridden(memory, select=select):
-        yield
+    return look_up_with(memory, select=silenced)
 
 
 @contextlib.contextmanager
@@ -251,10 +230,20 @@ def zeroed_attention_head(layer: Any, head: int, head_dim: int) -> Iterator[None
 
 
 @contextlib.contextmanager
-def fixed_retrieval(model: Any, done: Pass) -> Iterator[None]:
-    """Every memory reads the slots of the own pass with the weights of the own pass, whatever its queries are."""
+def fixed_retrieval(model: Any, done: Pass, reads: Mapping[int, Read] | None = None) -> Iterator[None]:
+    """Every memory reads the slots of the own pass with the weights of the own pass, whatever its queries are.
+
+    Args:
+        reads: what some blocks make of the slots instead of their own ``read``.
+    """
     with contextlib.ExitStack() as stack:
         for index, memory in memories(model).items():
             pieces = iter(done.selected[index])
-            stack.enter_context(overridden(memory, select=lambda _query, pieces=pieces: next(pieces)))
+            stack.enter_context(
+                look_up_with(
+                    memory,
+                    select=lambda _memory, _query, pieces=pieces: next(pieces),
+                    read=(reads or {}).get(index, read),
+                )
+            )
         yield

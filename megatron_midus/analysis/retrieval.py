@@ -7,9 +7,8 @@ is fitted is fitted on the first half of the text and measured on the second.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from megatron_midus.analysis.algebra import (
     table_directions,
     table_rows,
 )
+from megatron_midus.analysis.lookup import Read, read
 from megatron_midus.analysis.passes import (
     Pass,
     Progress,
@@ -30,8 +30,6 @@ from megatron_midus.analysis.passes import (
     fixed_retrieval,
     measure,
     memories,
-    memories_off,
-    overridden,
     own_passes,
     replaced,
 )
@@ -212,41 +210,33 @@ def _variants(
     """One block at a time, key ``(block, kind)``, and all at once, key ``(None, kind)``."""
     found = memories(model)
 
-    def change(blocks: list[int], kind: str, count_error: bool) -> Any:
-        @contextlib.contextmanager
-        def context(done: Pass) -> Iterator[None]:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(fixed_retrieval(model, done))
-                for block in blocks:
-                    error = errors[block, kind] if count_error else None
-                    stack.enter_context(_exchanging(found[block], parameters[block, kind], error))
-                yield
+    def variant(blocks: list[int], kind: str, count_error: bool) -> Variant:
+        reads: dict[int, Read] = {}
+        for block in blocks:
+            error = errors[block, kind] if count_error and kind != "off" else None
+            reads[block] = _silent if kind == "off" else _reading_with(parameters[block, kind], error)
+        return Variant(min(blocks), lambda done: fixed_retrieval(model, done, reads))
 
-        @contextlib.contextmanager
-        def silence(_done: Pass) -> Iterator[None]:
-            with memories_off(found[block] for block in blocks):
-                yield
-
-        return silence if kind == "off" else context
-
-    variants = {(block, kind): Variant(block, change([block], kind, True)) for block in found for kind in kinds}
-    everywhere = {(None, kind): Variant(min(found), change(list(found), kind, False)) for kind in kinds}
-    return {**variants, **everywhere}
+    found = list(memories(model))
+    variants: dict[Any, Variant] = {(b, kind): variant([b], kind, True) for b in found for kind in kinds}
+    return {**variants, **{(None, kind): variant(found, kind, False) for kind in kinds}}
 
 
-@contextlib.contextmanager
-def _exchanging(memory: Any, parameters: Mapping[str, torch.Tensor], error: _Error | None) -> Iterator[None]:
-    """The memory reads with other parameters; ``error`` collects by how much its outputs differ."""
+def _silent(memory: Any, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(read(memory, slots, weights))
 
-    def read(slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+
+def _reading_with(parameters: Mapping[str, torch.Tensor], error: _Error | None) -> Read:
+    """Reads with other parameters; ``error`` collects by how much that differs."""
+
+    def exchanged_read(memory: Any, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         with replaced(memory, **parameters):
-            changed = type(memory).read(memory, slots, weights)
+            changed = read(memory, slots, weights)
         if error is not None:
-            error.add(type(memory).read(memory, slots, weights), changed)
+            error.add(read(memory, slots, weights), changed)
         return changed
 
-    with overridden(memory, read=read):
-        yield
+    return exchanged_read
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------

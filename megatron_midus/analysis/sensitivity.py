@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from megatron_midus.analysis.algebra import table_directions, table_width, truncate_table
+from megatron_midus.analysis.lookup import Selected, look_up_with, select
 from megatron_midus.analysis.passes import (
     Progress,
     Variant,
     measure,
     memories,
     memories_off,
-    overridden,
     replaced,
 )
 from megatron_midus.analysis.usage import SlotCounts, count_slots
@@ -77,7 +77,7 @@ def num_sensitivity_passes(model: Any) -> float:
     """Passes over the whole text that ``measure_sensitivity`` makes."""
     config = model.config
     ranks = 2 * len(halvings(table_width(next(iter(memories(model).values())))))
-    curves = len(halvings(config.memory_topk)) + len(halvings(config.memory_num_keys, config.memory_topk))
+    curves = len(topks(config)) + len(halvings(config.memory_num_keys, config.memory_topk))
     return (3 + curves + len(SHARES_OF_SLOTS) + ranks) / 2
 
 
@@ -89,12 +89,18 @@ def halvings(largest: int, smallest: int = 1) -> list[int]:
     return numbers
 
 
+def topks(config: Any) -> list[int]:
+    """Numbers of slots to try: twice the model's where there are as many sub-keys, its own, and halvings of that."""
+    twice = [2 * config.memory_topk] if 2 * config.memory_topk <= config.memory_num_keys else []
+    return twice + halvings(config.memory_topk)
+
+
 def sensitivity_variants(model: Any, counts: dict[int, SlotCounts]) -> dict[Any, Variant]:
-    """Keys ``(curve, number)``; the largest number of every curve is the model as it is."""
+    """Keys ``(curve, number)``; every curve holds the model as it is, with the number that it has."""
     config, found = model.config, memories(model)
     first = min(found)
     variants: dict[Any, Variant] = {("off", 0): Variant(first, lambda _: memories_off(found.values()))}
-    for topk in halvings(config.memory_topk):
+    for topk in topks(config):
         variants["topk", topk] = Variant(first, lambda _, topk=topk: _with_topk(config, topk))
     for num_keys in halvings(config.memory_num_keys, config.memory_topk):
         kept = {block: kept_keys(counts[block], memory, num_keys) for block, memory in found.items()}
@@ -143,10 +149,11 @@ def kept_keys(counts: SlotCounts, memory: Any, num_keys: int) -> tuple[torch.Ten
     grid = counts.reads.view(len(counts.reads), memory.config.memory_num_keys, -1)
     if memory.config.memory_variant != "full":
         grid = grid.sum(0, keepdim=True).expand_as(grid)
-    kept = (
-        grid.sum(axis).sort(-1, descending=True, stable=True).indices[:, :num_keys].sort(-1).values for axis in (2, 1)
+    rows, cols = (
+        grid.sum(axis).sort(dim=-1, descending=True, stable=True).indices[:, :num_keys].sort(dim=-1).values
+        for axis in (2, 1)
     )
-    return next(kept), next(kept)
+    return rows, cols
 
 
 @contextlib.contextmanager
@@ -157,12 +164,12 @@ def _with_keys(memory: Any, kept: tuple[torch.Tensor, torch.Tensor]) -> Iterator
     smaller = {"row_keys": memory.row_keys.detach()[head, rows], "col_keys": memory.col_keys.detach()[head, cols]}
     left = rows.shape[1]
 
-    def select(query_TMD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        slots, weights = type(memory).select(memory, query_TMD)
+    def among_kept(memory: Any, query_TMD: torch.Tensor) -> Selected:
+        slots, weights = select(memory, query_TMD)
         heads = torch.arange(slots.shape[1], device=slots.device)[:, None]  # [M, 1], against [T, M, K]
         return rows[heads, slots // left] * num_keys + cols[heads, slots % left], weights
 
-    with replaced(memory, **smaller), overridden(memory, select=select):
+    with replaced(memory, **smaller), look_up_with(memory, select=among_kept):
         yield
 
 

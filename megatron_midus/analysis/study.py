@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_midus.analysis.heads import HeadImportance, measure_heads, num_head_passes
-from megatron_midus.analysis.passes import Progress, memories
+from megatron_midus.analysis.passes import Progress
 from megatron_midus.analysis.retrieval import Retrieval, measure_retrieval, num_retrieval_passes
 from megatron_midus.analysis.sensitivity import Sensitivity, measure_sensitivity, num_sensitivity_passes
 from megatron_midus.analysis.slots import NUM_SLOT_PASSES, BlockSlots, SlotSettings, measure_slots
@@ -178,5 +178,4 @@ def _notes(model: Any, usage: dict[int, BlockUsage], windows: Windows) -> list[s
         )
     if model.config.memory_variant == "full":
         notes.append("variant full: every head has slots of its own, so slots are counted over all heads")
-    assert set(usage) == set(memories(model))
     return notes

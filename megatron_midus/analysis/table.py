@@ -1,4 +1,4 @@
-"""The analysis as a short text for the terminal."""
+"""The analysis as a short Markdown text: for the terminal, and for where a page cannot go."""
 
 from __future__ import annotations
 
@@ -14,40 +14,43 @@ from megatron_midus.analysis.slots import BlockSlots
 from megatron_midus.analysis.study import Study
 
 
-def print_study(study: Study) -> None:
-    """Notes, and one table per part."""
-    from rich.console import Console
-
-    # No narrower than the tables, when the output is a file.
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    for note in study.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
-    console.print(f"{study.name}: {loss_sentence(study)}", markup=False, highlight=False)
+def to_markdown(study: Study) -> str:
+    """Notes, and one table per part; what the page says in figures is not here."""
+    lines = [f"# What the memory of {study.name} learnt", "", loss_sentence(study)]
+    if study.notes:
+        lines += ["", *(f"- {note}" for note in study.notes)]
     for title, header, rows, num_texts in _tables(study):
-        console.print(_table(title, header, rows, num_texts))
+        rule = "|" + "---|" * num_texts + "---:|" * (len(header) - num_texts)
+        lines += ["", f"## {title}", "", _line(header), rule, *(_line([cell.text for cell in row]) for row in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(texts: Sequence[str]) -> str:
+    # What tokens hold may look like the bar between two columns.
+    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
 
 def _tables(study: Study) -> list[tuple[str, Sequence[str], list[list[Cell]], int]]:
     tables: list[tuple[str, Sequence[str], list[list[Cell]], int]] = []
     if study.usage is not None:
         rows = [page_usage.usage_row(block, entry) for block, entry in study.usage.items()]
-        tables.append(("slot usage", page_usage.HEADER, rows, 0))
+        tables.append(("Slot usage", page_usage.HEADER, rows, 0))
     if study.heads is not None:
         header = ("block", "most important memory head", "mean of its heads", "mean of the attention heads beside", "whole block")  # fmt: skip
-        tables.append(("rise of the loss without a head, mnat/token", header, _head_rows(study.heads), 0))
+        tables.append(
+            ("Head importance: rise of the loss without a head, mnat/token", header, _head_rows(study.heads), 0)
+        )
     if study.retrieval is not None:
         rows = page_retrieval.exchange_rows(study.retrieval)
-        tables.append(("fixed retrieval", page_retrieval.HEADER, rows, 2))
+        tables.append(("Fixed retrieval: what heads have of their own", page_retrieval.HEADER, rows, 2))
         whole = [r for r in page_retrieval.rank_rows(study.retrieval, study.variant) if not r[1].text.endswith("]")]
-        tables.append(("ranks", page_retrieval.RANK_HEADER, whole, 2))
+        tables.append(("Ranks", page_retrieval.RANK_HEADER, whole, 2))
     if study.slots is not None:
         header = ("block", "head", "slot", "reads", "bits", "tokens")
-        tables.append(("most selective slots", header, _slot_rows(study.slots), 0))
+        tables.append(("Most selective slots", header, _slot_rows(study.slots), 0))
     if study.sensitivity is not None:
         rows = page_sensitivity.sensitivity_rows(study.sensitivity)
-        tables.append(("without retraining", page_sensitivity.HEADER, rows, 1))
+        tables.append(("Sensitivity, without retraining", page_sensitivity.HEADER, rows, 1))
     return tables
 
 
@@ -87,17 +90,3 @@ def _slot_rows(slots: dict[int, BlockSlots]) -> list[list[Cell]]:
         for block, entry in slots.items()
         for slot in entry.most_selective[:2]
     ]
-
-
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[Cell]], num_texts: int) -> object:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left")
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index < num_texts or name == "tokens" else "right", overflow="fold")
-    for row, following in zip(rows, [*rows[1:], None]):
-        ends = following is None or (num_texts > 0 and row[0].text != following[0].text)
-        # Text: what tokens hold may look like rich's markup.
-        table.add_row(*(Text(cell.text) for cell in row), end_section=ends)
-    return table

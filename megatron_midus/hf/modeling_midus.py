@@ -341,20 +341,13 @@ class MidusMemory(nn.Module):
     def look_up(self, query_TMD):
         """``[T, M, D] -> [T, M, O]``, for ``block`` ``[T, 1, d]``."""
         with no_autocast(query_TMD.device.type):
-            return self.read(*self.select(query_TMD)).to(query_TMD.dtype)
-
-    def select(self, query_TMD):
-        """Slots int64 and their weights, ``[T, M, K]`` each, best first."""
-        slots, scores = select_slots(query_TMD, self.row_keys, self.col_keys, self.config.memory_topk)
-        activation = self.config.memory_score_activation
-        return slots, scores.softmax(-1) if activation == "softmax" else getattr(scores, activation)()
-
-    def read(self, slots_TMK, weights_TMK):
-        """What the slots hold, weighted and projected: ``[T, M, O]``, for ``block`` ``[T, 1, d]``."""
-        read = read_values(slots_TMK, weights_TMK, self.values, self.config.memory_variant)
-        if self.head_proj is not None:
-            read = torch.einsum("tml,mlo->tmo", read.to(self.head_proj.dtype), self.head_proj)
-        return read
+            slots, scores = select_slots(query_TMD, self.row_keys, self.col_keys, self.config.memory_topk)
+            activation = self.config.memory_score_activation
+            weights = scores.softmax(-1) if activation == "softmax" else getattr(scores, activation)()
+            read = read_values(slots, weights, self.values, self.config.memory_variant)
+            if self.head_proj is not None:
+                read = torch.einsum("tml,mlo->tmo", read.to(self.head_proj.dtype), self.head_proj)
+        return read.to(query_TMD.dtype)
 
 
 class MidusMemoryLayer(GradientCheckpointingLayer):
