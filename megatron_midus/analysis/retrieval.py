@@ -24,7 +24,6 @@ from megatron_midus.analysis.algebra import (
 )
 from megatron_midus.analysis.lookup import Read, read
 from megatron_midus.analysis.passes import (
-    Pass,
     Progress,
     Variant,
     fixed_retrieval,
