@@ -5,7 +5,8 @@ import torch
 from naive import BLOCKS, VARIANTS, NaivePass, losses, make_midus, make_windows, midus
 
 from megatron_midus.analysis.passes import Variant, fixed_retrieval, measure, memories, own_passes
-from megatron_midus.analysis.windows import loss_change, make_windows as cut
+from megatron_midus.analysis.windows import loss_change
+from megatron_midus.analysis.windows import make_windows as cut
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
