@@ -7,6 +7,7 @@ slot holds for all heads side by side, ``M * O``, or ``d`` with variant ``block`
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -22,26 +23,44 @@ class Rank:
         effective: ``exp`` of the entropy of the normalised singular values (Roy and Vetterli 2007); ``None`` for zero.
         stable: ``||A||_F^2 / ||A||_2^2``; ``None`` for zero.
         full: the smaller side of the matrix, which bounds both.
+        random: the effective rank of Gaussian noise of the same shape, to compare with; ``None`` where noise is no measure.
         spectrum: singular values over the largest one, descending.
     """
 
     effective: float | None
     stable: float | None
     full: int
+    random: float | None
     spectrum: list[float]
 
 
-def rank_of(singular_values: torch.Tensor, full: int) -> Rank:
-    """Figures of singular values, largest first."""
+def rank_of(singular_values: torch.Tensor, shape: tuple[int, int], *, random: float | None = None) -> Rank:
+    """Figures of the singular values, largest first, of a matrix of that shape."""
+    full = min(shape)
     values = singular_values.double().clamp(min=0)
     largest = values[0].item() if len(values) else 0.0
     if largest == 0.0:
-        return Rank(None, None, full, [])
+        return Rank(None, None, full, random, [])
+    stable = ((values / largest) ** 2).sum().item()
+    return Rank(_effective_rank(values), stable, full, random, (values / largest).tolist())
+
+
+def _effective_rank(values: torch.Tensor) -> float:
     shares = values / values.sum()
     shares = shares[shares > 0]
-    effective = (-(shares * shares.log()).sum()).exp().item()
-    stable = ((values / largest) ** 2).sum().item()
-    return Rank(effective, stable, full, (values / largest).tolist())
+    return (-(shares * shares.log()).sum()).exp().item()
+
+
+@functools.lru_cache
+def random_rank(rows: int, columns: int) -> float:
+    """Effective rank of Gaussian noise ``[rows, columns]``; of the first 4096 rows, after which it hardly grows."""
+    noise = torch.randn(min(rows, 4096), columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return _effective_rank(torch.linalg.svdvals(noise))
+
+
+def noise_rank_of(singular_values: torch.Tensor, shape: tuple[int, int]) -> Rank:
+    """``rank_of`` with ``random`` filled in."""
+    return rank_of(singular_values, shape, random=random_rank(*shape))
 
 
 def gram(rows: torch.Tensor, row_weights: torch.Tensor | None = None) -> torch.Tensor:

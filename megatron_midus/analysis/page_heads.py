@@ -23,7 +23,7 @@ def add(page: Page, study: Study, heads: HeadImportance) -> None:
     every = [e for rows in (heads.memory, heads.attention) for row in rows.values() for e in row]
     limit = max((abs(e.value) for e in every), default=0.0) * MILLI
     names = {block: f"block {block}" for block in heads.memory}
-    beside = {b: f"beside {b}: {heads.neighbours[b]}" for b, row in heads.attention.items() if row}
+    beside = {b: f"block {heads.neighbours[b]} (beside {b})" for b, row in heads.attention.items() if row}
     attention = {block: heads.attention[block] for block in beside}
     how = "mnat/token; faint numbers are within two standard errors of zero. Both maps have one colour scale; negative = the text is easier without the head."  # fmt: skip
     page.charts(

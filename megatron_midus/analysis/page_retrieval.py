@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_midus.analysis.algebra import Rank
+from megatron_midus.analysis.heatmap import heat_map
 from megatron_midus.analysis.page_heads import MILLI
 from megatron_midus.analysis.report import Cell, Page
 from megatron_midus.analysis.retrieval import SHARINGS, BlockStructure, Exchange, Retrieval
@@ -18,7 +19,7 @@ def add(page: Page, study: Study, retrieval: Retrieval) -> None:
     if retrieval.reason is None:
         page.paragraph(
             f"Slots and weights are held as the model chose them, and only each head's {what} is exchanged. What is "
-            "fitted is fitted on the first half of the text; the loss is that of the second half."
+            "fitted is fitted on every other window of the text; the loss is that of the windows between."
         )
         page.bullets([f"{kind}: {text}" for kind, text in SHARINGS.items()])
     else:
@@ -75,19 +76,23 @@ def _exchange_chart(retrieval: Retrieval) -> tuple[str, str]:
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------
-RANK_HEADER = ("block", "matrix", "effective rank", "stable rank", "at most")
+RANK_HEADER = ("block", "matrix", "effective rank", "of noise", "at most", "stable rank")
 
 
 def _add_ranks(page: Page, study: Study, retrieval: Retrieval) -> None:
     page.subheading("Ranks")
     page.table(RANK_HEADER, rank_rows(retrieval, study.variant), text_columns=2)
     page.paragraph(
-        "Effective rank: exp of the entropy of the normalised singular values; stable rank: ‖A‖²F/‖A‖²₂. An effective rank "
-        "far below what is possible means that directions are idle and d_l could be smaller; a stable rank near 1 that "
-        "one direction carries nearly all.",
+        "Effective rank: exp of the entropy of the normalised singular values, to be read against that of Gaussian noise "
+        "of the same shape; W starts as such noise. Far below noise: directions are idle, and d_l could be smaller. Near "
+        "noise: nothing says that d_l is too large, nor that W has learnt much. Stable rank: ‖A‖²F/‖A‖²₂; near 1, one "
+        "direction carries nearly all.",
         is_note=True,
     )
-    charts = [_spectra(retrieval, "values", "Value bank, rows that the text read")]
+    charts = []
+    if any(entry.projections for entry in retrieval.structures.values()):
+        charts.append(_head_ranks(retrieval, "W" if study.variant == "hive" else "V"))
+    charts.append(_spectra(retrieval, "values", "Value bank, rows that the text read"))
     if any(entry.stacked for entry in retrieval.structures.values()):
         charts.append(_spectra(retrieval, "stacked", "Projections of all heads side by side"))
     charts.append(_spectra(retrieval, "table", "Whole table: what each slot holds for all heads"))
@@ -103,17 +108,17 @@ def rank_rows(retrieval: Retrieval, variant: str) -> list[list[Cell]]:
                 [
                     Cell(str(block), block),
                     Cell(name, name),
-                    _number(rank.effective),
-                    _number(rank.stable),
+                    _number(rank.effective, "all zero"),
+                    _number(rank.random, "–"),
                     Cell(str(rank.full), rank.full),
+                    _number(rank.stable, "all zero"),
                 ]
             )
     return rows
 
 
 def _named_ranks(structure: BlockStructure, variant: str) -> list[tuple[str, Rank]]:
-    letter = "W" if variant == "hive" else "V"
-    named = [(f"{letter}[{head}]", rank) for head, rank in enumerate(structure.projections)]
+    named = []
     if structure.stacked is not None:
         named.append(("W of all heads side by side", structure.stacked))
     named.append(("V, rows that were read", structure.values))
@@ -121,8 +126,28 @@ def _named_ranks(structure: BlockStructure, variant: str) -> list[tuple[str, Ran
     return named
 
 
-def _number(value: float | None) -> Cell:
-    return Cell("– (all zero)" if value is None else f"{value:.1f}", value)
+def _number(value: float | None, missing: str) -> Cell:
+    return Cell(missing if value is None else f"{value:.1f}", value)
+
+
+def _head_ranks(retrieval: Retrieval, letter: str) -> tuple[str, str]:
+    ranks = {f"block {block}": entry.projections for block, entry in retrieval.structures.items()}
+    heads, first = len(next(iter(ranks.values()))), next(iter(ranks.values()))[0]
+    values = [[rank.effective or 0.0 for rank in row] for row in ranks.values()]
+    figure = heat_map(
+        values,
+        row_labels=list(ranks),
+        column_labels=[str(h) for h in range(heads)] if heads <= 32 else None,
+        x_label="memory head",
+        limit=float(first.full),
+        texts=[[f"{v:.1f}" for v in row] for row in values] if heads <= 12 else None,
+        titles=[[f"head {h}: {v:.2f}" for h, v in enumerate(row)] for row in values],
+        title=f"Effective rank of {letter}[h]",
+    )
+    return (
+        figure,
+        f"Effective rank of {letter}[h] of each head, at most {first.full}; noise of that shape has {first.random:.1f}.",
+    )
 
 
 def _spectra(retrieval: Retrieval, field: str, text: str) -> tuple[str, str]:

@@ -17,8 +17,8 @@ HEADER = ("changed in all Memory blocks", "to", "rise of the loss, mnat/token", 
 def add(page: Page, study: Study, sensitivity: Sensitivity) -> None:
     page.heading("Sensitivity to k, n and d_l, without retraining")
     page.paragraph(
-        "What is dropped was chosen on the first half of the text, the loss is that of the second. A model that is trained "
-        "with the smaller number would do better: the curves bound its loss from above."
+        "What is dropped was chosen on every other window of the text, the loss is that of the windows between. A model "
+        "that is trained with the smaller number should do better than the curve says."
     )
     off = sensitivity.off.text(scale=MILLI, digits=2, sign="+")
     page.paragraph(f"For scale: with all memories off the loss rises by {off} mnat/token.")

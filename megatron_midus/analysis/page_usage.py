@@ -36,6 +36,11 @@ def add(page: Page, study: Study, usage: dict[int, BlockUsage]) -> None:
     page.charts([_marginals(block, entry) for block, entry in usage.items()])
     page.subheading("Do heads read the same slots?")
     if any(entry.overlap is not None for entry in usage.values()):
+        page.paragraph(
+            "Common share of two heads' reads: 1 = the same slots equally often, 0 = no slot in common; low values mean "
+            "that heads share the bank out.",
+            is_note=True,
+        )
         page.charts([_overlap(block, entry) for block, entry in usage.items() if entry.overlap is not None])
     else:
         page.paragraph("Does not apply: with variant full every head has a bank of its own.")
@@ -118,4 +123,4 @@ def _overlap(block: int, entry: BlockUsage) -> tuple[str, str]:
         texts=[[f"{v:.2f}" for v in row] for row in entry.overlap] if heads <= 12 else None,
         title=f"Block {block}: overlap of heads",
     )
-    return figure, f"Block {block}. Common share of two heads' reads: 1 = the same slots equally often, 0 = no slot in common; low values mean that heads share the bank out."  # fmt: skip
+    return figure, f"Block {block}."

@@ -34,7 +34,7 @@ th.text, td.text { text-align: left; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--ground); }
 tbody tr:hover, tbody tr:hover td { background: var(--row); }
 td.best { color: var(--best); font-weight: 600; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(32rem, 100%), 1fr)); gap: 1.2rem 1.6rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(32rem, 100%), 1fr)); gap: 1.2rem 1.6rem; }
 figure { margin: 0; }
 figcaption { margin-top: .2rem; }
 svg { width: 100%; height: auto; display: block; }
@@ -51,6 +51,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 .slot { border-top: 1px solid var(--line); padding: .45rem 0; font-size: .86rem; }
 .slot code { background: var(--row); border-radius: 4px; padding: 0 .3em; margin-right: .5em; white-space: pre; }
 .slot .context { font-family: ui-monospace, "Liberation Mono", monospace; font-size: .8rem; overflow-wrap: anywhere; }
+.slot .context .note { font-size: inherit; }
 .slot mark { background: color-mix(in srgb, var(--s0) 35%, transparent); color: inherit; border-radius: 3px; white-space: pre-wrap; }
 SERIES
 @media print { th button::after { content: none; } }

@@ -2,7 +2,7 @@
 
 Every memory reads the slots of the model's own pass with the weights of that pass, and only what a head makes of them is
 exchanged: its projection ``W[h]`` (variant ``hive``) or its table ``V[h]`` (``full``) by one that all heads share. What
-is fitted is fitted on the first half of the text and measured on the second.
+is fitted is fitted on every other window of the text and measured on those between.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from megatron_midus.analysis.algebra import (
     Rank,
     flat_projection,
+    noise_rank_of,
     rank_of,
     shared_projection,
     singular_values,
@@ -105,7 +106,7 @@ def reason_against(config: Any) -> str | None:
 
 
 def measure_retrieval(model: Any, windows: Windows, *, batch_size: int, progress: Progress | None = None) -> Retrieval:
-    """Fits on the first half of the windows, measures on the second; raises ``ValueError`` with fewer than four."""
+    """Fits on every other window, measures on those between; raises ``ValueError`` with fewer than four."""
     first, second = windows.halves()
     reason = reason_against(model.config)
     counts, grams = _fit(model, first, batch_size=batch_size, progress=progress)
@@ -247,15 +248,15 @@ def structure_of(memory: Any, counts: SlotCounts) -> BlockStructure:
     if memory.head_proj is not None:
         parts = list(memory.head_proj.detach().double().cpu())
         flat = flat_projection(memory)
-        stacked = rank_of(torch.linalg.svdvals(flat), min(flat.shape))
+        stacked = noise_rank_of(torch.linalg.svdvals(flat), (flat.shape[0], flat.shape[1]))
     else:
         parts = list(memory.values.detach()) if memory.config.memory_variant == "full" else []
         stacked = None
     return BlockStructure(
-        projections=[rank_of(_singular_values(part), min(part.shape)) for part in parts],
+        projections=[noise_rank_of(_singular_values(part), (part.shape[0], part.shape[1])) for part in parts],
         stacked=stacked,
-        values=rank_of(singular_values(values), min(values.shape)),
-        table=rank_of(directions, len(directions)),
+        values=noise_rank_of(singular_values(values), (values.shape[0], values.shape[1])),
+        table=rank_of(directions, (memory.values.shape[-2], len(directions))),
     )
 
 

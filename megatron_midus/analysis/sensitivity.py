@@ -1,7 +1,7 @@
 """The loss with fewer slots per look-up, fewer sub-keys, fewer slots and a narrower bank, without any retraining.
 
-What is dropped is chosen on the first half of the text, and the loss is measured on the second: a slot that a text never
-reads costs nothing on the same text.
+What is dropped is chosen on every other window of the text, and the loss is measured on those between: a slot that a
+text never reads costs nothing on the same text.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Sensitivity:
 def measure_sensitivity(
     model: Any, windows: Windows, *, batch_size: int, progress: Progress | None = None
 ) -> Sensitivity:
-    """Chooses on the first half of the windows, measures on the second; ``ValueError`` with fewer than four."""
+    """Chooses on every other window, measures on those between; ``ValueError`` with fewer than four."""
     first, second = windows.halves()
     counts = count_slots(model, first, batch_size=batch_size, progress=progress)
     variants = sensitivity_variants(model, counts)

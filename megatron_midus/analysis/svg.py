@@ -217,7 +217,7 @@ def _legend_rows(names: Sequence[str]) -> list[list[str]]:
     rows: list[list[str]] = [[]]
     used = 0.0
     for name in names:
-        width = 30 + _CHARACTER * len(name)
+        width = 36 + _CHARACTER * len(name)
         if rows[-1] and used + width > _WIDTH - _LEFT - _RIGHT:
             rows.append([])
             used = 0.0
@@ -233,5 +233,5 @@ def _legend(names: Sequence[str], series: Sequence[Series], baseline: float) -> 
         css = f"s{entry.style % NUM_SERIES}"
         parts.append(f'<path class="line {css}" d="M{at:.1f} {baseline - 4:.1f}h18"{_dash(entry)}/>')
         parts.append(f'<text class="tick" x="{at + 22:.1f}" y="{baseline:.1f}">{escape(name)}</text>')
-        at += 30 + _CHARACTER * len(name)
+        at += 36 + _CHARACTER * len(name)
     return parts

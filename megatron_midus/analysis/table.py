@@ -43,8 +43,8 @@ def _tables(study: Study) -> list[tuple[str, Sequence[str], list[list[Cell]], in
     if study.retrieval is not None:
         rows = page_retrieval.exchange_rows(study.retrieval)
         tables.append(("Fixed retrieval: what heads have of their own", page_retrieval.HEADER, rows, 2))
-        whole = [r for r in page_retrieval.rank_rows(study.retrieval, study.variant) if not r[1].text.endswith("]")]
-        tables.append(("Ranks", page_retrieval.RANK_HEADER, whole, 2))
+        rows = page_retrieval.rank_rows(study.retrieval, study.variant)
+        tables.append(("Ranks", page_retrieval.RANK_HEADER, rows, 2))
     if study.slots is not None:
         header = ("block", "head", "slot", "reads", "bits", "tokens")
         tables.append(("Most selective slots", header, _slot_rows(study.slots), 0))

@@ -35,7 +35,10 @@ class Windows:
             yield Windows(inputs, labels)
 
     def halves(self) -> tuple[Windows, Windows]:
-        """The first half, on which something is fitted, and the second, on which it is measured.
+        """Every other window, on which something is fitted, and those between, on which it is measured.
+
+        Not the first and the second half: a text whose parts differ, as files of several sources do, would be fitted on
+        one kind and measured on another.
 
         Raises:
             ValueError: fewer than four windows.
@@ -45,8 +48,7 @@ class Windows:
                 f"the text makes {len(self)} windows, and fitting on one half and measuring on the other needs 4; give "
                 "more text, or a smaller seq_length"
             )
-        middle = len(self) // 2
-        return Windows(self.inputs[:middle], self.labels[:middle]), Windows(self.inputs[middle:], self.labels[middle:])
+        return Windows(self.inputs[1::2], self.labels[1::2]), Windows(self.inputs[::2], self.labels[::2])
 
 
 def make_windows(tokenizer: Tokenizer, documents: Sequence[str], *, seq_length: int) -> Windows:

@@ -5,6 +5,7 @@ import torch
 from naive import VARIANTS, midus, table
 
 from megatron_midus.analysis.algebra import (
+    random_rank,
     rank_of,
     shared_projection,
     singular_values,
@@ -22,20 +23,25 @@ def random(*shape, seed=0):
 @pytest.mark.parametrize("rank", [1, 3, 7])
 def test_equal_singular_values_count_one_each(rank):
     left, right = torch.linalg.qr(random(40, rank)).Q, torch.linalg.qr(random(7, rank, seed=1)).Q
-    found = rank_of(singular_values(5 * left @ right.T), 7)
+    found = rank_of(singular_values(5 * left @ right.T), (40, 7))
     # Squares of singular values keep about 1e-8 of the largest as noise.
     assert found.effective == pytest.approx(rank, rel=1e-5) and found.stable == pytest.approx(rank, rel=1e-9)
     assert found.full == 7 and found.spectrum[0] == 1.0 and sum(v > 1e-6 for v in found.spectrum) == rank
 
 
 def test_unequal_singular_values():
-    found = rank_of(singular_values(torch.diag(torch.tensor([4.0, 2.0, 2.0]))), 3)
+    found = rank_of(singular_values(torch.diag(torch.tensor([4.0, 2.0, 2.0]))), (3, 3))
     assert found.effective == pytest.approx(2**1.5)  # entropy of (1/2, 1/4, 1/4)
     assert found.stable == pytest.approx(1.5) and found.spectrum == pytest.approx([1.0, 0.5, 0.5])
 
 
+def test_noise_of_a_tall_matrix_is_nearly_full():
+    assert 7.9 < random_rank(10**9, 8) < 8  # not drawn whole
+    assert random_rank(32, 32) == pytest.approx(25.6, abs=1)  # mean of 100 draws 25.57, their standard deviation 0.31
+
+
 def test_zeros_have_no_rank():
-    found = rank_of(singular_values(torch.zeros(5, 3)), 3)
+    found = rank_of(singular_values(torch.zeros(5, 3)), (5, 3))
     assert (found.effective, found.stable, found.spectrum) == (None, None, [])
 
 

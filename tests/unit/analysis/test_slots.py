@@ -34,6 +34,12 @@ def events(model, windows, block):
     ]
 
 
+def information(mass, text):
+    """Bits between two counters of tokens."""
+    shares = ((token, w / sum(mass.values())) for token, w in mass.items() if w)
+    return sum(p * math.log2(p / text[token] * text.total()) for token, p in shares)
+
+
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_slots_against_a_count(kind, monkeypatch):
     monkeypatch.setattr("megatron_midus.analysis.slots._MAX_PENDING", 50)  # merged many times
@@ -49,21 +55,15 @@ def test_slots_against_a_count(kind, monkeypatch):
             count[head, slot] += 1
             tokens[head, slot][windows.inputs[window, position].item()] += weight
 
-        def bits(key):
-            return sum(
-                w / mass[key] * math.log2(w / mass[key] / (text[token] / windows.num_tokens))
-                for token, w in tokens[key].items()
-                if w
-            )
-
+        bits = {key: information(tokens[key], text) for key in tokens}
         used = sorted((key for key in mass if mass[key] > 0), key=lambda key: -mass[key])[:4]
         assert [(s.head, s.slot) for s in found[block].most_used] == used
         often = [key for key in mass if count[key] >= 4 and mass[key] > 0]
-        selective = sorted(often, key=lambda key: -bits(key))[:5]
+        selective = sorted(often, key=lambda key: -bits[key])[:5]
         shown = found[block].most_selective
-        assert [s.information for s in shown] == pytest.approx([bits(key) for key in selective], abs=1e-4)
+        assert [s.information for s in shown] == pytest.approx([bits[key] for key in selective], abs=1e-4)
         total = sum(mass[key] for key in often)
-        assert found[block].mean_information == pytest.approx(sum(bits(k) * mass[k] for k in often) / total, abs=1e-4)
+        assert found[block].mean_information == pytest.approx(sum(bits[k] * mass[k] for k in often) / total, abs=1e-4)
         for slot in [*found[block].most_used, *shown]:
             key = (slot.head, slot.slot)
             assert (slot.reads, slot.row, slot.col) == (count[key], *divmod(slot.slot, KEYS))
@@ -113,7 +113,7 @@ def test_usage_against_a_count(kind):
         assert found[1].col_shares[head] == pytest.approx([cols[i] / cols.total() for i in range(KEYS)])
     lookups = collections.defaultdict(list)
     for head, _, weight, *place in reads:
-        lookups[head, *place].append(weight)
+        lookups[(head, *place)].append(weight)
     tops = [max(w) / sum(w) for w in lookups.values() if sum(w) > 0]
     assert found[1].top1_mass == pytest.approx(sum(tops) / len(tops), rel=1e-4)
     assert found[1].silent_lookups == pytest.approx(1 - len(tops) / len(lookups))
