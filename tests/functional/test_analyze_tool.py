@@ -152,7 +152,7 @@ def test_summary_says_the_same(report):
 @pytest.mark.parametrize("variant", ["block", "full"])
 def test_other_variants(variant, text, tmp_path):
     model = write_midus(tmp_path / "model", memory_variant=variant, memory_score_activation="relu")
-    run(model, text, tmp_path / "out", "--tokens", 300)
+    run(model, text, tmp_path / "out", "--tokens", 150)
     page = (tmp_path / "out" / "report.html").read_text()
     Document(page)
     assert ("Nothing to exchange" in page) == (variant == "block") and "no latent bank" in page
@@ -161,7 +161,7 @@ def test_other_variants(variant, text, tmp_path):
 
 def test_before_training(text, tmp_path):
     """Zero values: everything is said, nothing fails, no loss moves."""
-    run(write_midus(tmp_path / "model", zero_values=True), text, tmp_path / "out", "--tokens", 300)
+    run(write_midus(tmp_path / "model", zero_values=True), text, tmp_path / "out", "--tokens", 150)
     found = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert any("all values are zero" in note for note in found["notes"])
     assert found["heads"]["all_memories"]["value"] == 0.0
