@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_midus import cli
 from megatron_midus.data.corpus import DEFAULT_SEPARATOR, TEXT_KEY, read_documents, unescape
-from megatron_midus.files import check_output_directory, staged_directory
+from megatron_midus.files import check_output_directory, staged_directory, write_text_atomically
 
 PARTS = ("usage", "heads", "retrieval", "slots", "sensitivity")
 
@@ -181,9 +181,11 @@ def write_results(study: Any, arguments: argparse.Namespace) -> None:
 
     summary = to_markdown(study)
     with staged_directory(arguments.output, overwrite=arguments.overwrite) as directory:
-        (directory / "analysis.json").write_text(json.dumps(study.to_dict(), indent=1, allow_nan=False) + "\n")
-        (directory / "summary.md").write_text(summary)
-        (directory / "report.html").write_text(to_html(study))
+        write_text_atomically(
+            directory / "analysis.json", json.dumps(study.to_dict(), indent=1, allow_nan=False) + "\n"
+        )
+        write_text_atomically(directory / "summary.md", summary)
+        write_text_atomically(directory / "report.html", to_html(study))
     print(summary, end="")
     print(f"report: {arguments.output}/report.html")
 

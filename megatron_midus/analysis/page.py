@@ -15,7 +15,7 @@ def to_html(study: Study) -> str:
     shape = f"{blocks} Memory blocks of {len(study.block_types)}, {study.num_heads} memory heads, n = {memory['memory_num_keys']}, k = {memory['memory_topk']}"  # fmt: skip
     if study.variant == "hive":
         shape += f", d_l = {memory['memory_latent_size']}"
-    page = Page(f"What the memory of {study.name} learnt", f"variant {study.variant}: {shape}")
+    page = Page(f"What the memory of {study.name} learnt", f"{study.directory}: variant {study.variant}, {shape}")
     page.bullets(study.notes)
     page.heading("Loss")
     page.paragraph(loss_sentence(study))

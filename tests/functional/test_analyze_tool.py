@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import randomize, write_base, write_tokenizer
 
+from megatron_midus.analysis.study import PARTS
 from megatron_midus.hf import MidusConfig, MidusForCausalLM
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -147,6 +148,15 @@ def test_summary_says_the_same(report):
     tables += [b.splitlines()[1:] for b in re.split(r"\n\n", summary) if b.startswith("## ")]
     for lines in filter(None, tables):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")}) <= 1
+
+
+def test_its_page():
+    page = (TOOLS.parent / "docs" / "analysis.md").read_text()
+    assert tuple(re.findall(r"^\| `(\w+)` \| .*\?", page, re.MULTILINE)) == analyze.PARTS == PARTS
+    (command,) = re.findall(r"^python tools/analyze.py (.*)$", page, re.MULTILINE)
+    asked = analyze.parse_arguments(command.split())
+    options = {name.removeprefix("--").replace("-", "_") for name in re.findall(r"`(--[a-z-]+)", page)}
+    assert options and options <= set(vars(asked))
 
 
 @pytest.mark.parametrize("variant", ["block", "full"])
