@@ -36,17 +36,14 @@ def read(memory: Any, slots_TMK: torch.Tensor, weights_TMK: torch.Tensor) -> tor
 
 @contextlib.contextmanager
 def look_up_with(memory: Any, *, select: Select = select, read: Read = read) -> Iterator[None]:
-    """The memory looks up with these steps. Contexts on one memory do not add up: the inner one counts."""
+    """The memory looks up with these steps. Contexts on one memory do not nest."""
 
     def look_up(query_TMD: torch.Tensor) -> torch.Tensor:
         with no_autocast(query_TMD.device.type):
             return read(memory, *select(memory, query_TMD)).to(query_TMD.dtype)
 
-    before = memory.__dict__.get("look_up")
     memory.look_up = look_up
     try:
         yield
     finally:
         del memory.look_up
-        if before is not None:
-            memory.look_up = before
