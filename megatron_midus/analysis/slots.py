@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 
-from megatron_midus.analysis.passes import Progress, memories, own_passes
-from megatron_midus.analysis.usage import SlotCounts
+from megatron_midus.analysis.passes import Progress, own_passes
+from megatron_midus.analysis.usage import SlotCounts, empty_counts
 from megatron_midus.analysis.windows import Windows
 from megatron_midus.evaluation.perplexity import Tokenizer
 
 CONTEXT_BEFORE = 10
 _MAX_PENDING = 2**22  # (slot, token) pairs that wait to be merged, 64 MiB
+NUM_SLOT_PASSES = 2
+
+Pairs = list[tuple[int, int]]
+"""(head, slot)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +159,7 @@ def _merge(keys: torch.Tensor, mass: torch.Tensor) -> tuple[torch.Tensor, torch.
 class _Places:
     """The heaviest places of chosen (head, slot) pairs of one memory."""
 
-    def __init__(self, chosen: list[tuple[int, int]], num_slots: int, limit: int) -> None:
+    def __init__(self, chosen: Pairs, num_slots: int, limit: int) -> None:
         self.num_slots, self.limit = num_slots, limit
         self.wanted = torch.tensor(sorted({head * num_slots + slot for head, slot in chosen}), dtype=torch.int64)
         # (weight, -window, -position): of equal weights the earlier place wins.
@@ -190,30 +194,15 @@ def measure_slots(
     progress: Progress | None = None,
 ) -> dict[int, BlockSlots]:
     """Two passes over the text: one finds the slots to show, one the places at which they are read."""
-    vocabulary = int(max(windows.inputs.max(), windows.labels.max())) + 1
-    found = memories(model)
-    num_slots = model.config.memory_num_keys**2
-    counts = {i: SlotCounts(model.config.num_lookup_heads(), num_slots) for i in found}
-    tokens = {i: TokenMass(num_slots, vocabulary) for i in found}
-    for done in own_passes(model, windows, batch_size=batch_size, progress=progress):
-        for block in found:
-            slots, weights = done.slots_and_weights(block)
-            counts[block].add(slots, weights)
-            tokens[block].add(slots, weights, done.windows.inputs.flatten())
-    text = windows.inputs.flatten().bincount(minlength=vocabulary).double() / windows.num_tokens
-    chosen = {block: _choose(counts[block], tokens[block].information(text), settings) for block in found}
-    places = {
-        i: _Places([*used, *selective], num_slots, settings.contexts) for i, (used, selective, _) in chosen.items()
-    }
-    first_window = 0
-    for done in own_passes(model, windows, batch_size=batch_size, progress=progress):
-        for block in found:
-            places[block].add(*done.slots_and_weights(block), first_window, windows.inputs.shape[1])
-        first_window += len(done.windows)
-
+    settings_of_passes: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    counts, tokens = _tally(model, windows, **settings_of_passes)
+    text = windows.inputs.flatten().bincount(minlength=_vocabulary(windows)).double() / windows.num_tokens
+    chosen = {block: _choose(counts[block], tokens[block].information(text), settings) for block in counts}
+    pairs = {block: [*used, *selective] for block, (used, selective, _) in chosen.items()}
+    places = _find_places(model, windows, pairs, settings.contexts, **settings_of_passes)
     describer = _Describer(windows, tokenizer, text, settings, model.config.memory_num_keys)
 
-    def describe(block: int, pairs: list[tuple[int, int]]) -> list[SlotReadings]:
+    def describe(block: int, pairs: Pairs) -> list[SlotReadings]:
         return [describer.readings(h, s, counts[block], tokens[block], places[block]) for h, s in pairs]
 
     return {
@@ -222,9 +211,39 @@ def measure_slots(
     }
 
 
-NUM_SLOT_PASSES = 2
+def _vocabulary(windows: Windows) -> int:
+    return int(max(windows.inputs.max(), windows.labels.max())) + 1
 
-Pairs = list[tuple[int, int]]
+
+def _tally(
+    model: Any, windows: Windows, *, batch_size: int, progress: Progress | None
+) -> tuple[dict[int, SlotCounts], dict[int, TokenMass]]:
+    counts = empty_counts(model)
+    tokens = {block: TokenMass(model.config.memory_num_keys**2, _vocabulary(windows)) for block in counts}
+    for done in own_passes(model, windows, batch_size=batch_size, progress=progress):
+        for block in counts:
+            slots, weights = done.slots_and_weights(block)
+            counts[block].add(slots, weights)
+            tokens[block].add(slots, weights, done.windows.inputs.flatten())
+    return counts, tokens
+
+
+def _find_places(
+    model: Any,
+    windows: Windows,
+    pairs: dict[int, Pairs],
+    limit: int,
+    *,
+    batch_size: int,
+    progress: Progress | None,
+) -> dict[int, _Places]:
+    places = {block: _Places(chosen, model.config.memory_num_keys**2, limit) for block, chosen in pairs.items()}
+    first_window = 0
+    for done in own_passes(model, windows, batch_size=batch_size, progress=progress):
+        for block, found in places.items():
+            found.add(*done.slots_and_weights(block), first_window, windows.inputs.shape[1])
+        first_window += len(done.windows)
+    return places
 
 
 def _choose(counts: SlotCounts, bits: torch.Tensor, settings: SlotSettings) -> tuple[Pairs, Pairs, float | None]:
