@@ -25,7 +25,7 @@ def add(page: Page, study: Study, sensitivity: Sensitivity) -> None:
     rank_name = "latent size d_l" if study.variant == "hive" else "rank of the bank"
     page.charts(
         [
-            (_curve({"top-k": sensitivity.topk}, "slots that a look-up reads, k"), "Fewer slots a look-up: flat down to some k means that the slots after it hardly matter."),
+            (_curve({"top-k": sensitivity.topk}, "slots that a look-up reads, k"), "Fewer slots a look-up, and twice as many: flat down to some k means that the slots after it hardly matter."),
             (_curve({"sub-keys": sensitivity.num_keys}, "sub-keys per half, n"), "Only the most read sub-keys kept, so that n² slots are left: rises where the dropped ones mattered."),
             (_curve({"slots": sensitivity.share_of_slots}, "share of the slots kept"), "Only the most read slots keep their values, the others read as zeros: how far a bank can be pruned."),
             (
@@ -52,7 +52,7 @@ def sensitivity_rows(sensitivity: Sensitivity, rank_name: str = "rank") -> list[
     for name, curve in curves.items():
         for number, rise in curve.items():
             share = rise.value / worth.value if worth.is_clear and worth.value > 0 else None
-            shown = f"{number:.1%}" if name == "share of slots" else f"{number:,}"
+            shown = f"{number * 100:g}%" if name == "share of slots" else f"{number:,}"
             rows.append(
                 [
                     Cell(name, name),
@@ -75,4 +75,6 @@ def _curve(curves: Mapping[str, Mapping[float, Estimate]] | Mapping[str, dict], 
         )
         for style, (name, curve) in enumerate(curves.items())
     ]
-    return chart(series, x_label=x_label, y_label="rise of the loss, mnat/token", log_x=True, title=x_label)
+    return chart(
+        series, x_label=x_label, y_label="rise of the loss, mnat/token", log_x=True, x_ticks=series[0].x, title=x_label
+    )

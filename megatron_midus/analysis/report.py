@@ -34,7 +34,7 @@ th.text, td.text { text-align: left; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--ground); }
 tbody tr:hover, tbody tr:hover td { background: var(--row); }
 td.best { color: var(--best); font-weight: 600; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(32rem, 100%), 1fr)); gap: 1.2rem 1.6rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(32rem, 100%), 1fr)); gap: 1.2rem 1.6rem; margin: .9rem 0; }
 figure { margin: 0; }
 figcaption { margin-top: .2rem; }
 svg { width: 100%; height: auto; display: block; }
