@@ -74,10 +74,10 @@ def _draw_bars(ax: Any, section: Section) -> None:
         ax.text(x, position, _label(section, row), va="center", fontsize=8)
     ax.set_xlim(0, 1.62 * widest)
     ax.set_yticks(list(positions), [row.name for row in rows])
-    ax.set_xlabel("ms;  n × baseline: share of its time;  MB: peak memory", fontsize=8)
+    ax.set_xlabel("ms;  n × baseline: share of its time;  MB: peak memory", fontsize=8, loc="left")
     ax.set_title(f"{section.title}: {section.description}", fontsize=9, loc="left")
     if len(rows[0].phases) > 1:
-        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, fontsize=8, frameon=False, borderpad=0)
+        ax.legend(loc="upper right", bbox_to_anchor=(1.0, -0.07), ncols=2, fontsize=8, frameon=False, borderpad=0)
     _clean(ax)
 
 
@@ -90,6 +90,8 @@ def _label(section: Section, row: Any) -> str:
 
 
 def _draw_decode(ax: Any, name: str, sections: list[Section]) -> None:
+    from matplotlib import ticker
+
     tokens = [section.shape["tokens"] for section in sections]
     for index, contender in enumerate(row.name for row in sections[0].rows):
         found = [next(row.total for row in section.rows if row.name == contender) for section in sections]
@@ -102,8 +104,10 @@ def _draw_decode(ax: Any, name: str, sections: list[Section]) -> None:
         ax.errorbar(tokens, medians, yerr=spread, color=colour, marker="o", ms=4, lw=1.5, capsize=2.5, label=contender)
     ax.set_xscale("log", base=2)
     ax.set_xticks(tokens, [str(number) for number in tokens])
-    highest = max(row.total.median for section in sections for row in section.rows)
-    ax.set_ylim(0, 1.3 * highest)  # one round that was disturbed must not press the lines together
+    ax.set_yscale("log")  # an FFN takes twenty times as long
+    ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(ticker.NullLocator())
     ax.set_xlabel("tokens of a decoding step")
     ax.set_ylabel("forward, ms")
     ax.set_title(f"decode {name}", fontsize=9, loc="left")

@@ -25,6 +25,8 @@ except ImportError:
 # A double has 53 bits of mantissa and a float 24: a column of up to 28 bits fits below a score, and rounding the double
 # to a float gives the score back.
 COLUMN_MASK = (1 << 28) - 1
+# From here on numpy parts a row before it sorts the best; with AVX-512 whole rows are sorted faster than they are parted.
+MIN_PARTED = 96 if torch.backends.cpu.get_cpu_capability() != "AVX512" else 1 << 30
 CHUNK_SCORES = 1 << 19  # scores of one half held at a time; packed they take 4 MiB, about a cache
 FEW_ROWS = 16
 NUMPY_ROWS = 512  # up to here numpy's smaller cost per operator counts for more than torch's vectors
@@ -168,28 +170,38 @@ def _top_columns_of_few(parts: list[Any], topk: int) -> tuple[Any, Any]:
         packed[index * rows : (index + 1) * rows] = part.reshape(rows, columns)
     labels = packed.view(numpy.int64)
     labels |= _column_labels(columns)
-    packed.sort(axis=1)
-    best = packed[:, : -topk - 1 : -1]
+    best = _sorted_end(packed, topk)[:, : -topk - 1 : -1]
     return best.astype(numpy.float32), best.view(numpy.int64) & COLUMN_MASK
 
 
 def top_columns(scores_RN: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """``scores_RN.topk(topk)``, exact, best first; on ties the columns may be others, but always the same.
 
-    On the CPU each fp32 score becomes a double that carries its column in the low bits, and numpy's SIMD sort of whole
-    rows is several times faster than ``torch.topk``. Scores that are not finite have no room for a column, so rows with
+    On the CPU each fp32 score becomes a double that carries its column in the low bits, and numpy's SIMD sort is several
+    times faster than ``torch.topk``. Scores that are not finite have no room for a column, so rows with
     such scores go through ``torch.topk``.
     """
     worth_it = SIMD_SORT and scores_RN.numel() >= MIN_PACKED
     if worth_it and scores_RN.dtype == torch.float32 and scores_RN.device.type == "cpu":
         packed = _room(_KEPT.packed, scores_RN.shape, scores_RN, torch.float64).copy_(scores_RN)
         packed.view(torch.int64).bitwise_or_(torch.arange(scores_RN.shape[1]))
-        packed.numpy().sort(axis=1)
-        best = packed[:, -topk:].flip(1)
+        best = torch.from_numpy(_sorted_end(packed.numpy(), topk))[:, -topk:].flip(1)
         # inf or NaN with a column is NaN, which sorts last; -inf with the column 0 is still -inf.
         if best[:, 0].sum().isfinite():
             return best.float(), best.view(torch.int64) & COLUMN_MASK
     return scores_RN.topk(topk, dim=1)
+
+
+def _sorted_end(packed: Any, topk: int) -> Any:
+    """An array whose last ``topk`` columns are those of the sorted rows. ``packed`` is overwritten."""
+    columns = packed.shape[1]
+    if columns < MIN_PARTED or 2 * topk > columns:
+        packed.sort(axis=1)
+        return packed
+    packed.partition(columns - topk, axis=1)
+    best = packed[:, columns - topk :].copy()
+    best.sort(axis=1)
+    return best
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,9 +8,10 @@ import torch
 from megatron_midus.ops import select_slots, selection
 
 
-@pytest.fixture(params=["as it is", "torch", "simd sort", "topk", "threads", "small chunks"])
+@pytest.fixture(params=["as it is", "torch", "simd sort", "parted rows", "topk", "threads", "small chunks"])
 def way(request, monkeypatch):
-    """Every path through the selection: few rows, packed sort, torch.topk, sort by several threads, ragged chunks."""
+    """Every path through the selection: few rows, packed sort of whole and of parted rows, torch.topk, several threads,
+    ragged chunks."""
     if request.param == "as it is":  # few rows, in numpy
         return
     monkeypatch.setattr(selection, "NUMPY_ROWS", 0)
@@ -18,6 +19,7 @@ def way(request, monkeypatch):
         return
     monkeypatch.setattr(selection, "FEW_ROWS", 0)
     monkeypatch.setattr(selection, "MIN_PACKED", 0)
+    monkeypatch.setattr(selection, "MIN_PARTED", 0 if request.param == "parted rows" else 1 << 30)
     if request.param == "topk":
         monkeypatch.setattr(selection, "SIMD_SORT", False)
     elif request.param == "threads":
