@@ -23,7 +23,7 @@ from megatron_midus.files import check_output_directory, staged_directory, write
 PARTS = ("usage", "heads", "retrieval", "slots", "sensitivity")
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face directory of a MIDUS model")
@@ -48,7 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of the weights; auto = float32 on a CPU, the checkpoint's own on a GPU (default: %(default)s)",
     )
     add("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def _add_text_arguments(add: Callable[..., Any]) -> None:
@@ -191,7 +191,7 @@ def write_results(study: Any, arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
+    arguments = make_parser().parse_args(argv)
     check_arguments(arguments)
     from megatron_midus.data.tokenizer import HuggingFaceTokenizer
 

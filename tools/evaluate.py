@@ -22,7 +22,7 @@ from megatron_midus.data.corpus import DEFAULT_SEPARATOR, TEXT_KEY, read_documen
 from megatron_midus.files import write_text_atomically
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", nargs="+", default=[], metavar="DIR", help="Hugging Face directories; the first is the base line")
@@ -45,7 +45,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     add("--json", metavar="OUT", help="write everything here as JSON")
     add("--markdown", metavar="OUT", help="write the table here as Markdown")
-    return parser.parse_args(arguments)
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    return make_parser().parse_args(arguments)
 
 
 def _add_text_arguments(add: Callable[..., Any]) -> None:

@@ -154,7 +154,7 @@ def test_its_page():
     page = (TOOLS.parent / "docs" / "analysis.md").read_text()
     assert tuple(re.findall(r"^\| `(\w+)` \| .*\?", page, re.MULTILINE)) == analyze.PARTS == PARTS
     (command,) = re.findall(r"^python tools/analyze.py (.*)$", page, re.MULTILINE)
-    asked = analyze.parse_arguments(command.split())
+    asked = analyze.make_parser().parse_args(command.split())
     options = {name.removeprefix("--").replace("-", "_") for name in re.findall(r"`(--[a-z-]+)", page)}
     assert options and options <= set(vars(asked))
 
