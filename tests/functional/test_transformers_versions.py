@@ -35,7 +35,8 @@ def make_environment(directory, version):
     Path(purelib.strip(), "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
     # After the line above, so that pip installs only what this version of transformers wants otherwise.
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, f"transformers=={version}"], check=True)
+    # --upgrade: what is shared would do for 5.*.
+    subprocess.run([*pip, "--upgrade", f"transformers=={version}"], check=True)
     return python
 
 
