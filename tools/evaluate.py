@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_midus import cli
 from megatron_midus.data.corpus import DEFAULT_SEPARATOR, TEXT_KEY, read_documents, unescape
-from megatron_midus.files import write_text_atomically
+from megatron_midus.files import check_output_file, write_text_atomically
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -244,6 +244,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         number = getattr(arguments, name)
         if number is not None and number < 1:
             raise ValueError(f"{name}={number} must be at least 1")
+    for output in (arguments.json, arguments.markdown):
+        if output is not None:
+            check_output_file(output)
     arguments.device = choose_device(arguments.device)
     configs = [read_config(directory) for directory in arguments.model]
     for directory in arguments.model:

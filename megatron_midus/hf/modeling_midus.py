@@ -501,7 +501,8 @@ class MidusModel(MidusPreTrainedModel):
             "inputs_embeds": inputs_embeds,  # the name in later versions
             "attention_mask": attention_mask,
             "cache_position": cache_position,
-            "past_key_values": past_key_values,
+            "past_key_values": past_key_values,  # the name up to 5.23
+            "cache": past_key_values,  # the name in later versions
             "position_ids": position_ids,
         }
         create_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
