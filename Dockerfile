@@ -6,6 +6,8 @@ ARG NGC_IMAGE=nvcr.io/nvidia/pytorch:25.09-py3
 ARG PYTHON_IMAGE=python:3.11.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS cpu
+# The package index has torch for CUDA, gigabytes larger. Releases of this one, 2.13.0+cpu, count as the newer of the two.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /opt/megatron_midus
 RUN useradd --create-home --uid 10001 midus && chown midus /opt/megatron_midus
 # Requirements before sources: editing a source file does not install everything again.
@@ -13,7 +15,7 @@ COPY --chown=midus setup.py pyproject.toml constraints.txt README.md ./
 COPY --chown=midus megatron_midus/__init__.py megatron_midus/__init__.py
 COPY --chown=midus pretrain_midus.py ./
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 MIDUS_VENV=none
-RUN pip install -c constraints.txt setuptools torch && pip install -c constraints.txt --no-build-isolation -e ".[dev]"
+RUN pip install -c constraints.txt --extra-index-url "${TORCH_INDEX}" setuptools torch && pip install -c constraints.txt --no-build-isolation -e ".[dev]"
 COPY --chown=midus . .
 USER 10001
 HEALTHCHECK CMD ["python", "-m", "megatron_midus.platform"]

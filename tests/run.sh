@@ -18,7 +18,7 @@ if [ $# -eq 0 ]; then
     ruff check .
     ruff format --check .
     mypy
-    git ls-files -z '*.sh' .ci/run | xargs -0 -r shellcheck --severity=warning
+    git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 -r shellcheck --severity=warning
     hadolint Dockerfile
 fi
 python -m pytest -q -n "${MIDUS_TEST_WORKERS:-2}" --dist loadfile --durations=15 ${fast[@]+"${fast[@]}"} "$@"

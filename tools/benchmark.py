@@ -23,12 +23,16 @@ from megatron_midus.files import check_output_file, write_text_atomically
 SETTINGS: dict[str, type[RunSettings]] = {"hml": HmlSettings, "layer": LayerSettings, "train": TrainSettings}
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> tuple[str, RunSettings]:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, cls in SETTINGS.items():
         add_arguments(commands.add_parser(name, help=cls.__doc__), cls)
-    namespace = parser.parse_args(arguments)
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> tuple[str, RunSettings]:
+    namespace = make_parser().parse_args(arguments)
     return namespace.command, from_namespace(SETTINGS[namespace.command], namespace)
 
 

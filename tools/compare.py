@@ -31,7 +31,7 @@ from megatron_midus.files import write_text_atomically
 from megatron_midus.training.arguments import build_parser
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("experiment", metavar="EXPERIMENT.yaml", help="what is compared; docs/comparing.md lists the keys")
@@ -40,7 +40,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds")
     add("--jobs", type=int, default=1, help="runs at a time; more than 1 spoils the timings (default: 1)")
     add("--report-only", action="store_true", help="run nothing; write the report of what is done")
-    namespace = parser.parse_args(arguments)
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    namespace = make_parser().parse_args(arguments)
     if namespace.jobs < 1:
         raise ValueError(f"--jobs {namespace.jobs} must be at least 1")
     return namespace

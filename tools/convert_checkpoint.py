@@ -81,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--workers",
         type=int,
         default=default_workers(),
-        help="tensors that are read, hashed and written at a time; each worker holds a few copies of one tensor (default: %(default)s, the cores of this machine up to 4)",
+        help="tensors that are read, hashed and written at a time; each worker holds a few copies of one tensor (default: the cores of this machine, up to 4)",
     )
     add("--evaluation", metavar="FILE", help="--to hf: JSON report of tools/evaluate.py, shown in the model card")
     add(

@@ -19,10 +19,10 @@ from typing import Any
 
 from megatron_midus import cli
 from megatron_midus.data.corpus import DEFAULT_SEPARATOR, TEXT_KEY, read_documents, unescape
-from megatron_midus.files import write_text_atomically
+from megatron_midus.files import check_output_file, write_text_atomically
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", nargs="+", default=[], metavar="DIR", help="Hugging Face directories; the first is the base line")
@@ -45,7 +45,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     add("--json", metavar="OUT", help="write everything here as JSON")
     add("--markdown", metavar="OUT", help="write the table here as Markdown")
-    return parser.parse_args(arguments)
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    return make_parser().parse_args(arguments)
 
 
 def _add_text_arguments(add: Callable[..., Any]) -> None:
@@ -240,6 +244,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         number = getattr(arguments, name)
         if number is not None and number < 1:
             raise ValueError(f"{name}={number} must be at least 1")
+    for output in (arguments.json, arguments.markdown):
+        if output is not None:
+            check_output_file(output)
     arguments.device = choose_device(arguments.device)
     configs = [read_config(directory) for directory in arguments.model]
     for directory in arguments.model:

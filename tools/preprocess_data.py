@@ -16,10 +16,14 @@ from megatron_midus.data.preprocess import PreprocessConfig, preprocess
 from megatron_midus.data.statistics import PreprocessResult
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> PreprocessConfig:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser, PreprocessConfig)
-    return from_namespace(PreprocessConfig, parse_arguments_with_file(parser, arguments))
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> PreprocessConfig:
+    return from_namespace(PreprocessConfig, parse_arguments_with_file(make_parser(), arguments))
 
 
 def print_result(result: PreprocessResult) -> None:

@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--workers",
         type=int,
         default=default_workers(),
-        help="tensors that are read, hashed and written at a time; each worker holds a few copies of one tensor (default: %(default)s, the cores of this machine up to 4)",
+        help="tensors that are read, hashed and written at a time; each worker holds a few copies of one tensor (default: the cores of this machine, up to 4)",
     )
     add("--overwrite", action="store_true", help="replace the output directory when it exists")
     add("--dry-run", action="store_true", help="print the plan and its cost and write nothing")

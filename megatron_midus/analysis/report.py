@@ -34,18 +34,25 @@ th.text, td.text { text-align: left; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--ground); }
 tbody tr:hover, tbody tr:hover td { background: var(--row); }
 td.best { color: var(--best); font-weight: 600; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(32rem, 100%), 1fr)); gap: 1.2rem 1.6rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(32rem, 100%), 1fr)); gap: 1.2rem 1.6rem; margin: .9rem 0; }
 figure { margin: 0; }
 figcaption { margin-top: .2rem; }
 svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--text); font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
 svg .tick { font-size: 11.5px; }
+svg .faint { fill: var(--faint); }
 .grid { stroke: var(--line); stroke-width: 1; }
 .axis { stroke: var(--faint); stroke-width: 1; fill: none; }
 .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .thin { stroke-width: 1.2; }
 pre { overflow-x: auto; padding: .7rem .9rem; background: var(--row); font-size: .8rem; border-radius: 6px; }
 details > summary { cursor: pointer; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
+.slot { border-top: 1px solid var(--line); padding: .45rem 0; font-size: .86rem; }
+.slot code { background: var(--row); border-radius: 4px; padding: 0 .3em; margin-right: .5em; white-space: pre; }
+.slot .context { font-family: ui-monospace, "Liberation Mono", monospace; font-size: .8rem; overflow-wrap: anywhere; }
+.slot .context .note { font-size: inherit; }
+.slot mark { background: color-mix(in srgb, var(--s0) 35%, transparent); color: inherit; border-radius: 3px; white-space: pre-wrap; }
 SERIES
 @media print { th button::after { content: none; } }
 """
@@ -102,6 +109,13 @@ class Page:
 
     def heading(self, text: str) -> None:
         self._parts.append(f"<h2>{escape(text)}</h2>")
+
+    def subheading(self, text: str) -> None:
+        self._parts.append(f"<h3>{escape(text)}</h3>")
+
+    def fragment(self, html: str) -> None:
+        """Markup as it is; whoever made it has escaped its texts."""
+        self._parts.append(html)
 
     def paragraph(self, text: str, *, is_note: bool = False) -> None:
         self._parts.append(f'<p class="note">{escape(text)}</p>' if is_note else f"<p>{escape(text)}</p>")

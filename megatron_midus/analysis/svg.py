@@ -46,12 +46,15 @@ class _Axis:
     start: float
     stop: float
     is_log: bool
+    at: Sequence[float] | None = None
 
     def place(self, value: float) -> float:
         low, high, value = (math.log10(v) if self.is_log else v for v in (self.low, self.high, value))
         return self.start + (value - low) / (high - low) * (self.stop - self.start)
 
-    def ticks(self) -> list[float]:
+    def ticks(self) -> Sequence[float]:
+        if self.at is not None:
+            return self.at
         if self.is_log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             found = [m * 10.0**p for p in powers for m in (1, 2, 5) if self.low <= m * 10.0**p <= self.high]
@@ -82,6 +85,7 @@ def chart(
     x_label: str,
     y_label: str,
     log_x: bool = False,
+    x_ticks: Sequence[float] | None = None,
     title: str = "",
     label_points: bool = False,
 ) -> str:
@@ -91,6 +95,7 @@ def chart(
         series: at least one point in all; values that are not finite (or not positive on a log axis) are left out.
         x_label, y_label: with units.
         log_x: logarithmic horizontal axis.
+        x_ticks: where the horizontal axis has ticks, within the values; round numbers when absent.
         title: said to screen readers.
         label_points: write names beside points instead of a legend.
     """
@@ -101,6 +106,7 @@ def chart(
     rows = [] if label_points else _legend_rows([entry.name for entry in series])
     height = _HEIGHT + 18 * len(rows)
     x = _axis([v for s in series for v in s.x], _LEFT, _WIDTH - _RIGHT, is_log=log_x)
+    x = dataclasses.replace(x, at=x_ticks)
     bounds = [v + sign * e for s in series for v, e in zip(s.y, s.spread or [0.0] * len(s.y)) for sign in (-1, 1)]
     y = _axis(bounds, _HEIGHT - _BOTTOM, _TOP, is_log=False)
     parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title or y_label)}">']
@@ -217,7 +223,7 @@ def _legend_rows(names: Sequence[str]) -> list[list[str]]:
     rows: list[list[str]] = [[]]
     used = 0.0
     for name in names:
-        width = 30 + _CHARACTER * len(name)
+        width = 36 + _CHARACTER * len(name)
         if rows[-1] and used + width > _WIDTH - _LEFT - _RIGHT:
             rows.append([])
             used = 0.0
@@ -233,5 +239,5 @@ def _legend(names: Sequence[str], series: Sequence[Series], baseline: float) -> 
         css = f"s{entry.style % NUM_SERIES}"
         parts.append(f'<path class="line {css}" d="M{at:.1f} {baseline - 4:.1f}h18"{_dash(entry)}/>')
         parts.append(f'<text class="tick" x="{at + 22:.1f}" y="{baseline:.1f}">{escape(name)}</text>')
-        at += 30 + _CHARACTER * len(name)
+        at += 36 + _CHARACTER * len(name)
     return parts

@@ -21,7 +21,7 @@ class MemoryConfig:
     """Slots that one head reads for one token, k. At most n."""
 
     memory_latent_size: int = 32
-    """Width d_l of the latent value bank (variant hive only)."""
+    """Channels d_l of a row of the latent value bank (variant hive only)."""
 
     memory_num_heads: int | None = None
     """Query slices of variant block; the number of attention heads when absent. hive and full always have one memory
@@ -34,7 +34,7 @@ class MemoryConfig:
     """Learn one temperature per head that multiplies the scores."""
 
     memory_score_activation: Literal["softmax", "sigmoid", "relu"] = "softmax"
-    """How the k selected scores become weights."""
+    """How the k selected scores become weights: softmax over them (paper), or sigmoid or relu of each on its own."""
 
     memory_output_projection: Literal["none", "linear", "silu"] = "none"
     """After the memory: none (paper); linear = m + mixer(m) with a zero-initialised mixer over all heads; silu = each

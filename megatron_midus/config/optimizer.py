@@ -20,7 +20,8 @@ class OptimizerSettings:
     """Smallest learning rate of the decay."""
 
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
-    """Shape of the decay after the warm-up."""
+    """Shape of the decay from --lr to --min-lr after the warm-up; WSD stays at --lr and decays in a last phase of
+    --lr-wsd-decay-iters alone."""
 
     lr_decay_iters: int | None = None
     """Steps after which the decay has ended; --train-iters when absent."""
@@ -79,7 +80,7 @@ class OptimizerSettings:
     """Weight decay at the last step under an increasing --weight-decay-incr-style."""
 
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
-    """How weight decay moves from start to end."""
+    """How weight decay moves from start to end; constant = --weight-decay throughout."""
 
     adam_beta1: float = 0.9
     """Decay of Adam's mean of the gradient."""

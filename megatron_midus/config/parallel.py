@@ -83,7 +83,8 @@ class ParallelConfig:
     installed and no --reset-attention-mask was given, local otherwise."""
 
     memory_backend: Literal["auto", "reference", "torch", "triton"] = "auto"
-    """Implementation of the head-wise memory look-up."""
+    """Implementation of the head-wise memory look-up: reference = plain torch, the definition; torch = the fast path for
+    CPUs; triton = GPU kernels; auto = the fastest that can run, and the log says why the others cannot."""
 
     memory_value_placement: Literal["replicated", "latent", "auto"] = "replicated"
     """Under tensor parallelism: replicated = every process holds the value bank that the heads share; latent = split on

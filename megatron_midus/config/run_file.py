@@ -19,17 +19,22 @@ import yaml
 CONFIG_FLAG = "--config"
 
 
+def add_config_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--config FILE`` to the help of a parser; ``parse_arguments_with_file`` reads it."""
+    parser.add_argument(
+        CONFIG_FLAG,
+        metavar="FILE",
+        help="YAML file with values of these flags (lr: 1e-4); flags on the command line win over it",
+    )
+
+
 def parse_arguments_with_file(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """``parser.parse_args(argv)`` with ``--config FILE``, whose entries stand before the flags of the command line.
 
     Raises:
         ValueError: a file that cannot be read, an unknown or repeated key, a value that its flag does not take.
     """
-    parser.add_argument(
-        CONFIG_FLAG,
-        metavar="FILE",
-        help="YAML file with values of these flags (lr: 1e-4); flags on the command line win over it",
-    )
+    add_config_flag(parser)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument(CONFIG_FLAG)
     argv = sys.argv[1:] if argv is None else argv

@@ -29,7 +29,7 @@ class LoggingConfig:
     """Timers printed with the log line: 0 = none, 1 = parts of a step, 2 = every transfer."""
 
     timing_log_option: Literal["max", "minmax", "all"] = "minmax"
-    """How timers of all ranks are shown."""
+    """Which ranks a timer shows: max = the slowest, minmax = fastest and slowest, all = each."""
 
     barrier_with_L1_time: bool = True
     """Wait for all ranks before timers of level 1 start, so that they measure work and not waiting."""

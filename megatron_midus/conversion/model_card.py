@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ _CITATION = """```bibtex
 
 
 # Entries of an evaluation's results that say how it was done, not what came out.
-_NOT_RESULTS = ("documents", "bytes", "tokens", "nats", "seconds", "tokens_read", "tokens_per_second", "samples")
+_NOT_RESULTS = ("documents", "bytes", "tokens", "nats", "seconds", "tokens_read", "tokens_per_second")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,14 +159,28 @@ def _evaluation_rows(report: Mapping[str, Any] | None) -> list[str]:
         return []
     rows = ["## Evaluation", "", "| model | data | figure | value |", "|---|---|---|---:|"]
     for model in report["models"]:
-        for data, results in model["results"].items():
-            for name, value in results.items():
-                if not isinstance(value, (int, float)) or name in _NOT_RESULTS or "stderr" in name:
-                    continue
-                error = results.get(f"{name}_stderr")
-                shown = f"{value:.4g}" + (f" ± {error:.2g}" if isinstance(error, (int, float)) else "")
-                rows.append(f"| {model['name']} | {data} | {name} | {shown} |")
+        for data, figure, shown in (*_text_figures(model["results"]), *_task_figures(model.get("tasks", {}))):
+            rows.append(f"| {model['name']} | {data} | {figure} | {shown} |")
     return [*rows, *[f"\n{note}" for note in report.get("notes", ())], ""]
+
+
+def _text_figures(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(text, figure, value) of perplexity and its kin."""
+    for data, figures in results.items():
+        for name, value in figures.items():
+            if isinstance(value, (int, float)) and name not in _NOT_RESULTS:
+                yield data, name, f"{value:.4g}"
+
+
+def _task_figures(tasks: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(task, metric, value ± standard error); of a group such as mmlu its mean alone, not its dozens of subjects."""
+    for task, scores in tasks.items():
+        if any(task.startswith(f"{group}_") for group in tasks):
+            continue
+        for metric, score in scores.items():
+            if score["value"] is not None:
+                error = "" if score["stderr"] is None else f" ± {score['stderr']:.2g}"
+                yield task, metric, f"{score['value']:.4g}{error}"
 
 
 def _loading(plan: UpscalePlan) -> list[str]:

@@ -43,14 +43,14 @@ class PreprocessConfig:
     """Preprocessing"""
 
     input: list[str]
-    """Files (.jsonl or .txt, also .gz or .zst, and .parquet), directories of such files, or glob patterns."""
+    """Files (.jsonl or .txt, also .gz or .zst, and .parquet), directories of such files, or glob patterns. Must be given."""
 
     output_prefix: str
-    """P of the outputs P_KEY_document.bin, .idx and .json (statistics). Until they are whole, everything is in the
+    """P of the outputs P_KEY_document.bin, .idx and .json (statistics). Must be given. Until they are whole, everything is in the
     directory .P.partial beside them; a run that was killed goes on from there when it is started again."""
 
     tokenizer_model: str
-    """Directory of a HuggingFaceTokenizer, or .model file of a SentencePieceTokenizer."""
+    """Directory of a HuggingFaceTokenizer, or .model file of a SentencePieceTokenizer. Must be given."""
 
     tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"] = "HuggingFaceTokenizer"
     """Kind of tokenizer. NullTokenizer takes texts of numbers; its --tokenizer-model is the number of ids."""

@@ -71,7 +71,8 @@ def load_model(
         A transformers model in evaluation mode.
 
     Raises:
-        ValueError: no such directory, damaged or missing weights, an architecture that is not known.
+        ValueError: no such directory, damaged or missing weights, NaN or infinities among them, an architecture that is
+            not known.
     """
     config = read_config(directory)
     check_safetensors(directory)
@@ -105,6 +106,7 @@ def load_model(
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{directory} cannot be loaded as a causal language model: {reason}") from error
     _check_loaded(directory, info)
+    _check_finite(directory, model)
     return model.to(device).eval()
 
 
@@ -116,6 +118,16 @@ def _check_loaded(directory: str | Path, info: dict[str, Any]) -> None:
         raise ValueError(f"the weights in {directory} lack {len(missing)} tensors, the first is {missing[0]}")
     if mismatched:
         raise ValueError(f"{len(mismatched)} tensors in {directory} do not fit its config.json: {mismatched[0]}")
+
+
+def _check_finite(directory: str | Path, model: torch.nn.Module) -> None:
+    """Scores of choices compare NaN with NaN and look like results."""
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not all(bound.isfinite() for bound in parameter.detach().aminmax()):
+            raise ValueError(
+                f"tensor {name} in {directory} holds NaN or infinities; take weights from before they broke, or a --dtype "
+                "with their range"
+            )
 
 
 def check_context(model: Any, seq_length: int, *, name: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import tempfile
 import traceback
@@ -120,7 +121,7 @@ def run_tasks(
         add_bos: start every request with the beginning-of-sequence token; otherwise as the tokenizer does by default.
 
     Raises:
-        ValueError: a setting out of range, or an answer longer than ``max_length``.
+        ValueError: a setting out of range, an answer longer than ``max_length``, or a likelihood that is NaN.
     """
     for name, number in (("batch_size", batch_size), ("max_length", max_length), ("limit", limit)):
         if number is not None and number < 1:
@@ -150,7 +151,21 @@ def run_tasks(
             raise ValueError(
                 f"an answer is longer than max_length={max_length} tokens and cannot be scored; give a larger one"
             ) from error
+    _check_likelihoods(output)
     return collect(output, num_truncated=counter.count)
+
+
+def _check_likelihoods(output: dict[str, Any]) -> None:
+    """The best of several NaN is the first, so that accuracies would look like results."""
+    for task, items in (output.get("samples") or {}).items():
+        for item in items:
+            for answer in item["filtered_resps"]:
+                number = answer[0] if isinstance(answer, (tuple, list)) else answer
+                if isinstance(number, float) and math.isnan(number):
+                    raise ValueError(
+                        f"item {item['doc_id']} of task {task} has the likelihood NaN; the model overflows in this dtype, "
+                        "give --dtype float32"
+                    )
 
 
 def collect(output: dict[str, Any], *, num_truncated: int = 0) -> TaskResults:

@@ -40,6 +40,8 @@ if int(transformers.__version__.split(".")[0]) < 5:
 
 # Names of arguments that changed between versions; looked up here so that no forward pass inspects signatures.
 MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
+# transformers 5.24 calls past_key_values cache, in arguments and results.
+CACHE_NAME = "cache" if "cache" in inspect.signature(BaseModelOutputWithPast).parameters else "past_key_values"
 CACHE_TAKES_CONFIG = "config" in inspect.signature(DynamicCache).parameters
 
 
@@ -372,7 +374,7 @@ class MidusPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MidusDecoderLayer", "MidusMemoryLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
@@ -434,6 +436,7 @@ class MidusModel(MidusPreTrainedModel):
         output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
+        cache=None,
         **kwargs,
     ):
         """As ``LlamaModel``. Unknown keyword arguments go down to the attention function."""
@@ -451,6 +454,7 @@ class MidusModel(MidusPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds, one of them")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        past_key_values = past_key_values if cache is None else cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config) if CACHE_TAKES_CONFIG else DynamicCache()
         # Made by generate up to 5.0; later versions warn when a signature asks for it.
@@ -488,7 +492,7 @@ class MidusModel(MidusPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         result = BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE_NAME: past_key_values if use_cache else None},
             hidden_states=all_hidden_states + (hidden_states,) if output_hidden_states else None,
             attentions=all_attentions if output_attentions else None,
         )
@@ -501,7 +505,8 @@ class MidusModel(MidusPreTrainedModel):
             "inputs_embeds": inputs_embeds,  # the name in later versions
             "attention_mask": attention_mask,
             "cache_position": cache_position,
-            "past_key_values": past_key_values,
+            "past_key_values": past_key_values,  # the name up to 5.23
+            "cache": past_key_values,  # the name in later versions
             "position_ids": position_ids,
         }
         create_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
@@ -558,6 +563,7 @@ class MidusForCausalLM(MidusPreTrainedModel, GenerationMixin):
         output_hidden_states=None,
         return_dict=None,
         logits_to_keep=0,
+        cache=None,
         **kwargs,
     ):
         """As ``LlamaForCausalLM``: ``labels`` ``[B, S]`` (-100 = ignored) give a loss, ``logits_to_keep`` the last n."""
@@ -566,7 +572,7 @@ class MidusForCausalLM(MidusPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -582,7 +588,7 @@ class MidusForCausalLM(MidusPreTrainedModel, GenerationMixin):
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

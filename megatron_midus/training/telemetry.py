@@ -230,9 +230,10 @@ class Telemetry:
     def _advance_bar(self, report: StepReport) -> None:
         if self._bar is None:
             return
-        self._bar.update(report.iteration - self._bar.n)
+        # First the loss: update() is what draws.
         if report.loss is not None:
             self._bar.set_postfix_str(f"loss {report.loss:.4f}", refresh=False)
+        self._bar.update(report.iteration - self._bar.n)
 
     def close(self) -> None:
         """Flushes and closes everything."""

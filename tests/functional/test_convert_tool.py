@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from tiny_models import DictSource, load_model, logits_of, write_base, write_tokenizer
 
 from megatron_midus.config import MemoryConfig, ModelConfig
+from megatron_midus.conversion import megatron_io
 from megatron_midus.conversion.checkpoint_layout import iteration_directory, write_latest_iteration
 from megatron_midus.conversion.checksums import write_checksums
 from megatron_midus.conversion.directories import write_megatron_checkpoint
@@ -261,6 +264,22 @@ def test_wrong_checkpoints(tmp_path, checkpoint, damage, arguments, message):
     assert not list(tmp_path.glob("results/*"))
 
 
+def test_weights_that_broke_in_training_are_not_exported(tmp_path, base):
+    """Written by threads of the tool; what the others had written by then goes as well."""
+    tensors, model, plan = random_checkpoint(tmp_path / "trained", base)
+    layout = megatron_io.megatron_layout(model, plan)
+    iteration = tmp_path / "trained/iter_0000000"
+    tensors[VALUES][3, 1] = float("nan")
+    state = {key: megatron_io.fuse([tensors[name] for name in names], model) for key, names in layout.items()}
+    for path in iteration.glob("*.distcp"):
+        path.unlink()
+    (iteration / ".metadata").unlink()
+    dcp.save(state, checkpoint_id=iteration)
+    with pytest.raises(ValueError, match=rf"{VALUES} \(float32\) holds 1 values that are NaN"):
+        run(tmp_path / "trained", tmp_path / "results/out", "hf", "--no-verify-checkpoint", "--workers", 3)
+    assert not list(tmp_path.glob("results/*"))
+
+
 @pytest.mark.parametrize("name", ["midus_plan.json", ".metadata", "hf_assets/config.json", "common.pt"])
 def test_a_flipped_bit_is_one_line(name, tmp_path, checkpoint):
     shutil.copytree(checkpoint, tmp_path / "load")
@@ -273,7 +292,30 @@ def test_a_flipped_bit_is_one_line(name, tmp_path, checkpoint):
     assert not list(tmp_path.glob("results/*"))
 
 
+def edit_tensors(change):
+    """An edit of the tensors of a directory; ``change`` takes them by name."""
+
+    def edit(directory):
+        tensors = load_file(directory / "model.safetensors")
+        change(tensors)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+VALUES = "model.layers.3.memory.values"
 WRONG_HF = [
+    (edit_tensors(lambda t: t[VALUES].fill_(float("inf"))), [], f"{VALUES} .* NaN or infinite"),
+    (edit_tensors(lambda t: t.update({VALUES: t[VALUES].to(torch.int32)})), [], f"{VALUES} .* has dtype I32"),
+    (edit_tensors(lambda t: t.pop(VALUES)), [], f"missing tensors {VALUES}"),
+    (edit_tensors(lambda t: t.update(more=torch.ones(3))), [], "unexpected tensors more"),
+    (edit_tensors(lambda t: t.update({VALUES: t[VALUES][1:].clone()})), [], f"{VALUES} has shape"),
+    (edit_json(PLAN_FILE, schema_version=9), [], "schema version 9"),
+    (edit_json(PLAN_FILE, schema_version="1"), [], "schema version 1"),
+    (edit_blocks(lambda blocks: blocks[1].update(source=[9])), [], "midus_plan.json.*9"),
+    (edit_blocks(lambda blocks: blocks.reverse()), [], "block_types"),
+    (lambda d: write_tokenizer(d, vocab_size=290), [], "263 rows"),
+    (lambda d: (d / "tokenizer.json").write_text("{"), [], "tokenizer.json is not valid JSON"),
     (edit_json("config.json", num_hidden_layers=6), [], "num_hidden_layers=6, midus_plan.json 7"),
     (edit_json("config.json", memory_num_keys=8), [], "memory_num_keys is 8 in config.json and 16"),
     (edit_json("config.json", block_types=["memory"] * 7), [], "block_types"),
@@ -330,8 +372,6 @@ def test_verify_compares_megatron_with_hugging_face(tmp_path, family, capfd):
 
 def test_verify_catches_a_layout_that_is_its_own_inverse(tmp_path, base, monkeypatch):
     """Gate and up exchanged on the way in and on the way out: every tensor comes back, and the function is another."""
-    from megatron_midus.conversion import megatron_io
-
     fuse, split = megatron_io.fuse, megatron_io.split
     turn = lambda parts: parts[::-1] if len(parts) == 2 else parts  # noqa: E731
     monkeypatch.setattr(megatron_io, "fuse", lambda parts, model: fuse(turn(parts), model))
@@ -344,8 +384,6 @@ def test_verify_catches_a_layout_that_is_its_own_inverse(tmp_path, base, monkeyp
 
 def test_verify_catches_a_wrong_layout(tmp_path, base, monkeypatch):
     """A fused tensor whose parts were swapped is found when it is read back."""
-    from megatron_midus.conversion import megatron_io
-
     original = megatron_io.fuse
     monkeypatch.setattr(megatron_io, "fuse", lambda parts, model: original(parts[::-1] if len(parts) == 2 else parts, model))  # fmt: skip
     with pytest.raises(ValueError, match="gate_proj.weight differs by up to"):

@@ -191,7 +191,33 @@ def grow_tokenizer(directory):
     write_tokenizer(directory, vocab_size=280)
 
 
+def edit_tensors(change):
+    """An edit of the tensors of a directory; ``change`` takes them by name."""
+
+    def edit(directory):
+        tensors = load_file(directory / "model.safetensors")
+        change(tensors)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def edit_json(name, **changes):
+    def edit(directory):
+        values = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps({**values, **changes}))
+
+    return edit
+
+
 BROKEN = {
+    "NaN": (edit_tensors(lambda t: t["model.norm.weight"].fill_(float("nan"))), "model.norm.weight .* holds NaN"),
+    "missing tensor": (edit_tensors(lambda t: t.pop("model.norm.weight")), "lack 1 tensors"),
+    "missing shard": (
+        lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "absent.safetensors"}}'),
+        "absent.safetensors does not exist",
+    ),
+    "wrong family": (edit_json("config.json", architectures=["X"], model_type="x"), "cannot be loaded"),
     "corrupt safetensors": (truncate, "model.safetensors has .* it is damaged"),
     "tokenizer too large": (grow_tokenizer, "the embedding of .* has only 263 rows"),
     "no tokenizer": (
@@ -213,7 +239,26 @@ def test_broken_models(base, data, tmp_path, damage, message):
     assert "\n" not in str(error.value) and not (tmp_path / "out.json").exists()
 
 
+MIDUS_BROKEN = {
+    "unknown schema": (edit_json("midus_plan.json", schema_version=9), "plan schema version 9 is not known"),
+    "plan by hand": (edit_json("midus_plan.json", num_base_layers=2), "midus_plan.json: block .* does not exist"),
+    "memory by hand": (edit_json("config.json", memory_num_keys=17), "config.json|cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("damage, message", MIDUS_BROKEN.values(), ids=MIDUS_BROKEN.keys())
+def test_broken_midus_models(midus, data, tmp_path, damage, message):
+    shutil.copytree(midus, tmp_path / "copy")
+    damage(tmp_path / "copy")
+    with pytest.raises(ValueError, match=message) as error:
+        run([tmp_path / "copy"], [data / "lines.jsonl"], "--json", tmp_path / "out.json")
+    assert "\n" not in str(error.value) and not (tmp_path / "out.json").exists()
+
+
 MISTAKES = {
+    "json is a directory": (["--json", str(TOOLS)], "tools is a directory; name a file"),
+    "json below a file": (["--json", __file__ + "/out.json"], "is not a writable directory, so .*out.json cannot be"),
+    "markdown below a file": (["--markdown", __file__ + "/a/b.md"], "is not a writable directory"),
     "no model": (["--model", "nowhere"], "model directory nowhere does not exist"),
     "no data": (["--data", "nowhere.txt"], "input nowhere.txt does not exist"),
     "window": (["--seq-length", "0"], "seq_length=0 must be at least 1"),
@@ -235,8 +280,9 @@ MISTAKES = {
 
 @pytest.mark.parametrize("more, message", MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistakes(base, data, more, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         run([base], [data / "lines.jsonl"], *more)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

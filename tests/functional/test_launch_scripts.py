@@ -11,6 +11,10 @@ import pytest
 import torch
 import yaml
 
+from megatron_midus.conversion.hf_io import SafetensorsReader
+from megatron_midus.upscaling import UpscalePlan
+from megatron_midus.upscaling.tensors import layer_name, split_name
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = ("01_preprocess.sh", "02_upscale.sh", "03_cpt.sh", "04_export.sh", "05_evaluate.sh")
@@ -51,10 +55,27 @@ def test_all_scripts_in_order(model, tmp_path):
     assert "tensors are equal when read back" in output["04_export.sh"]
     config = json.loads((tmp_path / "midus_hf" / "config.json").read_text())
     assert config["model_type"] == "midus" and config["block_types"].count("memory") == 2
+    check_weights(tmp_path)
     figures = json.loads((tmp_path / "evaluation.json").read_text())
     base, midus = (model["results"]["heldout.jsonl"]["loss"] for model in figures["models"])
     assert midus < base
+    for report in figures["models"]:
+        assert {"arc_easy", "piqa"} <= set(report["tasks"]) and report["latency"]["decode_seconds"] > 0
+        assert 0 <= report["tasks"]["piqa"]["acc"]["value"] <= 1 and report["tasks"]["piqa"]["acc"]["stderr"] >= 0
     assert (tmp_path / "evaluation.md").read_text().count("|") > 10
+
+
+def check_weights(work: Path) -> None:
+    """What was exported is the base, bit for bit in bf16, and Memory blocks whose values are no longer zero."""
+    base, midus = SafetensorsReader(work / "base"), SafetensorsReader(work / "midus_hf")
+    plan = UpscalePlan.load(work / "midus_hf")
+    kept = [index for index in range(plan.num_layers) if index not in plan.inserted_indices]
+    for name in base.names():
+        layer, rest = split_name(name)
+        exported = midus.read(name if layer is None else layer_name(kept[layer], rest))
+        assert torch.equal(base.read(name).bfloat16(), exported), name
+    values = [midus.read(name) for name in midus.names() if name.endswith("memory.values")]
+    assert len(values) == 2 and all(tensor.any() for tensor in values)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

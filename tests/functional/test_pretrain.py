@@ -144,10 +144,13 @@ def test_training_inserted_blocks_leaves_the_base_bit_for_bit(upscaled, tmp_path
 
 
 def test_training_all_changes_every_tensor(upscaled, tmp_path):
-    run = train(*TINY_RUN, STEPS, "--load", upscaled, "--train all --save", tmp_path).check()
+    run = train(*TINY_RUN, STEPS, "--load", upscaled, "--log-params-norm --train all --save", tmp_path).check()
     before, after = read_weights(upscaled, 0), read_weights(tmp_path, 4)
     assert [name for name in before if torch.equal(before[name], after[name])] == []
     assert "--train all" in run.out
+    norm = torch.cat([weight.flatten() for weight in after.values()]).norm().item()
+    assert float(run.lines[-1]["params norm"]) == pytest.approx(norm, abs=1e-3)  # three decimals are printed
+    assert run.lines[0]["params norm"] != run.lines[-1]["params norm"]
 
 
 def test_memory_values_have_their_own_learning_rate_and_no_decay(upscaled, tmp_path):

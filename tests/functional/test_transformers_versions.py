@@ -16,7 +16,8 @@ import pytest
 WANTED = "MIDUS_TEST_TRANSFORMERS_MATRIX"
 PROGRAM = Path(__file__).with_name("transformers_versions_program.py")
 REPOSITORY = Path(__file__).parents[2]
-VERSIONS = ["4.53.3", "4.57.*", "5.0.0"]
+# The last is the newest that the package index has; what runs the tests is the one of constraints.txt.
+VERSIONS = ["4.53.3", "4.57.*", "5.0.0", "5.*"]
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,15 +27,22 @@ pytestmark = [
 
 def make_environment(directory, version):
     """A virtual environment with its own transformers that shares everything else with the one that runs this."""
-    venv.create(directory, with_pip=True)
+    venv.create(directory)
     python = directory / "bin" / "python"
     purelib = subprocess.check_output(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
     )
     Path(purelib.strip(), "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
     # After the line above, so that pip installs only what this version of transformers wants otherwise.
-    subprocess.run([python, "-m", "pip", "install", "--quiet", f"transformers=={version}"], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
+    # --upgrade: what is shared would do for 5.*.
+    subprocess.run([*pip, "--upgrade", f"transformers=={version}"], check=True)
     return python
+
+
+def version_of(python):
+    program = "import transformers; print(transformers.__version__)"
+    return subprocess.check_output([python, "-c", program], text=True).strip()
 
 
 def run(python, mode, root, home):
@@ -47,13 +55,15 @@ def run(python, mode, root, home):
 
 
 def test_every_version_writes_what_every_version_reads(tmp_path):
-    pythons = [make_environment(tmp_path / f"transformers-{v.rstrip('.*')}", v) for v in VERSIONS]
-    pythons.append(Path(sys.executable))
+    made = [make_environment(tmp_path / f"transformers-{v.rstrip('.*')}", v) for v in VERSIONS]
+    # By version: the newest may be the one that runs this.
+    pythons = {version_of(python): python for python in [Path(sys.executable), *made]}
+    assert len(pythons) >= len(VERSIONS)
     root = tmp_path / "written"
-    for index, python in enumerate(pythons):
-        print(run(python, "write", root, tmp_path / f"home-{index}"))
-    assert len(list(root.iterdir())) == len(pythons)
-    for index, python in enumerate(pythons):
-        out = run(python, "read", root, tmp_path / f"home-{index}")
+    for version, python in pythons.items():
+        print(run(python, "write", root, tmp_path / f"home-{version}"))
+    assert {path.name for path in root.iterdir()} == set(pythons)
+    for version, python in pythons.items():
+        out = run(python, "read", root, tmp_path / f"home-{version}")
         print(out)
-        assert out.count("reads") == 3 * len(pythons)
+        assert out.count(f"transformers {version} reads") == 3 * len(pythons)

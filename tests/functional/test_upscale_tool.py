@@ -317,7 +317,37 @@ def truncate(model):
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def edit_tensors(change):
+    """An edit of the tensors of a directory; ``change`` takes them by name."""
+
+    def edit(model):
+        tensors = load_file(model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def shard(model, *, drop=False, twice=False):
+    """Two shards and their index, where there was one file; without the second, or with a tensor in both."""
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    parts = dict(list(tensors.items())[:9]), dict(list(tensors.items())[9 - twice :])
+    for number, part in enumerate(parts[: 2 - drop]):
+        save_file(part, model / f"{number}.safetensors", metadata={"format": "pt"})
+    where = {name: f"{number}.safetensors" for number, part in enumerate(parts) for name in part}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+UP = "model.layers.2.mlp.up_proj.weight"
 WRONG = [
+    (edit_tensors(lambda t: t[UP][1].fill_(float("nan"))), [], f"{UP} .float32. holds 48 values that are NaN"),
+    (edit_tensors(lambda t: t[UP][1, 2].fill_(7e4)), ["--dtype", "float16"], "holds 1 values .* or a --dtype"),
+    (edit_tensors(lambda t: t.update({UP: t[UP].to(torch.int8)})), [], f"{UP} .* has dtype I8; only"),
+    (edit_tensors(lambda t: t.pop(UP)), [], f"missing tensors {UP}"),
+    (edit_tensors(lambda t: t.update(more=torch.ones(3))), [], "unexpected tensors more"),
+    (lambda m: shard(m, drop=True), [], "1.safetensors is named by .* fetch the missing shard"),
+    (lambda m: shard(m, twice=True), [], "is in 0.safetensors and in 1.safetensors; one must go"),
     (shutil.rmtree, [], "does not exist; give a local Hugging Face directory"),
     (lambda m: (m / "config.json").unlink(), [], "no Hugging Face model"),
     (lambda m: (m / "model.safetensors").unlink(), [], "holds no weights"),

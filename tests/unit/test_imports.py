@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conversion/megatron_logits.py": {"config", "upscaling", "model", "platform"},
     "data": {"config"},
     "evaluation": {"config", "hf", "ops", "upscaling"},
-    "analysis": {"config", "hf", "ops", "upscaling"},
+    "analysis": {"config", "evaluation", "hf", "ops", "upscaling"},
     "comparison": {"analysis", "config", "evaluation", "planning", "upscaling"},
     "benchmark": {"config", "model", "ops", "platform", "training", "upscaling"},
     "planning": {"config", "upscaling"},

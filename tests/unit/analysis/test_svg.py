@@ -32,3 +32,12 @@ def test_a_short_log_axis_has_round_ticks():
     drawn = chart([Series("a", [295e3, 787e3], [1.0, 2.0], 0)], x_label="x", y_label="y", log_x=True)
     ticks = re.findall(r'text-anchor="middle">([\d.]+k)<', drawn)
     assert len(ticks) >= 2 and all(tick.endswith("00k") for tick in ticks), ticks
+
+
+def test_ticks_where_they_are_asked_for():
+    series = [Series("k", [1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 3.0, 4.0], 0)]
+    drawn = chart(series, x_label="x", y_label="y", log_x=True, x_ticks=[1.0, 4.0, 8.0])
+    shown = re.findall(r'x="([\d.]+)" y="351" text-anchor="middle">(\w+)<', drawn)
+    assert [name for _, name in shown] == ["1", "4", "8"]
+    (first, _), (middle, _), (last, _) = shown
+    assert float(middle) - float(first) == 2 * (float(last) - float(middle))

@@ -7,6 +7,10 @@ import pytest
 
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.conversion.model_card import TrainingRecord, model_card, read_evaluation
+from megatron_midus.evaluation import ParameterCounts, Perplexity
+from megatron_midus.evaluation.report import ModelReport, Report
+from megatron_midus.evaluation.scores import Score
+from megatron_midus.evaluation.zero_shot import TaskResults
 from megatron_midus.upscaling import make_plan
 from megatron_midus.upscaling.cost import total_parameters, trainable_parameters
 
@@ -56,30 +60,39 @@ def test_trained_as_a_whole():
     assert f"- trained: {total_parameters(MODEL, plan):,} (the whole model)" in card
 
 
-REPORT = {
-    "models": [
-        {"name": "base", "results": {"prose": {"perplexity": 33.33333, "tokens": 50_000, "loss": 3.5}}},
-        {"name": "midus", "results": {"arc_easy": {"acc": 0.51, "acc_stderr": 0.0102, "alias": "arc_easy"}}},
-    ],
-    "notes": ["zero-shot"],
-}
+def report():
+    """As tools/evaluate.py writes it: a text, a task, and a group of tasks."""
+    scores = [
+        Score("arc_easy", "acc", 0.51, 0.0102, True, items=90),
+        Score("arc_easy", "acc_norm", 0.625, None, True, items=90),
+        Score("mmlu", "acc", 0.25, 0.0044, True, items=200),
+        Score("mmlu_anatomy", "acc", 0.125, 0.03, True, items=100),
+    ]
+    tasks = TaskResults({(s.task, s.metric): s for s in scores}, {"mmlu": ("mmlu_anatomy",)}, {}, num_truncated=0)
+    text = Perplexity(documents=2, bytes=400, tokens=100, nats=350.0, seconds=0.5, tokens_read=200)
+    counts = ParameterCounts(total=9, added=0, trainable=9)
+    model = ModelReport("midus", "/m", counts, {}, "float32", results={"prose": text}, tasks=tasks)
+    return Report([model], {}, ["zero-shot"])
 
 
 def test_evaluation(tmp_path):
     path = tmp_path / "evaluation.json"
-    path.write_text(json.dumps(REPORT))
+    path.write_text(json.dumps(report().to_dict()))
     card = model_card(MODEL, make_plan("none", num_layers=4), dtype="float32", evaluation=read_evaluation(path))
     section = card.split("## Evaluation")[1].split("## Loading")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
     assert rows == [
-        "| base | prose | perplexity | 33.33 |",
-        "| base | prose | loss | 3.5 |",
+        "| midus | prose | loss | 3.5 |",
+        "| midus | prose | perplexity | 33.12 |",
+        "| midus | prose | bits_per_byte | 1.262 |",
         "| midus | arc_easy | acc | 0.51 ± 0.01 |",
+        "| midus | arc_easy | acc_norm | 0.625 |",
+        "| midus | mmlu | acc | 0.25 ± 0.0044 |",
     ]
-    assert "zero-shot" in section
+    assert "zero-shot" in section and "one standard error" in section
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"models": [{"name": "a"}]}', '{"models": [{"results": {"a": 3}}]}', "\x00"])  # fmt: skip
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"models": [{"name": "a"}]}', '{"models": [{"results": {"a": 3}}]}', '{"models": [{"name": "a", "results": {}, "tasks": {"t": {"acc": 1}}}]}', "\x00"])  # fmt: skip
 def test_what_is_no_evaluation(tmp_path, text):
     (tmp_path / "e.json").write_text(text)
     with pytest.raises(ValueError, match="is no JSON report of tools/evaluate.py") as caught:

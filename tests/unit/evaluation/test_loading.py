@@ -38,6 +38,16 @@ def drop_tensor(directory):
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
 
 
+def spoil(value):
+    def spoil(directory):
+        path = str(directory / "model.safetensors")
+        tensors = safetensors.torch.load_file(path)
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = value
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+    return spoil
+
+
 def as_megatron(directory):
     (directory / "config.json").unlink()
     (directory / "latest_checkpointed_iteration.txt").write_text("7")
@@ -54,6 +64,8 @@ BROKEN = {
     "more layers than weights": (lambda d: edit_config(d, num_hidden_layers=3), "lack 9 tensors"),
     "other shapes": (lambda d: edit_config(d, intermediate_size=41), "config.json|cannot be loaded"),
     "own code": (lambda d: edit_config(d, model_type="x", auto_map={"AutoConfig": "a.B"}), "--trust-remote-code"),
+    "NaN": (spoil(float("nan")), "model.layers.1.mlp.up_proj.weight in .* holds NaN or infinities"),
+    "infinity": (spoil(float("-inf")), "model.layers.1.mlp.up_proj.weight in .* holds NaN or infinities"),
     "cut weights": (lambda d: (d / "model.safetensors").write_bytes(b"12345"), "cut off in its header"),
 }
 

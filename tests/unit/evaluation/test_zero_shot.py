@@ -1,6 +1,7 @@
 """Zero-shot tasks: lm-eval's figures equal a count by hand, and every mistake is one line."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -204,6 +205,17 @@ def test_settings_out_of_range(model, tokenizer, setting):
 def test_an_answer_that_does_not_fit(model, tokenizer):
     with open_tasks(["piqa"], DATA) as manager, pytest.raises(ValueError, match="longer than max_length=4 tokens"):
         run_tasks(model, tokenizer, ["piqa"], manager, max_length=4)
+
+
+def test_likelihoods_that_are_not_numbers_are_no_accuracy(model, tokenizer, monkeypatch):
+    """As weights that overflow in half precision: choices, and the whole text of a page."""
+    monkeypatch.setattr(
+        model.model.norm, "weight", torch.nn.Parameter(torch.full_like(model.model.norm.weight, math.nan))
+    )
+    with open_tasks(["piqa", "wikitext"], DATA) as manager:
+        for task in ("piqa", "wikitext"):
+            with pytest.raises(ValueError, match=f"item 0 of task {task} has the likelihood NaN"):
+                run_tasks(model, tokenizer, [task], manager, max_length=MAX_LENGTH, limit=1)
 
 
 def test_without_lm_eval_the_extra_is_named():

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import math
+import os
+import pty
 import re
+import struct
+import sys
+import termios
+import types
 
 import pytest
 
@@ -11,7 +19,9 @@ from megatron_midus.config.telemetry import LoggingConfig
 from megatron_midus.training.telemetry import StepReport, Telemetry, format_seconds
 
 
-def telemetry(is_writer: bool = True, **config) -> Telemetry:
+def telemetry(
+    is_writer: bool = True, run_settings: dict | None = None, save_directory: str | None = None, **config
+) -> Telemetry:
     return Telemetry(
         LoggingConfig(**{"log_interval": 2, **config}),
         train_iters=100,
@@ -20,6 +30,8 @@ def telemetry(is_writer: bool = True, **config) -> Telemetry:
         world_size=2,
         first_iteration=0,
         is_writer=is_writer,
+        run_settings=run_settings,
+        save_directory=save_directory,
     )
 
 
@@ -98,8 +110,61 @@ def test_no_progress_bar_outside_a_terminal(capsys):
     assert log._bar is None and capsys.readouterr().err == ""
 
 
+def test_on_a_terminal_one_line_moves_on_and_the_log_stays_whole(capfd, monkeypatch):
+    """stderr is a real terminal, 200 columns wide; stdout a file."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 200, 0, 0))
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        log = telemetry()
+        # Steps of microseconds: drawn every time, not ten times a second.
+        log._bar.mininterval, log._bar.miniters, log._bar.dynamic_miniters = 0, 1, False
+        for iteration in (1, 2, 3):
+            log.step(report(iteration, loss=iteration / 4))
+        log.close()
+    shown = "".join(read_terminal(ours))
+    last = shown.split("\r")[-3]  # what follows wipes it out
+    # done/all [time<time left, rate, loss]
+    assert re.search(r"\| 3/100 \[\d\d:\d\d<\S+, +\S+step/s, loss 0\.7500\]", last), shown
+    assert "\n" not in shown
+    (line,) = capfd.readouterr().out.splitlines()
+    assert " iteration        2/     100 |" in line and line.endswith("|")
+
+
+def read_terminal(descriptor):
+    """All that was written to a terminal whose other end is closed, which Linux tells by an error."""
+    with contextlib.suppress(OSError):
+        while text := os.read(descriptor, 1 << 16):
+            yield text.decode()
+    os.close(descriptor)
+
+
+def test_weights_and_biases_gets_the_settings_and_every_figure(monkeypatch, tmp_path):
+    """Its package is not needed by the tests: what it is called with is recorded."""
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda scalars, step: calls.append((step, scalars)), finish=lambda: calls.append("finish")
+    )
+    package = types.SimpleNamespace(init=lambda **settings: calls.append(settings) or run)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    log = telemetry(
+        wandb_project="p", wandb_exp_name="e", run_settings={"lr": 1e-3}, save_directory=str(tmp_path / "save")
+    )
+    log.step(report(1))
+    log.step(report(2, loss=3.0, params_norm=9.0))
+    log.evaluation(iteration=2, consumed_samples=8, split="validation", loss=0.0)
+    log.close()
+    begin, first, second, interval, evaluation, end = calls
+    assert begin == {"project": "p", "name": "e", "config": {"lr": 1e-3}, "dir": str(tmp_path / "save" / "wandb")}
+    assert (tmp_path / "save" / "wandb").is_dir() and end == "finish"
+    assert first[0] == 1 and first[1]["lm loss"] == 1.0 and "params-norm" not in first[1]
+    assert second == (2, {**second[1], "lm loss": 3.0, "params-norm": 9.0, "grad-norm": 0.5, "batch-size": 4})
+    assert interval[0] == 2 and {"iteration-time", "throughput", "tokens-per-second"} <= set(interval[1])
+    assert evaluation == (2, {"lm loss validation": 0.0, "lm loss validation ppl": 1.0})
+
+
 def test_a_missing_wandb_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
         telemetry(wandb_project="x", wandb_exp_name="y")
 
