@@ -12,6 +12,13 @@ from training_runs import Outcome, Run, train
 from megatron_midus.training.memory_counters import memory_layers
 
 
+def two_by_two(
+    counted: dict[str, tuple[Run, str]], runs: dict[str, Run], layout_flags: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Steps to be counted by brute force, each with its flags, then whole runs: processes start slower than they train."""
+    return {name: watched(run, flags) for name, (run, flags) in counted.items()}, outcomes(runs, layout_flags)
+
+
 def outcomes(runs: dict[str, Run], layout_flags: str) -> dict[str, dict[str, Any]]:
     """Per run: curve, weights, random number state, and on the last rank the figures."""
     return {name: _told(train(run, layout_flags)) for name, run in runs.items()}
@@ -27,7 +34,7 @@ def _told(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def watched(run: Run, layout_flags: str, backend: str = "torch") -> dict[str, Any]:
+def watched(run: Run, layout_flags: str) -> dict[str, Any]:
     """A run of one step, with all that a brute-force count of it needs, by block: what the memory and the block read
     and wrote in each micro-batch, and the memory's parameters before the step."""
     seen: dict[int, dict[str, Any]] = {}
@@ -35,7 +42,6 @@ def watched(run: Run, layout_flags: str, backend: str = "torch") -> dict[str, An
     def watch(chunks: list) -> None:
         for layer in memory_layers(chunks):
             memory = layer.self_attention.linear_proj
-            memory.backend = backend
             block: dict[str, Any] = {"queries": [], "inputs": [], "outputs": []}
             block["parameters"] = {name: p.detach().clone() for name, p in memory.named_parameters()}
             seen[memory.layer_index] = block
