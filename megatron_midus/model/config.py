@@ -133,7 +133,10 @@ def _pipeline_settings(stages: int, chunks: int | None) -> dict[str, Any]:
         return {}
     # With batched transfers two stages of several chunks exchange each other's messages and train wrongly.
     interleaved = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if chunks is not None else {}
-    return {"deallocate_pipeline_outputs": True, **interleaved}
+    # The interleaved schedule frees an output while it is still being sent. NCCL keeps the memory until it has been read;
+    # gloo sends whatever lies there by then.
+    is_sent_later = chunks is not None and is_cpu()
+    return {"deallocate_pipeline_outputs": not is_sent_later, **interleaved}
 
 
 def _recompute_settings(granularity: str | None, method: str | None, num_layers: int | None) -> dict[str, Any]:

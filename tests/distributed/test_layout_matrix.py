@@ -25,7 +25,11 @@ LAYOUTS = {
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "pp2, by cost": (2, "--pipeline-model-parallel-size 2 --pipeline-layout auto"),
     "pp2, loss alone": (2, "--pipeline-model-parallel-size 2 --pipeline-layout Et*6|L"),
-    "pp2 vpp3": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    # More micro-batches than stages: forward and backward passes alternate, and messages are on their way meanwhile.
+    "pp2 vpp3": (
+        2,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --micro-batch-size 1",
+    ),
     "pp2 vpp2, uneven": (2, "--pipeline-model-parallel-size 2 --pipeline-layout Et|tt|t|ttL"),
     "dp2": (2, "--micro-batch-size 1"),
     "dp2, distributed optimizer": (2, "--use-distributed-optimizer"),
