@@ -43,7 +43,7 @@ class MemoryTelemetry:
         optimizer: of the same.
         report: where figures go, on the last rank of the run.
         seed: of the run.
-        synchronise_parameters: makes the weights whole on every rank, called before sub-keys are revived.
+        synchronise_parameters: makes the weights whole on every rank, called before they are looked at or revived.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class MemoryTelemetry:
 
     def _report(self, iteration: int) -> None:
         ratios = self._updates.after_step()
+        self.synchronise_parameters()  # norms of values are of weights
         counts = [counter.stop() for counter in self._counters]
         self.usage.reports += 1
         figures = []

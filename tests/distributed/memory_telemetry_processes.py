@@ -21,7 +21,11 @@ def two_by_two(
 
 def outcomes(runs: dict[str, Run], layout_flags: str) -> dict[str, dict[str, Any]]:
     """Per run: curve, weights, random number state, and on the last rank the figures."""
-    return {name: _told(train(run, layout_flags)) for name, run in runs.items()}
+    told = {}
+    for name, run in runs.items():
+        torch.manual_seed(0)
+        told[name] = _told(train(run, layout_flags))
+    return told
 
 
 def _told(outcome: Outcome) -> dict[str, Any]:
