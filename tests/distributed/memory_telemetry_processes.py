@@ -21,11 +21,11 @@ def two_by_two(
 
 def outcomes(runs: dict[str, Run], layout_flags: str) -> dict[str, dict[str, Any]]:
     """Per run: curve, weights, random number state, and on the last rank the figures."""
-    told = {}
-    for name, run in runs.items():
+
+    def seed(chunks: list) -> None:
         torch.manual_seed(0)
-        told[name] = _told(train(run, layout_flags))
-    return told
+
+    return {name: _told(train(run, layout_flags, before_steps=seed)) for name, run in runs.items()}
 
 
 def _told(outcome: Outcome) -> dict[str, Any]:
