@@ -16,7 +16,7 @@ from megatron_midus.config.parallel import ParallelConfig
 from megatron_midus.training.build import initialize_model_parallel
 from megatron_midus.upscaling import UpscalePlan, make_plan
 
-POLICIES = {"base": "none", "copied": "llama_pro", "memory": "interleave"}
+POLICIES = {"base": "none", "copied": "llama_pro", "memory": "interleave", "watched": "interleave"}
 
 
 def start_process(device: str, seed: int) -> None:
@@ -35,13 +35,13 @@ def check_memory(shape: Shape, settings: LayerSettings, device: str) -> list[Che
 
 
 def make_shape_plan(shape: Shape, variant: str, *, num_layers: int, num_blocks: int) -> UpscalePlan:
-    """The plan of a variant: ``base``, ``copied`` or ``memory``."""
+    """The plan of a variant: ``base``, ``copied``, or ``memory`` and ``watched``, which are built alike."""
     memory = MemoryConfig(memory_num_keys=shape.num_keys, memory_topk=shape.topk, memory_latent_size=shape.latent_size)
     return make_plan(
         POLICIES[variant],
         num_layers=num_layers,
         num_blocks=None if variant == "base" else num_blocks,
-        memory=memory if variant == "memory" else None,
+        memory=memory if POLICIES[variant] == "interleave" else None,
     )
 
 

@@ -97,8 +97,9 @@ class TrainSettings(LayerSettings):
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation, as of pretrain_midus.py."""
 
-    variants: list[Literal["base", "copied", "memory"]] = dataclasses.field(
+    variants: list[Literal["base", "copied", "memory", "watched"]] = dataclasses.field(
         default_factory=lambda: ["base", "copied", "memory"]
     )
-    """base = the base alone, all of it trained; copied = with copied Transformer blocks; memory = with Memory blocks.
-    In the last two the inserted blocks are trained and the base is frozen."""
+    """base = the base alone, all of it trained; copied = with copied Transformer blocks; memory = with Memory blocks;
+    watched = with Memory blocks, counted and reported in every iteration (a run does so every --memory-log-interval).
+    But for the first, the inserted blocks are trained and the base is frozen."""

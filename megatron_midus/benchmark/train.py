@@ -1,4 +1,4 @@
-"""Sub-command train: whole training iterations of the real model, with Memory blocks, with copied blocks, and without."""
+"""Sub-command train: whole training iterations of the real model, with Memory blocks (watched or not), with copied blocks, and without."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ from megatron_midus.benchmark.work import Work
 from megatron_midus.training import build
 from megatron_midus.training.architecture import Architecture, Source
 from megatron_midus.training.arguments import Arguments, parse_arguments
+from megatron_midus.training.memory_figures import BlockFigures
+from megatron_midus.training.memory_telemetry import MemoryReport, MemoryTelemetry
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
 from megatron_midus.training.step import BatchShape, make_forward_step, train_step
 from megatron_midus.upscaling.cost import flops_per_token, trainable_parameters
 
-BASELINES = {"memory": ["copied", "base"], "copied": ["base"]}
+BASELINES = {"watched": ["memory"], "memory": ["copied", "base"], "copied": ["base"]}
 PEAK_ITERATIONS = 2  # the first one makes the optimizer's state
 
 
@@ -72,9 +74,29 @@ class Trainee:
         build.connect(config, self.chunks, self.optimizer, self.arguments.parallel)
         self.batch_shape = BatchShape(settings.batch, shape.seq_length, reset_attention_mask=False, eod=None)
         self.iterator = RerunDataIterator(random_batches(self.batch_shape, shape.vocab_size, settings.seed))
+        self.iteration = 0
+        self.telemetry = self._watch() if variant == "watched" else None
+
+    def _watch(self) -> MemoryTelemetry:
+        """Counts and reports in every iteration."""
+        return MemoryTelemetry(
+            dataclasses.replace(self.arguments.memory_telemetry, memory_log_interval=1),
+            model_chunks=self.chunks,
+            optimizer=self.optimizer,
+            report=_Unwritten(),
+            seed=self.arguments.training.seed,
+        )
 
     def iterate(self) -> None:
-        """One iteration: forward, backward, reduction, clipping, optimizer."""
+        """One iteration: forward, backward, reduction, clipping, optimizer; of a watched one, a report."""
+        self.iteration += 1
+        if self.telemetry is not None:
+            self.telemetry.before_step(self.iteration)
+        self._step()
+        if self.telemetry is not None:
+            self.telemetry.after_step(self.iteration)
+
+    def _step(self) -> None:
         result = train_step(
             make_forward_step(self.batch_shape, check_loss=True),
             self.iterator,
@@ -87,6 +109,16 @@ class Trainee:
             check_loss=True,
         )
         assert result.loss is not None and not result.skipped, "an iteration that did nothing was timed"
+
+
+class _Unwritten(MemoryReport):
+    """Figures that go nowhere."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, iteration: int, blocks: list[BlockFigures], update_ratios: dict[str, float]) -> None:
+        assert blocks, "a model without Memory blocks was watched"
 
 
 def random_batches(shape: BatchShape, vocab_size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -148,7 +180,9 @@ def _measure(shape: Shape, settings: TrainSettings, device: str) -> Section:
         f"{shape.num_layers}+{shape.num_blocks} layers, s={shape.seq_length} b={settings.batch} "
         f"vocabulary {shape.vocab_size} {shape.describe().partition(' ')[2]}"
     )
-    return Section(f"train {shape.name}", description, dataclasses.asdict(shape), rows, ["copied", "base"], ceilings)
+    return Section(
+        f"train {shape.name}", description, dataclasses.asdict(shape), rows, ["copied", "base", "memory"], ceilings
+    )
 
 
 def _work(trainee: Trainee, tokens: int, shape: Shape) -> Work:

@@ -44,12 +44,13 @@ def test_layer(tmp_path):
 @pytest.mark.slow
 def test_train_with_memory(tmp_path):
     done = run_tool(
-        "train", "--shape", "tiny", "--device", "cpu", "--rounds", 2, "--json", tmp_path / "a.json"
+        "train", "--shape", "tiny", "--device", "cpu", "--rounds", 2, "--json", tmp_path / "a.json",
+        "--variants", "base", "copied", "memory", "watched",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (section,) = json.loads((tmp_path / "a.json").read_text())["sections"]
     assert {row["name"]: list(row["ratios"]) for row in section["rows"]} == {
-        "base": [], "copied": ["base"], "memory": ["copied", "base"],
+        "base": [], "copied": ["base"], "memory": ["copied", "base"], "watched": ["memory"],
     }  # fmt: skip
     assert all(row["peak_bytes"] > 0 for row in section["rows"])
 
