@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def remove(path: str | Path) -> None:
+    """Deletes a file or a directory, if there is one."""
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_partials(target: str | Path) -> None:
+    """Deletes what killed processes left beside ``target`` while they wrote it. Nobody may be writing it now."""
+    target = Path(target)
+    for partial in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        remove(partial)
 
 
 def check_output_directory(target: str | Path, *, overwrite: bool = False) -> Path:

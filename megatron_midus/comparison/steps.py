@@ -6,12 +6,11 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_midus.files import write_text_atomically
+from megatron_midus.files import remove, remove_partials, write_text_atomically
 
 _WHOLE = 1 << 20
 
@@ -123,8 +122,7 @@ class Step:
         if not (self.goes_on and read_marker(self.start_marker).get("fingerprint") == fingerprint):
             for path in (*self.makes, self.log):
                 remove(path)
-                for partial in path.parent.glob(f".{path.name}.*.partial"):
-                    remove(partial)
+                remove_partials(path)
         write_text_atomically(self.start_marker, json.dumps({"fingerprint": fingerprint}) + "\n")
 
     def finish(self, fingerprint: str, *, seconds: float) -> None:
@@ -140,14 +138,6 @@ def read_marker(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def remove(path: Path) -> None:
-    """A file or a directory, if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, str]:

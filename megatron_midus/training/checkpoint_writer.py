@@ -27,6 +27,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_midus.conversion.checkpoint_layout import (
     ASSETS_DIRECTORY,
+    LATEST_CHECKSUM_FILE,
+    LATEST_FILE,
     copy_assets,
     iteration_directory,
     list_iterations,
@@ -34,9 +36,11 @@ from megatron_midus.conversion.checkpoint_layout import (
     write_latest_iteration,
 )
 from megatron_midus.conversion.checksums import file_sha256, write_checksums
+from megatron_midus.files import remove_partials
 from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.helper_process import start_result_queue
 from megatron_midus.training.optimizer_state import optimizer_metadata
+from megatron_midus.training.source import RUN_FILE
 
 
 class CheckpointWriter:
@@ -228,6 +232,8 @@ def remove_leftovers(root: Path) -> None:
             os.rename(path, target)
     for path in root.glob(".iter_*.partial"):
         shutil.rmtree(path, ignore_errors=True)
+    for name in (LATEST_FILE, LATEST_CHECKSUM_FILE, RUN_FILE):
+        remove_partials(root / name)
 
 
 def apply_retention(root: Path, keep_last: int, newest: int) -> None:

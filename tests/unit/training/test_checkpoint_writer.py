@@ -21,8 +21,13 @@ def make(root: Path, *names: str) -> None:
 
 def test_leftovers_of_a_killed_save_are_removed(tmp_path):
     make(tmp_path, "iter_0000001", ".iter_0000002.partial", ".iter_0000001.old", "notes")
+    names = ["latest_checkpointed_iteration.sha256", "latest_checkpointed_iteration.txt", "notes.txt", "run.yaml"]
+    for name in names:
+        (tmp_path / name).touch()
+        (tmp_path / f".{name}.1234.partial").touch()
     remove_leftovers(tmp_path)
-    assert directories(tmp_path) == ["iter_0000001", "notes"]
+    # What belongs to somebody else stays.
+    assert directories(tmp_path) == [".notes.txt.1234.partial", "iter_0000001", *names[:2], "notes", *names[2:]]
 
 
 def test_a_checkpoint_that_was_about_to_be_replaced_comes_back(tmp_path):
