@@ -2,6 +2,7 @@
 # The whole journey on two CPU cores, on real text, in about six minutes after installation:
 # tiny base model -> up-scaled with Memory blocks -> continual pre-training on two tensor-parallel processes ->
 # Hugging Face model -> held-out perplexity against the base -> a few generated lines.
+# Where there is an NVIDIA GPU, one process trains on it instead, in bf16; CUDA_VISIBLE_DEVICES="" hides it.
 #
 # Usage: examples/quickstart.sh [OUTPUT_DIR]        (default: quickstart_output; it must be empty or absent)
 # TRAIN_ITERS shortens or lengthens the training (default: 80 iterations of 16 x 512 tokens).
@@ -18,6 +19,11 @@ fi
 source tools/setup_environment.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 started=$SECONDS
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    place="on one GPU" processes=1 layout=(--distributed-backend nccl --bf16)
+else
+    place="on 2 tensor-parallel processes" processes=2 layout=(--distributed-backend gloo --tensor-model-parallel-size 2)
+fi
 step() { printf '\n\033[1m[%3d s] %s\033[0m\n' "$((SECONDS - started))" "$*"; }
 
 step "1/6  Collecting text: documentation (new domain), standard library source (the base's own domain, held-out part)"
@@ -35,8 +41,8 @@ step "3/6  Up-scaling $base: a Memory block after every second layer; at step 0 
 python tools/upscale.py --hf-model "$base" --save "$out/upscaled" --policy interleave --num-blocks 4 \
     --memory-num-keys 64 --memory-topk 8 --memory-latent-size 32 --memory-query-norm rms --verify
 
-step "4/6  Continual pre-training of the inserted blocks, base frozen, on 2 tensor-parallel processes"
-torchrun --nproc-per-node 2 pretrain_midus.py --distributed-backend gloo --tensor-model-parallel-size 2 \
+step "4/6  Continual pre-training of the inserted blocks, base frozen, $place"
+torchrun --nproc-per-node "$processes" pretrain_midus.py "${layout[@]}" \
     --load "$out/upscaled" --save "$out/checkpoints" --save-interval 40 --tensorboard-dir "$out/tensorboard" \
     --train-data-path "$out/data/train_text_document" --valid-data-path "$out/data/heldout_text_document" \
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$base" \

@@ -13,6 +13,7 @@ source tools/setup_environment.sh dev
 
 # Two processes of one thread each are faster than one of two on models this small.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export CUDA_VISIBLE_DEVICES="" # these tests run on the CPU everywhere; tests/gpu/run.sh is for the GPU
 
 if [ $# -eq 0 ]; then
     ruff check .

@@ -52,6 +52,7 @@ tiny_settings() {
     TRAIN_TEXT="${TRAIN_TEXT:-$WORK/text/train.jsonl}"
     GPUS_PER_NODE="${GPUS_PER_NODE:-2}" WORKERS="${WORKERS:-2}"
     export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    export CUDA_VISIBLE_DEVICES="" # the CPU alone, so that it runs the same where there is a GPU
     TINY_UPSCALE=(--num-blocks 2 --memory-num-keys 16 --memory-topk 4 --memory-latent-size 8)
     TINY_CPT=(--distributed-backend gloo --seq-length 64 --micro-batch-size 2 --global-batch-size 8 --train-iters "${TRAIN_ITERS:-6}"
         --lr-warmup-iters 2 --lr-wsd-decay-iters 2 --save-interval 3 --eval-interval 3 --eval-iters 1 --log-interval 1)
