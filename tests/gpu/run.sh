@@ -32,8 +32,11 @@ nvidia-smi >> "$results/machine.txt" 2>&1 || true
 git rev-parse HEAD >> "$results/machine.txt" 2>/dev/null || true
 cat "$results/machine.txt"
 
-part tests 200 python -m pytest -q -p no:cacheprovider tests/gpu --durations=10
-part benchmark-hml 120 python tools/benchmark.py hml --shape paper-1b --json "$results/benchmark-hml.json"
+# Some tests compare with float64 at full size, in several GB each.
+workers=()
+if python -c 'import xdist' 2>/dev/null; then workers=(-n 4); fi
+part tests 200 python -m pytest -q -p no:cacheprovider ${workers[@]+"${workers[@]}"} tests/gpu --durations=10
+part benchmark-hml 150 python tools/benchmark.py hml --shape paper-1b --json "$results/benchmark-hml.json"
 part benchmark-layer 60 python tools/benchmark.py layer --shape paper-1b --json "$results/benchmark-layer.json"
 part model 60 python tools/kernel_model.py --json "$results/model.json"
 

@@ -94,8 +94,9 @@ def test_keys_backward(shape, channels):
             grad_query[:, h, part] = scores @ keys[half][h].double()
             truth = scores.T @ query[:, h, part].double()
             error = (found[1 + half][h].double() - truth).abs().max()
-            # The scores' gradients and the result are rounded to bf16: four units in the last place of the largest.
-            assert error <= 4 * 2**-8 * truth.abs().max()
+            # The scores' gradients and the result are rounded to bf16, four units in the last place of the largest sum of
+            # magnitudes: where one token selects one column 64 times, the terms themselves cancel.
+            assert error <= 4 * 2**-8 * (scores.abs().T @ query[:, h, part].double().abs()).max()
     assert (found[0].double() - grad_query).abs().max() <= 4 * 2**-8 * grad_query.abs().max()
 
 

@@ -25,7 +25,7 @@ SHAPES = {
     "k=64": {"tokens": 66, "heads": 2, "num_keys": 200, "topk": 64, "channels": 256, "latent": 100, "out": 256},
     "k=n": {"tokens": 66, "heads": 2, "num_keys": 16, "topk": 16, "channels": 64, "latent": 64, "out": 64},
     "many keys": {"tokens": 66, "heads": 2, "num_keys": 1100, "topk": 16, "channels": 64, "latent": 64, "out": 64},
-    "decode": PAPER | {"tokens": 1},
+    "decode": PAPER | {"tokens": 1, "heads": 8},  # full and block have a bank per head: in float64 1 GB
 }
 
 

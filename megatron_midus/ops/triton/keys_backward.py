@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-QUERY_TILE = 2048  # elements of one half's gradient that a program holds
+QUERY_TILE = 512  # elements of one half's gradient that a program holds
 KEYS_BLOCK_T = 16
 LOW_BITS = 4  # sub-keys are numbered (high << LOW_BITS) + low within a block
 BLOCK_K = 16  # selections of a token taken at a time: the smallest that tensor cores multiply
@@ -77,7 +77,7 @@ def _sub_keys_backward(grad_scores, indices, query, num_keys: int) -> torch.Tens
         grad_scores, indices, query, partial,
         tokens, heads, splits, per_split,
         NUM_KEYS=num_keys, TOPK=indices.shape[2], HALF=half, BLOCK_T=KEYS_BLOCK_T, BLOCK_HIGH=block_n >> LOW_BITS,
-        LOW_BITS=LOW_BITS, BLOCK_K=BLOCK_K, BLOCK_D=block_d, num_warps=8,
+        LOW_BITS=LOW_BITS, BLOCK_K=BLOCK_K, BLOCK_D=block_d, num_warps=8 if query.dtype == torch.float32 else 4,
     )  # fmt: skip
     return partial.sum(0)
 

@@ -13,8 +13,8 @@ import triton.language as tl
 
 BLOCK_T = 64
 MAX_BLOCK_L = 64
-MAX_OUT = 256  # channels of a head's output that one program holds
-TOKENS_PER_SPLIT = 512
+MAX_OUT = 256  # channels of a head's output that one program holds, in fp32 half of them
+TOKENS_PER_SPLIT = 1024
 MAX_SPLITS = 32
 
 
@@ -31,7 +31,8 @@ def projection_backward(
     grad_out_THO, latent_THL, head_proj_HLO = (tensor.contiguous() for tensor in tensors)
     tokens, heads, latent = latent_THL.shape
     out = head_proj_HLO.shape[2]
-    if out > MAX_OUT:  # large enough for a library's matrix products
+    wide = dtype == torch.float32  # half of the tokens and twice the warps keep full-precision products in registers
+    if out > (MAX_OUT // 2 if wide else MAX_OUT):  # large enough for a library's matrix products
         grad_latent = torch.einsum("tho,hlo->thl", grad_out_THO.to(dtype), head_proj_HLO.to(dtype))
         return grad_latent, torch.einsum("thl,tho->hlo", latent_THL.to(dtype), grad_out_THO.to(dtype)).to(
             head_proj_HLO.dtype
@@ -40,7 +41,6 @@ def projection_backward(
     splits = max(1, min(MAX_SPLITS, triton.cdiv(tokens, TOKENS_PER_SPLIT)))
     per_split = triton.cdiv(triton.cdiv(tokens, splits), BLOCK_T) * BLOCK_T
     partial = torch.empty(splits, heads, latent, out, dtype=torch.float32, device=latent_THL.device)
-    wide = dtype == torch.float32  # half of the tokens and twice the warps keep full-precision products in registers
     block_t = BLOCK_T // 2 if wide else BLOCK_T
     block_l = min(MAX_BLOCK_L, max(16, triton.next_power_of_2(latent)))
     block_o = max(16, triton.next_power_of_2(out))

@@ -5,8 +5,10 @@ One program handles BLOCK_T tokens of one head. Scores never leave the registers
 A candidate is one unsigned integer, its *key*: rank of the score above, complement of the position below, so that keys
 are distinct and the lower position wins a tie. The best K are taken by ``m += max(key - m)``: modulo 2^32 the keys below
 m wrap round to the top, so the maximum is the greatest key below m, and neither masks nor writes are needed. Up to K = 16
-with narrow keys a sorting network goes first: a tile of scores is taken as K tensors that are sorted against each other,
-which makes every column a sorted list, and the lists of all tiles are merged; a third of the instructions.
+with narrow keys sorting networks do it: a tile of scores is taken as K tensors that are sorted against each other, which
+makes every column a sorted list; the lists of all tiles are merged, then those of all columns. Minima, maxima and bit
+operations wait for the integer units, which are half as many as those for multiply-adds, so half of the comparators take
+the lesser of two keys as their sum less the greater, and the keys themselves are made by multiply-adds.
 
 * wide, 64 bits: the rank is the score's own 32 bits, ordered. Exact for any fp32 scores.
 * narrow, 32 bits, a quarter of the work, for 16-bit inputs: the rank is the score's distance from a lower bound of the
@@ -29,8 +31,9 @@ NARROW_KEYS = 1024  # up to here 22 bits are left for the rank in a narrow key
 # In [2^23, 2^24) a float's mantissa is an integer: ranks are made by float arithmetic and their bits used as they are.
 # No key is 0, which stands for "none". What is below the bound has the lowest rank, what is at the bound the next.
 LOWEST = tl.constexpr(8388609.0)
-BOUND = tl.constexpr(8388610.0)
+BOUND = tl.constexpr(8388612.0)
 MAX_NETWORK = tl.constexpr(16)  # of 32 tensors, two lists no longer fit the registers
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 FAR = tl.constexpr(1e37)  # infinite scores count as this far, so that distances stay finite
 
 
@@ -46,44 +49,73 @@ def _scores(query, keys, start, N: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl
 
 # -- keys ------------------------------------------------------------------------------------------------------------
 @triton.jit
+def _greater(x, y):
+    """The greater number, NaN where either is."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _lesser(x, y):
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _lower_bound(
     query, keys, N: tl.constexpr, HALF: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``(low, top) [BLOCK_T]``: at least K scores are no less than ``low``, no finite one is above ``top``."""
+    """``(low, top) [BLOCK_T]``: at least K scores are no less than ``low``, no finite one is above ``top``.
+
+    Both are NaN when a score is.
+    """
     best = tl.full([BLOCK_T, BLOCK_N], -FAR, tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         scores = _scores(query, keys, start, N, HALF, BLOCK_N, BLOCK_D)
         if N % BLOCK_N != 0:
             scores = tl.where((start + tl.arange(0, BLOCK_N) < N)[None, :], scores, -FAR)
-        best = tl.where(scores > best, scores, best)  # and not tl.maximum: a NaN has no say
-    best = tl.max(tl.reshape(best, [BLOCK_T, BLOCK_N // GROUPS, GROUPS]), 1)  # [BLOCK_T, GROUPS]
-    best = tl.minimum(best, FAR)
+        best = _greater(scores, best)
+    best = _reduce(tl.reshape(best, [BLOCK_T, BLOCK_N // GROUPS, GROUPS]), True)  # [BLOCK_T, GROUPS]
+    best = _lesser(best, FAR)
     low = tl.where((tl.arange(0, GROUPS) < N)[None, :], best, FAR)  # but groups of padding alone
-    return tl.min(low, 1), tl.max(best, 1)
+    return _reduce(low, False), _reduce(best, True)
 
 
 @triton.jit
-def _num_ranks(BITS: tl.constexpr):
-    """Ranks that a narrow key has room for, when the position takes ``BITS``."""
-    return 2.0 ** (32 - BITS if BITS > 9 else 23)
+def _reduce(x, GREATEST: tl.constexpr):
+    """The greatest or the least along dimension 1, NaN where there is one."""
+    if INTERPRETED:  # which passes over NaN, and takes an age with functions
+        found = tl.max(x, 1) if GREATEST else tl.min(x, 1)
+        return tl.where(tl.sum(tl.where(x == x, 0, 1), 1) > 0, float("nan"), found)
+    elif GREATEST:
+        return tl.reduce(x, 1, _greater)
+    else:
+        return tl.reduce(x, 1, _lesser)
+
+
+@triton.constexpr_function
+def _span(bits):
+    """Ranks between the lowest and the highest that a narrow key has room for, when the position takes ``bits``."""
+    return 2.0 ** (32 - bits if bits > 9 else 23) - 2.0
 
 
 @triton.jit
-def _narrow_keys(scores, low, step, position, BITS: tl.constexpr):
-    """uint32 keys; NaN and infinity come first, all that is below ``low`` last. ``low``, ``step`` ``[BLOCK_T]``."""
-    HIGHEST: tl.constexpr = LOWEST + _num_ranks(BITS) - 2.0
-    rank = (scores - low[:, None]) * (1.0 / step)[:, None] + BOUND
-    rank = tl.where(rank < HIGHEST, rank, HIGHEST)  # and not tl.minimum: a NaN becomes the highest
-    rank = tl.where(rank > LOWEST, rank, LOWEST)
+def _narrow_keys(scores, low, step, position, unit, BITS: tl.constexpr):
+    """uint32 keys; infinity comes first, all that is below ``low`` last. ``low``, ``step`` ``[BLOCK_T]``; NaN: any keys.
+
+    Multiply-adds alone, of which the second saturates for nothing: what compares would wait for the integer units.
+    """
+    SPAN: tl.constexpr = _span(BITS)
+    AT_BOUND: tl.constexpr = (BOUND - LOWEST) / SPAN
+    share = tl.clamp((scores - low[:, None]) * (1.0 / (step * SPAN))[:, None] + AT_BOUND, 0.0, 1.0)
+    rank = share * SPAN + LOWEST
     complement = ((1 << BITS) - 1 - position).to(tl.uint32)
-    return rank.to(tl.uint32, bitcast=True) * (1 << BITS) + complement[None, :]  # the exponent drops out at the top
+    return rank.to(tl.uint32, bitcast=True) * unit + complement[None, :]  # the exponent drops out at the top
 
 
 @triton.jit
 def _read_narrow(key, low, step, BITS: tl.constexpr):
     """``(position int32, score fp32)`` of a narrow key; what stood at the highest rank was not finite: NaN."""
-    HIGHEST: tl.constexpr = LOWEST + _num_ranks(BITS) - 2.0
+    HIGHEST: tl.constexpr = LOWEST + _span(BITS)
     mantissa = (key >> BITS) & 0x7FFFFF
     if BITS > 9:
         mantissa = key >> BITS
@@ -148,26 +180,31 @@ def _merging_network(size):
 
 
 @triton.jit
-def _exchange(lists, A: tl.constexpr, B: tl.constexpr):
-    high, low = tl.maximum(lists[A], lists[B]), tl.minimum(lists[A], lists[B])
+def _exchange(lists, one, A: tl.constexpr, B: tl.constexpr, ADD: tl.constexpr):
+    """``ADD``: the lesser by a multiply-add; times a ``one`` that the compiler does not know, or it would add twice."""
+    high = tl.maximum(lists[A], lists[B])
+    if ADD:
+        low = lists[A] * one + (lists[B] - high)
+    else:
+        low = tl.minimum(lists[A], lists[B])
     return lists[:A] + (high,) + lists[A + 1 : B] + (low,) + lists[B + 1 :]
 
 
 @triton.jit
-def _run_network(lists, PAIRS: tl.constexpr):
+def _run_network(lists, one, PAIRS: tl.constexpr):
     """Brings the greater of each pair of tensors to the front, element by element."""
     for c in tl.static_range(len(PAIRS)):
-        lists = _exchange(lists, PAIRS[c][0], PAIRS[c][1])
+        lists = _exchange(lists, one, PAIRS[c][0], PAIRS[c][1], c % 2 == 1)
     return lists
 
 
 @triton.jit
-def _merge_lists(first, second):
-    """The greater half of two falling lists of tensors, in falling order."""
+def _merge_lists(first, second, one):
+    """The greater half of two falling lists of tensors, in falling order; ``one`` is 1."""
     merged = ()
     for i in tl.static_range(len(first)):
         merged = merged + (tl.maximum(first[i], second[len(first) - 1 - i]),)
-    return _run_network(merged, _merging_network(len(first)))
+    return _run_network(merged, one, _merging_network(len(first)))
 
 
 @triton.jit
@@ -191,26 +228,81 @@ def _put_together(lists):
 
 
 @triton.jit
-def _merge_neighbours(lists):
-    """Merges the lists of columns 2 c and 2 c + 1, which one thread holds: ``[BLOCK_T, C]`` -> ``[BLOCK_T, C / 2]``."""
-    even, odd = (), ()
+def _fold_columns(lists, one):
+    """Merges the lists of two columns that one thread holds: ``[BLOCK_T, C]`` -> ``[BLOCK_T, C / 2]``.
+
+    Of a matrix product's result a thread holds columns 2 c and 2 c + 1 of every eight.
+    """
+    COLUMNS: tl.constexpr = lists[0].shape[1]
+    first, second = (), ()
     for i in tl.static_range(len(lists)):
-        left, right = tl.split(tl.reshape(lists[i], [lists[i].shape[0], lists[i].shape[1] // 2, 2]))
-        even, odd = even + (left,), odd + (right,)
-    return _merge_lists(even, odd)
+        if COLUMNS > 8:
+            parts = tl.permute(tl.reshape(lists[i], [lists[i].shape[0], 2, COLUMNS // 2]), (0, 2, 1))
+        else:
+            parts = tl.reshape(lists[i], [lists[i].shape[0], COLUMNS // 2, 2])
+        left, right = tl.split(parts)
+        first, second = first + (left,), second + (right,)
+    return _merge_lists(first, second, one)
 
 
 @triton.jit
-def _empty_lists(DEPTH: tl.constexpr, BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr):
-    if DEPTH == 1:
-        return (tl.zeros([BLOCK_T, COLUMNS], tl.uint32),)
+def _merge_columns(lists, best, one, TOPK: tl.constexpr):
+    """``[BLOCK_T, C]`` lists of all columns -> ``[BLOCK_T, depth]``, one list."""
+    if lists[0].shape[1] > 4:
+        return _merge_columns(_fold_columns(lists, one), best, one, TOPK)
+    elif len(lists) < 4:
+        return _merge_best(_put_together(lists), best, TOPK)
     else:
-        return _empty_lists(DEPTH // 2, BLOCK_T, COLUMNS) + _empty_lists(DEPTH // 2, BLOCK_T, COLUMNS)
+        return _share(_merge_across(_merge_across(lists, one, 1), one, 2))
+
+
+@triton.jit
+def _merge_across(lists, one, DISTANCE: tl.constexpr):
+    """Merges the lists of two columns DISTANCE apart, which different threads hold; both get what comes out."""
+    return _merge_lists(lists, _other_columns(lists, DISTANCE), one)
+
+
+@triton.jit
+def _other_columns(lists, DISTANCE: tl.constexpr):
+    if len(lists) == 1:
+        return (_other_column(lists[0], DISTANCE),)
+    else:
+        return _other_columns(lists[:1], DISTANCE) + _other_columns(lists[1:], DISTANCE)
+
+
+@triton.jit
+def _other_column(x, DISTANCE: tl.constexpr):
+    """Column ``c ^ DISTANCE`` in place of column c: both added up, less the own one."""
+    pairs = tl.reshape(x, [x.shape[0], x.shape[1] // (2 * DISTANCE), 2, DISTANCE])
+    both = tl.broadcast_to(tl.sum(pairs, 2, keep_dims=True), pairs.shape)
+    return tl.reshape(both - pairs, x.shape)
+
+
+@triton.jit
+def _share(lists):
+    """Equal lists in all four columns -> ``[BLOCK_T, depth]``; each column gives a quarter of them."""
+    QUARTER: tl.constexpr = len(lists) // 4
+    column = tl.broadcast_to(tl.arange(0, 4)[None, :], lists[0].shape)
+    parts = ()
+    for i in tl.static_range(QUARTER):
+        low = tl.where(column == 0, lists[i], lists[QUARTER + i])
+        high = tl.where(column == 2, lists[2 * QUARTER + i], lists[3 * QUARTER + i])
+        parts = parts + (tl.where(column < 2, low, high),)
+    return tl.reshape(_join_all(parts), [lists[0].shape[0], len(lists)])
+
+
+@triton.jit
+def _join_all(parts):
+    """``[BLOCK_T, C]`` tensors -> ``[BLOCK_T, C, 2, 2, ...]``, their number in the last dimensions."""
+    if len(parts) == 1:
+        return parts[0]
+    else:
+        return tl.join(_join_all(parts[0::2]), _join_all(parts[1::2]))
 
 
 @triton.jit
 def _best_of_half(
-    query_ptr, keys, inside_token,
+    query_ptr, keys, inside_token, unit,
     N: tl.constexpr, HALF: tl.constexpr, TOPK: tl.constexpr, TOPK_PADDED: tl.constexpr, WIDE: tl.constexpr,
     BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -220,33 +312,59 @@ def _best_of_half(
     query = tl.load(query_ptr[:, None] + channel[None, :], mask=inside, other=0.0)
     if WIDE:
         best = tl.zeros([BLOCK_T, TOPK_PADDED], tl.uint64)
-    else:
-        best = tl.zeros([BLOCK_T, TOPK_PADDED], tl.uint32)
-        low, top = _lower_bound(query, keys, N, HALF, TOPK_PADDED, BLOCK_T, BLOCK_N, BLOCK_D)
-        step = tl.maximum(top - low, 1e-28) / (_num_ranks(BITS) - 8.0)  # the highest rank is for what is not finite
-    NETWORK: tl.constexpr = not WIDE and TOPK_PADDED <= MAX_NETWORK
-    if NETWORK:
-        lists = _empty_lists(TOPK_PADDED, BLOCK_T, BLOCK_N // TOPK_PADDED)
-    for start in tl.range(0, N, BLOCK_N):
-        scores = _scores(query, keys, start, N, HALF, BLOCK_N, BLOCK_D)
-        position = start + tl.arange(0, BLOCK_N)
-        if WIDE:
-            packed = _wide_keys(scores, position)
-        else:
-            packed = _narrow_keys(scores, low, step, position, BITS)
-        if N % BLOCK_N != 0:
-            packed = tl.where((position < N)[None, :], packed, tl.zeros_like(packed))
-        if NETWORK:
-            found = _run_network(_take_apart(packed, TOPK_PADDED), _sorting_network(TOPK_PADDED))
-            lists = _merge_lists(lists, found)
-        else:
-            best = _merge_best(packed, best, TOPK)
-    if NETWORK:
-        best = _merge_best(_put_together(_merge_neighbours(lists)), best, TOPK)
-    if WIDE:
+        for start in tl.range(0, N, BLOCK_N):
+            scores = _scores(query, keys, start, N, HALF, BLOCK_N, BLOCK_D)
+            position = start + tl.arange(0, BLOCK_N)
+            best = _merge_best(_blank(_wide_keys(scores, position), position, N, BLOCK_N), best, TOPK)
         return _read_wide(best)
     else:
+        low, top = _lower_bound(query, keys, N, HALF, TOPK_PADDED, BLOCK_T, BLOCK_N, BLOCK_D)
+        step = tl.maximum(top - low, 1e-28) / (_span(BITS) - 6.0)  # the highest rank is for what is not finite
+        best = tl.zeros([BLOCK_T, TOPK_PADDED], tl.uint32)
+        if TOPK_PADDED <= MAX_NETWORK:
+            one = unit >> BITS
+            lists = _sorted_tile(query, keys, low, step, 0, unit, one, N, HALF, TOPK_PADDED, BITS, BLOCK_N, BLOCK_D)
+            for start in tl.range(BLOCK_N, N, BLOCK_N):
+                found = _sorted_tile(
+                    query, keys, low, step, start, unit, one, N, HALF, TOPK_PADDED, BITS, BLOCK_N, BLOCK_D
+                )
+                lists = _merge_lists(lists, found, one)
+            best = _merge_columns(lists, best, one, TOPK)
+        else:
+            for start in tl.range(0, N, BLOCK_N):
+                packed = _tile(query, keys, low, step, start, unit, N, HALF, BITS, BLOCK_N, BLOCK_D)
+                best = _merge_best(packed, best, TOPK)
         return _read_narrow(best, low, step, BITS)
+
+
+@triton.jit
+def _tile(
+    query, keys, low, step, start, unit,
+    N: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Narrow keys ``[BLOCK_T, BLOCK_N]`` of a tile of scores."""
+    scores = _scores(query, keys, start, N, HALF, BLOCK_N, BLOCK_D)
+    position = start + tl.arange(0, BLOCK_N)
+    return _blank(_narrow_keys(scores, low, step, position, unit, BITS), position, N, BLOCK_N)
+
+
+@triton.jit
+def _sorted_tile(
+    query, keys, low, step, start, unit, one,
+    N: tl.constexpr, HALF: tl.constexpr, DEPTH: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The same as DEPTH tensors ``[BLOCK_T, BLOCK_N / DEPTH]`` in falling order: each column is a sorted list."""
+    lists = _take_apart(_tile(query, keys, low, step, start, unit, N, HALF, BITS, BLOCK_N, BLOCK_D), DEPTH)
+    return _run_network(lists, one, _sorting_network(DEPTH))
+
+
+@triton.jit
+def _blank(keys, position, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Zero, which stands for "none", beyond N."""
+    if N % BLOCK_N == 0:
+        return keys
+    else:
+        return tl.where((position < N)[None, :], keys, tl.zeros_like(keys))
 
 
 @triton.jit
@@ -291,9 +409,9 @@ def _activate(scores, inside, ACTIVATION: tl.constexpr):
         return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["unit"])
 def select_kernel(
-    query, row_keys, col_keys, indices, weights, num_tokens, num_heads,
+    query, row_keys, col_keys, indices, weights, num_tokens, num_heads, unit,
     N: tl.constexpr, HALF: tl.constexpr, TOPK: tl.constexpr, TOPK_PADDED: tl.constexpr, ACTIVATION: tl.constexpr,
     WIDE: tl.constexpr, BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -302,12 +420,13 @@ def select_kernel(
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside_token = token < num_tokens
     line = token.to(tl.int64) * num_heads + head  # of T * H lines; times D or K it passes 2^31
+    unit = unit.to(tl.uint32)  # 2^BITS, unknown to the compiler: it would make a shift of the multiply-add
     row, row_score = _best_of_half(
-        query + line * (2 * HALF), row_keys + head * (N * HALF), inside_token,
+        query + line * (2 * HALF), row_keys + head * (N * HALF), inside_token, unit,
         N, HALF, TOPK, TOPK_PADDED, WIDE, BITS, BLOCK_T, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     col, col_score = _best_of_half(
-        query + line * (2 * HALF) + HALF, col_keys + head * (N * HALF), inside_token,
+        query + line * (2 * HALF) + HALF, col_keys + head * (N * HALF), inside_token, unit,
         N, HALF, TOPK, TOPK_PADDED, WIDE, BITS, BLOCK_T, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     slots, scores = _merge_halves(row, row_score, col, col_score, N, TOPK)
@@ -350,7 +469,7 @@ def select(
     block_t = BLOCK_T // 2 if wide else BLOCK_T
     if tokens > 0:
         select_kernel[(triton.cdiv(tokens, block_t), heads)](
-            query_THD, row_keys_HND, col_keys_HND, indices, weights, tokens, heads,
+            query_THD, row_keys_HND, col_keys_HND, indices, weights, tokens, heads, 1 << (num_keys - 1).bit_length(),
             N=num_keys, HALF=channels // 2, TOPK=topk, TOPK_PADDED=triton.next_power_of_2(topk),
             ACTIVATION=activation, WIDE=wide, BITS=(num_keys - 1).bit_length(),
             BLOCK_T=block_t, BLOCK_N=max(64 if wide else 128, triton.next_power_of_2(topk)),

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 MAX_LATENT = 256  # of hive: a program holds whole latent rows to project them
-BLOCK_T = 32  # tokens of a program
+PROJECT_BLOCK_T = 16  # tokens of a program that projects what it sums
+SUM_BLOCK_T = 32  # of one that does not
 BLOCK_W = 128  # channels of a bank's row that a program sums, where nothing is projected
 BLOCK_O = 64  # projected channels at a time
 UNROLL = tl.constexpr(4)  # rows in flight; more cost registers and gain nothing
@@ -111,10 +112,10 @@ def project(
     out = torch.empty(tokens, heads, out_width, dtype=dtype, device=values_NL.device)
     latent = torch.empty(tokens, heads, width, dtype=values_NL.dtype, device=values_NL.device) if save_latent else None
     if tokens > 0:
-        project_kernel[(triton.cdiv(tokens, BLOCK_T), heads)](
+        project_kernel[(triton.cdiv(tokens, PROJECT_BLOCK_T), heads)](
             values_NL, head_proj_HLO, indices_THK, weights_THK, out, latent, tokens, heads,
             W=width, OUT=out_width, TOPK=topk, SAVE_LATENT=save_latent,
-            BLOCK_T=BLOCK_T, BLOCK_W=max(16, triton.next_power_of_2(width)),
+            BLOCK_T=PROJECT_BLOCK_T, BLOCK_W=max(16, triton.next_power_of_2(width)),
             BLOCK_O=min(BLOCK_O, max(16, triton.next_power_of_2(out_width))), num_warps=4, num_stages=2,
         )  # fmt: skip
     return out, latent
@@ -130,8 +131,8 @@ def sum_values(
     out = torch.empty(tokens, groups, width, dtype=dtype, device=values.device)
     if tokens > 0:
         block_w = min(BLOCK_W, max(16, triton.next_power_of_2(width)))
-        sum_kernel[(triton.cdiv(tokens, BLOCK_T), triton.cdiv(width, block_w), groups)](
+        sum_kernel[(triton.cdiv(tokens, SUM_BLOCK_T), triton.cdiv(width, block_w), groups)](
             values, indices_THK, weights_THK, out, tokens, groups, values.stride(0) if variant == "full" else 0,
-            W=width, BAG=bag, BLOCK_T=BLOCK_T, BLOCK_W=block_w, num_warps=4, num_stages=2,
+            W=width, BAG=bag, BLOCK_T=SUM_BLOCK_T, BLOCK_W=block_w, num_warps=4, num_stages=2,
         )  # fmt: skip
     return out

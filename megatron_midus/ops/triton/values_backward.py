@@ -20,7 +20,7 @@ import triton.language as tl
 from megatron_midus.ops.triton.projection_backward import projection_backward
 
 CHUNK = 64  # sorted selections that are summed one after the other
-TILE_ELEMENTS = 256  # elements that a program holds: chunks side by side times channels
+TILE_ELEMENTS = 128  # elements that a program holds: chunks side by side times channels
 MAX_BLOCK_W = 256  # channels of the bank's rows taken at a time
 CUT_TILE = 16  # chunks of one long run taken at a time
 ATOMIC_TILE = 64  # selections that one program adds with atomics

@@ -16,12 +16,16 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
 TABLE = Path(__file__).parent / "triton_resources.json"
 
-# Bytes of stack that kernels may use, by the start and the end of their names; all others none. On Ampere the scores of a
-# tile stand in registers beside the selection, where Hopper keeps one operand in shared memory.
+# Bytes of stack that kernels may use, by the start and the end of their names; all others none. All lie outside the loops
+# over the tiles of scores, where lists of several columns are merged. On Ampere the scores of a tile stand in registers
+# beside the selection, where Hopper keeps one operand in shared memory.
 MAY_SPILL = {
-    ("sm_80 1b-n256-k8 ", "select_kernel"): 1648,
-    ("sm_80 ", "select_kernel"): 256,
-    ("sm_80 1b-n256-", "_sub_keys_backward_kernel"): 8,
+    ("sm_90 1b-n512-k16-block ", "select_kernel"): 216,
+    ("sm_90 8b-n512-k16 ", "select_kernel"): 96,
+    ("sm_90 1b-n256-k16-full ", "select_kernel"): 24,
+    ("sm_80 1b-n512-k16-block ", "select_kernel"): 1608,
+    ("sm_80 1b-n256-k8 ", "select_kernel"): 1448,
+    ("sm_80 ", "select_kernel"): 168,
 }
 SHARED_LIMIT = {"sm_90": 227 * 1024, "sm_80": 163 * 1024}
 
@@ -67,7 +71,7 @@ def test_a_kernel_that_needs_more_is_named():
     tool.check(table, table)
     name = "sm_90 1b-n512-k16 _sum_runs_kernel"
     needs_more = {name: table[name] | {"registers": table[name]["registers"] + 1}}
-    with pytest.raises(ValueError, match=f"{name}: registers 81, committed 80"):
+    with pytest.raises(ValueError, match=f"{name}: registers 62, committed 61"):
         tool.check(needs_more, table)
-    with pytest.raises(ValueError, match="sm_90 new kernel: registers 80, committed None"):
+    with pytest.raises(ValueError, match="sm_90 new kernel: registers 61, committed None"):
         tool.check({"sm_90 new kernel": table[name]}, table)

@@ -105,7 +105,7 @@ def test_ties_take_the_lowest_positions(select):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_nan_of_either_sign_is_selected(select, sign):
-    """As torch.topk does: damage must not hide."""
+    """Damage must not hide. Wide keys put it first, as torch.topk does; narrow ones spoil all scores of the token."""
     query, rows, cols = draw(5, 2, 50, 6)
     rows[1, 40, 0] = torch.nan
     if sign < 0:
@@ -113,7 +113,7 @@ def test_nan_of_either_sign_is_selected(select, sign):
     indices, scores = select(query, rows, cols, topk=4)
     assert scores[:, 1].isnan().all() and not scores[:, 0].isnan().any()
     assert indices.sort(-1).values.diff(dim=-1).gt(0).all() and indices.max() < 2500
-    assert (indices[:, 1] // 50 == 40).all()
+    assert indices.min() >= 0 and (not select.wide or (indices[:, 1] // 50 == 40).all())
 
 
 def test_minus_infinity_is_not_selected(select, slot_scores):

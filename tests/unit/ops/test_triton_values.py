@@ -105,7 +105,7 @@ def test_activations_past_int32_elements(large, device):
     bank = draw_half(400, 4)
     proj = draw_half(1, 4, 4)
     selection.select_kernel[(1, 1)](
-        query, rows, cols, indices, weights, 3, heads,
+        query, rows, cols, indices, weights, 3, heads, 32,
         N=20, HALF=2, TOPK=4, TOPK_PADDED=4, ACTIVATION="softmax", WIDE=True, BITS=5, BLOCK_T=64, BLOCK_N=64, BLOCK_D=16,
     )  # fmt: skip
     values.project_kernel[(1, 1)](

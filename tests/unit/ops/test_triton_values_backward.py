@@ -109,7 +109,7 @@ def test_runs_across_chunks_and_ragged_ends(device, poisoned_memory, small_chunk
     [
         {"tokens": 1, "heads": 1, "topk": 1, "slots": 1, "latent": 1, "out": 1},
         {"tokens": 2, "heads": 2, "topk": 64, "slots": 64, "latent": 16, "out": 32},
-        {"tokens": 5, "heads": 1, "topk": 2, "slots": 9, "latent": 64, "out": 256},
+        {"tokens": 5, "heads": 1, "topk": 2, "slots": 9, "latent": 64, "out": 128},
         {"tokens": 3, "heads": 1, "topk": 2, "slots": 9, "latent": 100, "out": 300},
     ],
     ids=str,
