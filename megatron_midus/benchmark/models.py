@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 
 import torch
@@ -22,8 +23,16 @@ POLICIES = {"base": "none", "copied": "llama_pro", "memory": "interleave", "watc
 def start_process(device: str, seed: int) -> None:
     """One process with the process groups that Megatron-Core wants, of itself alone."""
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    if not torch.distributed.is_initialized():
+        atexit.register(_leave_process_groups)
     platform.initialize_distributed("nccl" if device == "cuda" else "gloo")
     initialize_model_parallel(ParallelConfig(distributed_backend="nccl" if device == "cuda" else "gloo"), seed, 1)
+
+
+def _leave_process_groups() -> None:
+    """NCCL warns where a process ends without."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def check_memory(shape: Shape, settings: LayerSettings, device: str) -> list[Check]:
