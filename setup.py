@@ -55,6 +55,7 @@ setup(
             *BENCH,
             "pytest>=8",
             "pytest-xdist",
+            "coverage>=7.4",
             "ruff>=0.8",
             # The kernels are tested in its interpreter and compiled for GPUs that are not there.
             "triton>=3.4",

@@ -1,10 +1,37 @@
-"""Lets Triton's kernels run as numpy where there is no GPU."""
+"""Lets Triton's kernels run as numpy where there is no GPU, and measures coverage by unit tests where that is asked for."""
 
 import os
 
+import pytest
 import torch
 
 # Read when triton is first imported, so it is set before any test module is. A process that a test starts to compile
 # kernels has to unset it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# MIDUS_COVERAGE=1 writes .coverage.* files. Tracing costs half of the time again, so it goes on while modules are imported
+# and in unit tests, and not under Triton's interpreter nor where other processes do the work.
+_coverage = None
+if os.environ.get("MIDUS_COVERAGE") == "1":
+    import coverage
+
+    _coverage = coverage.Coverage(source=["megatron_midus"], data_suffix=True)
+    _coverage.start()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_coverage_of_slow_modules(request):
+    is_traced = "/tests/unit/" in str(request.path) and not request.path.name.startswith(("test_triton", "test_traps"))
+    if _coverage is None or is_traced:
+        yield
+        return
+    _coverage.stop()
+    yield
+    _coverage.start()
+
+
+def pytest_sessionfinish(session):
+    if _coverage is not None:
+        _coverage.stop()
+        _coverage.save()
