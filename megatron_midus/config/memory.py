@@ -36,9 +36,10 @@ class MemoryConfig:
     memory_score_activation: Literal["softmax", "sigmoid", "relu"] = "softmax"
     """How the k selected scores become weights: softmax over them (paper), or sigmoid or relu of each on its own."""
 
-    memory_output_projection: Literal["none", "linear", "silu"] = "none"
-    """After the memory: none (paper); linear = m + mixer(m) with a zero-initialised mixer over all heads; silu = each
-    head's output times silu(query @ gate)."""
+    memory_output_projection: Literal["none", "linear", "attention", "silu"] = "none"
+    """After the memory: none (paper); linear = m + mixer(m) with a zero-initialised mixer over all heads; attention = m +
+    mixer(a), which mixes what the attention's heads put out instead; silu = each head's output times silu(query @ gate).
+    """
 
     memory_key_init: Literal["uniform", "normal", "calibrated"] = "uniform"
     """Sub-keys at the start: uniform or normal of variance 2 / (3 * d_h), or sampled from the base model's own queries
@@ -130,6 +131,8 @@ class MemoryConfig:
             shapes["values"] = (self.num_slots, hidden_size)
         if self.memory_output_projection == "linear":
             shapes["mixer"] = (num_attention_heads * out, hidden_size)
+        elif self.memory_output_projection == "attention":
+            shapes["mixer"] = (heads * query, hidden_size)
         elif self.memory_output_projection == "silu":
             shapes["gate"] = (heads, query, out)
         return shapes

@@ -7,7 +7,7 @@ CHOICES = {
     "memory_variant": ("hive", "full", "block"),
     "memory_query_norm": ("none", "rms"),
     "memory_score_activation": ("softmax", "sigmoid", "relu"),
-    "memory_output_projection": ("none", "linear", "silu"),
+    "memory_output_projection": ("none", "linear", "attention", "silu"),
     "memory_key_init": ("uniform", "normal", "calibrated"),
     "memory_attention": ("attn_prime", "full"),
 }
@@ -84,7 +84,7 @@ class MidusConfig(PretrainedConfig):
         memory_query_norm: ``none`` or ``rms``.
         memory_query_temperature: whether each head has a learnt temperature.
         memory_score_activation: ``softmax``, ``sigmoid`` or ``relu``.
-        memory_output_projection: ``none``, ``linear`` (head mixer) or ``silu`` (gate).
+        memory_output_projection: ``none``, ``linear`` (mixer of what heads read), ``attention`` (of their queries) or ``silu`` (gate).
         memory_key_init: how sub-keys start in a model made from scratch (``calibrated`` ones come with the weights).
         memory_attention: ``attn_prime`` (no output projection) or ``full``.
 
@@ -254,6 +254,8 @@ class MidusConfig(PretrainedConfig):
             shapes["log_temperature"] = (heads,)
         if self.memory_output_projection == "linear":
             shapes["mixer"] = (self.hidden_size, self.hidden_size)
+        elif self.memory_output_projection == "attention":
+            shapes["mixer"] = (heads * query, self.hidden_size)
         elif self.memory_output_projection == "silu":
             shapes["gate"] = (heads, query, out)
         return shapes

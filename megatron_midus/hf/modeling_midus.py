@@ -327,7 +327,8 @@ class MidusMemory(nn.Module):
             output = output * F.silu(torch.einsum("tmd,mdo->tmo", raw_TMD, self.gate))
         output = output.reshape(*attended.shape[:-1], -1).to(attended.dtype)
         if self.mixer is not None:
-            output = output + output @ self.mixer
+            mixed = attended if self.config.memory_output_projection == "attention" else output
+            output = output + mixed @ self.mixer
         return output
 
     def transform_query(self, query_TMD):

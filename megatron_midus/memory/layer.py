@@ -205,7 +205,12 @@ class HeadWiseMemory(MegatronModule):
         gate = self._parameters.get("gate")
         if gate is not None:
             found = found * F.silu(torch.einsum("thd,hdo->tho", raw, gate))
-        output = self._leave(found.reshape(*hidden.shape[:2], -1))
+        found, raw = (tensor.reshape(*hidden.shape[:2], -1) for tensor in (found, raw))
+        output = self._leave(found)
+        mixer = self._parameters.get("mixer")
+        if mixer is not None:
+            mixed = raw if self.memory.memory_output_projection == "attention" else found
+            output = output + self._sum_over_ranks(mixed @ mixer)
         if selected:
             output = self._with_balance_loss(output, query, selected[0])
         return output, None
@@ -301,9 +306,6 @@ class HeadWiseMemory(MegatronModule):
             output = output.view(seq_length // self.tp_group.size(), batch, -1)
         else:
             output = gather_from_tensor_model_parallel_region(found, group=self.tp_group)
-        mixer = self._parameters.get("mixer")
-        if mixer is not None:
-            output = output + self._sum_over_ranks(found @ mixer)
         return output
 
     def _sum_over_ranks(self, partial: torch.Tensor) -> torch.Tensor:

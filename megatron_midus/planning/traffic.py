@@ -146,7 +146,7 @@ def _leave_memory(
         yield "all_to_all", hidden / layout.tensor * (2 if backward else 1)
     else:
         yield "all_gather", hidden
-    if memory.memory_output_projection == "linear":
+    if memory.memory_output_projection in ("linear", "attention"):
         yield from _leave(hidden, layout, backward=backward)
 
 

@@ -41,7 +41,7 @@ MODELS = {
     "llama tied, full": ("llama", True, {"memory_variant": "full", "memory_query_norm": "rms"}),
     "llama2": ("llama2", False, {"memory_score_activation": "relu"}),
     "llama3 block": ("llama3", False, {"memory_variant": "block", "memory_num_heads": 2}),
-    "smollm": ("smollm", True, {"memory_query_norm": "rms", "memory_query_temperature": True}),
+    "smollm": ("smollm", True, {"memory_output_projection": "attention", "memory_query_temperature": True}),
     "mistral window": ("mistral", False, {"memory_query_temperature": True, "memory_score_activation": "sigmoid"}),
     "qwen2 bias": ("qwen2", True, {"memory_output_projection": "linear"}),
     "qwen3 head norm": ("qwen3", False, {"memory_output_projection": "silu", "memory_query_norm": "rms"}),

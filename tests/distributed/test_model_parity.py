@@ -13,7 +13,13 @@ SETTINGS = {
     "hive": Setting(steps=10),
     "full": Setting(steps=10, memory={"memory_variant": "full"}),
     "block": Setting(steps=10, memory={"memory_variant": "block", "memory_num_heads": 2}),
-    "query norm, temperature": Setting(memory={"memory_query_norm": "rms", "memory_query_temperature": True}),
+    "attention mixed, query norm, temperature": Setting(
+        memory={
+            "memory_output_projection": "attention",
+            "memory_query_norm": "rms",
+            "memory_query_temperature": True,
+        }
+    ),
     "silu, sigmoid": Setting(memory={"memory_output_projection": "silu", "memory_score_activation": "sigmoid"}),
     "linear, relu": Setting(memory={"memory_output_projection": "linear", "memory_score_activation": "relu"}),
     # With 9 keys the third and the fourth slot of one query differ by 4e-7 in the second step, and rounding picks one.

@@ -66,6 +66,7 @@ def test_shapes_of_the_other_variants_and_options():
     assert list(shapes) == ["attn_proj", "log_temperature", "row_keys", "col_keys", "values", "head_proj", "mixer"]
     # Behind the output projection a head has hidden_size / heads = 8 channels.
     assert shapes["attn_proj"] == (48, 60) and shapes["row_keys"] == (6, 64, 4) and shapes["mixer"] == (48, 48)
+    assert MemoryConfig(memory_output_projection="attention").parameter_shapes(**MODEL)["mixer"] == (60, 48)
 
 
 def test_num_slots():

@@ -103,7 +103,7 @@ def memory_settings():
     base = {"memory_num_keys": 13, "memory_topk": 4, "memory_latent_size": 5}
     for variant in ("hive", "full", "block"):
         for attention in ("attn_prime", "full"):
-            for projection in ("none", "linear", "silu") if variant != "block" else ("none",):
+            for projection in ("none", "linear", "attention", "silu") if variant != "block" else ("none",):
                 yield {
                     **base,
                     "memory_variant": variant,

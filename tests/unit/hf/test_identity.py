@@ -82,6 +82,7 @@ def test_bfloat16_logits_equal_the_base(make_base, upscale, tokens, family, tmp_
         {"memory_variant": "full"},
         {"memory_variant": "block", "memory_num_heads": 3},
         {"memory_output_projection": "linear", "memory_query_norm": "rms"},
+        {"memory_output_projection": "attention", "memory_query_norm": "rms"},
         {"memory_output_projection": "silu", "memory_query_temperature": True},
         {"memory_attention": "full", "memory_score_activation": "sigmoid"},
     ],

@@ -51,6 +51,8 @@ def expected_output(memory, attended):
     y = m.flatten(1)
     if config.memory_output_projection == "linear":
         y = y + y @ p["mixer"]
+    elif config.memory_output_projection == "attention":
+        y = y + raw.flatten(1) @ p["mixer"]
     return y
 
 
@@ -64,7 +66,7 @@ def all_settings():
             "memory_query_norm": norm,
             "memory_query_temperature": norm == "none",
         }
-    for variant, projection in itertools.product(("hive", "full"), ("linear", "silu")):
+    for variant, projection in itertools.product(("hive", "full"), ("linear", "attention", "silu")):
         yield {"memory_variant": variant, "memory_output_projection": projection, "memory_query_norm": "rms"}
     yield {"memory_variant": "block", "memory_num_heads": 3}
     yield {"memory_topk": 1}

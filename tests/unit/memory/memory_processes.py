@@ -111,7 +111,9 @@ def _formula(query: torch.Tensor, p: dict[str, torch.Tensor], memory: MemoryConf
     if memory.memory_variant == "block":
         return total
     m = torch.cat(parts)
-    return m + m @ p["mixer"] if "mixer" in p else m
+    if "mixer" in p:
+        return m + (query if memory.memory_output_projection == "attention" else m) @ p["mixer"]
+    return m
 
 
 def value_gradient(settings: dict[str, Any], layout: Layout) -> torch.Tensor:

@@ -22,6 +22,7 @@ SETTINGS = {
     "temperature, relu": {"memory_query_temperature": True, "memory_score_activation": "relu"},
     "silu, norm": {"memory_output_projection": "silu", "memory_query_norm": "rms"},
     "linear, sigmoid": {"memory_output_projection": "linear", "memory_score_activation": "sigmoid"},
+    "attention, norm": {"memory_output_projection": "attention", "memory_query_norm": "rms"},
     "attention full, silu": {"memory_attention": "full", "memory_output_projection": "silu"},
     "block, attention full": {"memory_attention": "full", "memory_variant": "block"},
 }
@@ -35,7 +36,9 @@ def test_forward_is_the_formula(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["hive", "full", "attention full, silu", "linear, sigmoid", "temperature, relu"])
+@pytest.mark.parametrize(
+    "name", ["hive", "full", "attention full, silu", "linear, sigmoid", "attention, norm", "temperature, relu"]
+)
 def test_start_values_are_slices_of_the_global_ones(name: str) -> None:
     for rank in launch(memory_processes.start_values, 2, SETTINGS[name], Layout(tp=2), 11):
         for parameter, facts in rank.items():

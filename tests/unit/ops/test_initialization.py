@@ -15,7 +15,7 @@ def make(name, shape, **changes):
 
 def test_every_parameter_of_every_memory_has_a_start_value():
     for variant in ("hive", "full", "block"):
-        for projection in ("none",) if variant == "block" else ("none", "linear", "silu"):
+        for projection in ("none",) if variant == "block" else ("none", "linear", "attention", "silu"):
             config = MemoryConfig(
                 memory_variant=variant, memory_output_projection=projection, memory_query_norm="rms",
                 memory_query_temperature=True, memory_attention="full", memory_num_keys=8,

@@ -109,6 +109,7 @@ def test_window_limits_attention():
         ({"memory_variant": "full"}, 32 * (2 * 2 * 256 * 32 + 2 * 16 * 64)),
         ({"memory_variant": "block", "memory_num_heads": 4}, 4 * (2 * 2 * 256 * 256 + 2 * 16 * 2048)),
         ({"memory_output_projection": "linear"}, 32 * (4 * 256 * 32 + 32 * 64 + 2 * 64 * 64) + 2 * 2048 * 2048),
+        ({"memory_output_projection": "attention"}, 32 * (4 * 256 * 32 + 32 * 64 + 2 * 64 * 64) + 2 * 2048 * 2048),
         ({"memory_output_projection": "silu"}, 32 * (4 * 256 * 32 + 32 * 64 + 2 * 64 * 64 + 2 * 64 * 64)),
         ({"memory_attention": "full"}, 32 * (4 * 256 * 32 + 32 * 64 + 2 * 64 * 64) + 2 * 2048 * 2048),
     ],
