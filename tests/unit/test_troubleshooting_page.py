@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md: every message on the page is one that the code has, and every part of the code is on the page."""
+"""Tables of messages in docs/: every message is one that the code has; every part of the code is in troubleshooting.md."""
 
 from __future__ import annotations
 
@@ -10,18 +10,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
-MESSAGES = re.findall(r"^\| `(.+?)` \| ", PAGE, re.MULTILINE)
+
+
+def messages(page: Path) -> list[str]:
+    """What stands in backticks in the first column of the tables that are headed "message"."""
+    tables = re.findall(r"^\| message \|.*\n\|---.*\n((?:\|.*\n)+)", page.read_text(), re.MULTILINE)
+    cells = [row.split(" | ")[0] for table in tables for row in table.splitlines()]
+    return [message for cell in cells for message in re.findall(r"`(.+?)`", cell)]
+
+
+ON_PAGES = {page.name: messages(page) for page in sorted((ROOT / "docs").glob("*.md"))}
+MESSAGES = ON_PAGES["troubleshooting.md"]
 # Whose messages users meet through the tools.
 PARTS = ("platform.py", "conversion", "data", "evaluation", "training", "upscaling")
 
 
 @functools.cache
 def texts(part: str = "") -> tuple[str, ...]:
-    """All texts of the package, with … for what is filled in."""
+    """All texts of a part of the package, or of it and the tools, with … for what is filled in."""
     root = ROOT / "megatron_midus" / part
+    files = [root] if root.is_file() else sorted(root.rglob("*.py"))
     found = []
-    for path in [root] if root.is_file() else sorted(root.rglob("*.py")):
+    for path in files if part else [*files, *sorted((ROOT / "tools").glob("*.py"))]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 found.append("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))
@@ -38,10 +48,13 @@ def says(message: str, part: str = "") -> bool:
 
 def test_there_are_messages():
     assert len(MESSAGES) >= 40
+    assert sum(bool(found) for found in ON_PAGES.values()) >= 4
 
 
-@pytest.mark.parametrize("message", MESSAGES)
-def test_the_code_has_the_message(message):
+@pytest.mark.parametrize(
+    ("page", "message"), [(page, message) for page, found in ON_PAGES.items() for message in found]
+)
+def test_the_code_has_the_message(page, message):
     assert says(message), f"no message of the code reads {message!r} any more"
 
 

@@ -1,0 +1,117 @@
+"""The pages whose blocks say so: their commands run one after the other, as they stand, and leave what the pages say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from documentation import ALL_BLOCKS, ROOT
+from warm_python import warm_python
+
+THIS_FILE = "run by tests/functional/test_pages.py"
+# What a page says that another one has made.
+NEEDS = {"docs/converting.md": "docs/upscaling.md", "docs/recovery.md": "docs/training.md"}
+BLOCKS = {
+    page: [block.text for block in ALL_BLOCKS if block.page == page and block.note == THIS_FILE]
+    for page in {block.page: None for block in ALL_BLOCKS if block.note == THIS_FILE}
+}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """What a reader's commands find where they run; they write below ``runs``."""
+    directory = tmp_path_factory.mktemp("repository")
+    for name in ("README.md", "docs", "examples", "tools", "pretrain_midus.py"):
+        (directory / name).symlink_to(ROOT / name)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run_page(root: Path, tmp_path_factory) -> Iterator[Callable[[str], str]]:
+    """Runs the blocks of a page in one shell, those of the pages that it builds on before it; each page once."""
+    printed: dict[str, str] = {}
+    programs = tmp_path_factory.mktemp("programs")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "COLUMNS": "200",
+    }
+
+    def run(page: str) -> str:
+        if page not in printed:
+            if page in NEEDS:
+                run(NEEDS[page])
+            commands = ["bash", "-euo", "pipefail"]
+            text = "\n".join(BLOCKS[page])
+            done = subprocess.run(commands, input=text, cwd=root, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{page}: {done.stdout}\n{done.stderr}"
+            printed[page] = done.stdout
+        return printed[page]
+
+    with warm_python(programs):
+        yield run
+
+
+def test_upscaling(run_page, root):
+    printed = run_page("docs/upscaling.md")
+    assert printed.count("bit-equal yes") == 2
+    assert "8 -> 12 layers, policy solar" in printed
+    plan = json.loads((root / "runs/upscaled/iter_0000000/midus_plan.json").read_text())
+    assert [block["kind"] for block in plan["blocks"]].count("memory") == 2
+    assert (root / "runs/llama_pro/config.json").is_file() and not (root / "runs/llama_pro/modeling_midus.py").exists()
+
+
+def test_converting(run_page, root):
+    printed = run_page("docs/converting.md")
+    assert printed.count("tensors are equal when read back") == 2 and "argmax agreement 100.00 %" in printed
+    assert (root / "runs/exported/modeling_midus.py").is_file()
+
+
+def test_training(run_page, root):
+    printed = run_page("docs/training.md")
+    assert printed.count("lm loss: ") == 4
+    assert (root / "runs/training/checkpoints/latest_checkpointed_iteration.txt").read_text().strip() == "4"
+
+
+def test_recovery(run_page):
+    printed = run_page("docs/recovery.md")
+    assert "midus_plan.json: OK" in printed
+
+
+def test_evaluation(run_page, root):
+    printed = run_page("docs/evaluation.md")
+    assert "decoding step" in printed
+    report = json.loads((root / "runs/evaluation/tasks.json").read_text())
+    base, midus = (model["tasks"] for model in report["models"])
+    assert len(base) >= 9 and base.keys() == midus.keys()
+
+
+def test_analysis(run_page, root):
+    run_page("docs/analysis.md")
+    assert {p.name for p in (root / "runs/analysis/report").iterdir()} >= {"report.html", "summary.md", "analysis.json"}
+
+
+def test_clusters(run_page):
+    printed = run_page("docs/clusters.md")
+    assert "8 -> 10 blocks, policy interleave" in printed and "megatron-core 0.16.1" in printed
+
+
+def test_no_page_is_left_out():
+    assert BLOCKS.keys() == {
+        f"docs/{name}.md"
+        for name in ("upscaling", "converting", "training", "recovery", "evaluation", "analysis", "clusters")
+    }
+
+
+def test_the_files_of_the_repository_stay(run_page, root):
+    """Commands write below ``runs`` alone."""
+    for page in BLOCKS:
+        run_page(page)
+    assert {path.name for path in root.iterdir() if not path.is_symlink()} == {"runs"}
