@@ -69,7 +69,8 @@ def serve(address: str) -> None:
     program = os.fork()
     if program:
         _, status = os.waitpid(program, 0)
-        connection.sendall(f"{os.waitstatus_to_exitcode(status) & 255}\n".encode())
+        code = os.waitstatus_to_exitcode(status)
+        connection.sendall(f"{code if code >= 0 else 128 - code}\n".encode())  # of a signal: what a shell makes of it
         os._exit(0)
     connection.close()
     _become(request, streams)

@@ -33,30 +33,52 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_page(root: Path, tmp_path_factory) -> Iterator[Callable[[str], str]]:
-    """Runs the blocks of a page in one shell, those of the pages that it builds on before it; each page once."""
-    printed: dict[str, str] = {}
+def shell(root: Path, tmp_path_factory) -> Iterator[Callable[[str], subprocess.CompletedProcess[str]]]:
+    """Runs a text in bash, in ``root``."""
     programs = tmp_path_factory.mktemp("programs")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-        "COLUMNS": "200",
-    }
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "COLUMNS": "200"}
+
+    def run(text: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", "-euo", "pipefail"]
+        return subprocess.run(command, input=text, cwd=root, env=environment, capture_output=True, text=True)
+
+    with warm_python(programs):
+        yield run
+
+
+@pytest.fixture(scope="module")
+def run_page(shell) -> Callable[[str], str]:
+    """Runs the blocks of a page in one shell, those of the page that it builds on before it; each page once."""
+    printed: dict[str, str] = {}
 
     def run(page: str) -> str:
         if page not in printed:
             if page in NEEDS:
                 run(NEEDS[page])
-            commands = ["bash", "-euo", "pipefail"]
-            text = "\n".join(BLOCKS[page])
-            done = subprocess.run(commands, input=text, cwd=root, env=environment, capture_output=True, text=True)
+            done = shell("\n".join(BLOCKS[page]))
             assert done.returncode == 0, f"{page}: {done.stdout}\n{done.stderr}"
             printed[page] = done.stdout
         return printed[page]
 
-    with warm_python(programs):
-        yield run
+    return run
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "output"),
+    [
+        ("python -c 'raise SystemExit(3)'", 3, ""),
+        ("python -c 'import sys; sys.exit(\"no\")'", 1, "no"),
+        ("python - a <<< 'import sys; print(sys.argv); 1 / 0'; echo on", 1, "['-', 'a']"),
+        ("python -c 'import os; os.kill(os.getpid(), 9)'", 137, ""),
+        ("python -c 'print(1)' | python -c 'print(input())' > runs.txt; cat runs.txt; rm runs.txt", 0, "1"),
+        ("python tools/upscale.py --hf-model nowhere --dry-run; echo on", 1, "error: "),
+    ],
+)
+def test_commands_end_as_they_do_elsewhere(shell, text, code, output):
+    done = shell(text)
+    assert done.returncode == code
+    assert output in done.stdout + done.stderr and "on\n" not in done.stdout
 
 
 def test_upscaling(run_page, root):
