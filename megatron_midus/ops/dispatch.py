@@ -22,8 +22,9 @@ Observer = Callable[[torch.Tensor, torch.Tensor], None]
 VARIANTS = ("hive", "full", "block")
 SCORE_ACTIVATIONS = ("softmax", "sigmoid", "relu")
 
-# Name of a backend -> module with `head_wise_memory(...)` and `unsupported_reason(...) -> str | None`. A new one is a
-# line here; "auto" takes the first that can run, so the fastest stands first and the definition last.
+# Name of a backend -> module with `head_wise_memory(...)`, its halves `weigh_slots(...)` and `aggregate_values(...)`, and
+# `unsupported_reason(...) -> str | None`. A new one is a line here; "auto" takes the first that can run, so the fastest
+# stands first and the definition last.
 BACKENDS = {
     "triton": "megatron_midus.ops.triton.function",
     "torch": "megatron_midus.ops.cpu",
@@ -123,12 +124,12 @@ def weigh_slots(
         ``(indices int32 [T, H, K], weights [T, H, K])``, best first, weights in fp32 at least.
 
     Raises:
-        ValueError: as ``head_wise_memory``; a named backend that has only the whole operator.
+        ValueError: as ``head_wise_memory``.
     """
     if score_activation not in SCORE_ACTIVATIONS:
         raise ValueError(f"score_activation={score_activation!r} is not known; choose one of {list(SCORE_ACTIVATIONS)}")
     check_keys(query_THD, row_keys_HND, col_keys_HND, topk=topk)
-    module = _module(choose_split_backend(backend, query_THD.device))
+    module = _module(choose_backend(backend, query_THD, row_keys_HND, col_keys_HND, topk=topk, variant="block"))
     with torch.autocast(query_THD.device.type, enabled=False):
         return module.weigh_slots(query_THD, row_keys_HND, col_keys_HND, topk=topk, score_activation=score_activation)
 
@@ -145,13 +146,13 @@ def aggregate_values(
         values_SW: ``[slots, width]``.
         index_BJ: int32 or int64 ``[bags, entries]``.
         weights_BJ: ``[bags, entries]``, fp32 or fp64.
-        backend: ``auto``, ``reference`` or ``torch``.
+        backend: as of ``head_wise_memory``.
 
     Returns:
         ``[bags, width]`` in the dtype of the weights.
 
     Raises:
-        ValueError: shapes that do not fit, or a named backend that has only the whole operator.
+        ValueError: shapes that do not fit, or a backend that was named and cannot run.
     """
     if values_SW.dim() != 2 or index_BJ.dim() != 2 or index_BJ.shape != weights_BJ.shape:
         raise ValueError(
@@ -159,21 +160,9 @@ def aggregate_values(
             "not fit; give [slots, width] and twice [bags, entries]"
         )
     _check_placement({"values": values_SW, "weights": weights_BJ})
-    module = _module(choose_split_backend(backend, values_SW.device))
+    module = _module(choose_backend(backend, values_SW, weights_BJ, topk=1, variant="block"))
     with torch.autocast(values_SW.device.type, enabled=False):
         return module.aggregate_values(values_SW, index_BJ, weights_BJ)
-
-
-def choose_split_backend(backend: str, device: torch.device) -> str:
-    """The backend of the two halves; raises ``ValueError`` when a named one does not have them."""
-    for name in BACKENDS if backend == "auto" else (backend,):
-        known = name in BACKENDS and hasattr(_module(name), "weigh_slots")
-        if known and (name == "reference" or device.type in ("cpu", "cuda")):
-            return name
-    raise ValueError(
-        f"memory backend {backend!r} cannot select slots and read values in two steps on {device.type}, which a value "
-        "bank split over ranks needs; choose auto, torch or reference"
-    )
 
 
 # -- choice of a backend ---------------------------------------------------------------------------------------------

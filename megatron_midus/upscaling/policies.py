@@ -57,7 +57,7 @@ def _check_points(num_layers: int, after: Sequence[int]) -> None:
 
 def _points(num_layers: int, num_blocks: int | None, insert_after: Sequence[int] | None, policy: str):
     if (num_blocks is None) == (insert_after is None):
-        raise ValueError(f"policy {policy} needs either num_blocks or insert_after")
+        raise ValueError(f"policy {policy} needs either num_blocks or insert_after, not both")
     if insert_after is not None:
         return tuple(insert_after), ()
     assert num_blocks is not None

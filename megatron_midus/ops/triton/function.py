@@ -36,7 +36,10 @@ def unsupported_reason(
     automatic: bool = False,
     **settings: Any,
 ) -> str | None:
-    """Why this backend cannot run, ``None`` when it can. ``automatic``: nobody named it, so it must be fast as well."""
+    """Why this backend cannot run, ``None`` when it can. ``automatic``: nobody named it, so it must be fast as well.
+
+    Where there is no query, as in ``aggregate_values``, its place is taken by any tensor of two dimensions.
+    """
     tensors = [query_THD, *(t for t in others if t is not None)]
     interpreted = query_THD.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if query_THD.device.type != "cuda" and (automatic or not interpreted):
@@ -50,7 +53,7 @@ def unsupported_reason(
             return "Triton's interpreter computes bfloat16 wrongly; unset TRITON_INTERPRET or use float32"
     if topk > MAX_TOPK:
         return f"topk={topk} is more than the {MAX_TOPK} that its kernels hold; choose torch"
-    if query_THD.shape[2] > MAX_CHANNELS:
+    if query_THD.dim() == 3 and query_THD.shape[2] > MAX_CHANNELS:
         return f"{query_THD.shape[2]} channels per head are more than the {MAX_CHANNELS} that its kernels hold; choose torch"
     if variant == "hive" and len(others) > 2 and others[2] is not None and others[2].shape[1] > MAX_LATENT:
         return f"latent size {others[2].shape[1]} is more than the {MAX_LATENT} that its kernels hold; choose torch"
@@ -111,6 +114,25 @@ def select_slots(
     dtype = functools.reduce(torch.promote_types, (row_keys_HND.dtype, col_keys_HND.dtype), query_THD.dtype)
     tensors = (t.to(dtype).contiguous() for t in (query_THD, row_keys_HND, col_keys_HND))
     return selection.select(*tensors, topk=topk, activation="none")
+
+
+def weigh_slots(
+    query_THD: torch.Tensor,
+    row_keys_HND: torch.Tensor,
+    col_keys_HND: torch.Tensor,
+    *,
+    topk: int,
+    score_activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``megatron_midus.ops.weigh_slots``; weights are fp32."""
+    dtype = functools.reduce(torch.promote_types, (row_keys_HND.dtype, col_keys_HND.dtype), query_THD.dtype)
+    tensors = (t.to(dtype).contiguous() for t in (query_THD, row_keys_HND, col_keys_HND))
+    return _WeighSlots.apply(*tensors, topk, score_activation)
+
+
+def aggregate_values(values_SW: torch.Tensor, index_BJ: torch.Tensor, weights_BJ: torch.Tensor) -> torch.Tensor:
+    """As ``megatron_midus.ops.aggregate_values``: fp32 ``[B, W]``."""
+    return _AggregateValues.apply(values_SW.contiguous(), index_BJ.int().contiguous(), weights_BJ.float().contiguous())
 
 
 class _Settings(NamedTuple):
@@ -182,3 +204,49 @@ class _HeadWiseMemory(torch.autograd.Function):
             grad_query, grad_rows, grad_cols = keys_backward(grad_scores, indices, query, row_keys, col_keys)
         grads = (grad_query, grad_rows, grad_cols, grad_values, grad_proj)
         return *(grad if need else None for grad, need in zip(grads, needed)), None
+
+
+class _WeighSlots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, row_keys, col_keys, topk, score_activation):
+        from megatron_midus.ops.triton import selection
+
+        indices, weights = selection.select(query, row_keys, col_keys, topk=topk, activation=score_activation)
+        ctx.save_for_backward(query, row_keys, col_keys, indices, weights)
+        ctx.score_activation = score_activation
+        ctx.mark_non_differentiable(indices)
+        return indices, weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, grad_weights):
+        from megatron_midus.ops.triton.keys_backward import keys_backward
+
+        query, row_keys, col_keys, indices, weights = ctx.saved_tensors
+        own = grad_weights.clone(memory_format=torch.contiguous_format)  # autograd may hand the same one to others
+        grad_scores = activation_backward(own, weights, ctx.score_activation)
+        grads = keys_backward(grad_scores, indices, query, row_keys, col_keys)
+        return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad)), None, None
+
+
+class _AggregateValues(torch.autograd.Function):
+    """Bags of any slots of one bank: variant block without the heads."""
+
+    @staticmethod
+    def forward(ctx, values, index, weights):
+        from megatron_midus.ops.triton.values import sum_values
+
+        ctx.save_for_backward(values, index, weights)
+        return sum_values(index[:, None], weights[:, None], values, variant="block", dtype=weights.dtype)[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        from megatron_midus.ops.triton.values_backward import values_backward
+
+        values, index, weights = ctx.saved_tensors
+        grad_weights, grad_values, _ = values_backward(
+            grad_out[:, None], index[:, None], weights[:, None], values, None, None, variant="block", deterministic=True
+        )
+        grads = (grad_values, None, grad_weights[:, 0])
+        return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad))
