@@ -6,7 +6,7 @@ Run with ``pytest -m gpu tests/gpu`` on a machine with an NVIDIA GPU of compute 
 import pytest
 import torch
 
-from megatron_midus.ops import head_wise_memory, reference
+from megatron_midus.ops import aggregate_values, head_wise_memory, reference, weigh_slots
 from megatron_midus.ops.dispatch import choose_backend
 
 pytestmark = [
@@ -185,6 +185,22 @@ def test_memory_kept_for_the_backward_pass():
     out = triton(*inputs, topk=16)
     kept = torch.cuda.memory_allocated() - before - out.numel() * out.element_size()
     assert kept <= 70e6, f"{kept / 1e6:.1f} MB"
+
+
+@pytest.mark.parametrize("variant", ["hive", "block"])
+def test_two_steps_over_columns_equal_the_whole(variant):
+    """What ranks compute that hold a part of the columns of a bank each."""
+
+    def two_steps(query, rows, cols, values, proj, *, topk, variant):
+        index, weights = weigh_slots(query, rows, cols, topk=topk, backend="triton")
+        bags = len(query) * (1 if variant == "block" else query.shape[1])
+        entries = index.view(bags, -1), weights.view(bags, -1)
+        found = torch.cat([aggregate_values(v, *entries, backend="triton") for v in values.tensor_split(2, 1)], 1)
+        if variant == "block":
+            return found[:, None].to(query.dtype)
+        return torch.einsum("thl,hlo->tho", found.view(*query.shape[:2], -1).to(proj.dtype), proj)
+
+    assert_parity(two_steps, draw(**SHAPES["odd"], variant=variant), topk=9, variant=variant)
 
 
 def test_auto_takes_triton():
