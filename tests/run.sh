@@ -29,7 +29,7 @@ if [ "$whole" = 1 ]; then
     export COVERAGE_FILE MIDUS_COVERAGE=1
     trap 'rm -rf "${COVERAGE_FILE%/*}"' EXIT
 fi
-python -m pytest -q -n "${MIDUS_TEST_WORKERS:-3}" --dist loadfile --durations=15 ${fast[@]+"${fast[@]}"} "$@"
+python -m pytest -q -n "${MIDUS_TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder --durations=40 ${fast[@]+"${fast[@]}"} "$@"
 if [ "$whole" = 1 ]; then
     coverage combine --quiet
     printf 'unit tests alone, kernels left out, execute %s %% of the lines of megatron_midus\n' "$(coverage report --format=total)"
