@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from warm_python import warm_python
 
 from megatron_midus.conversion.hf_io import SafetensorsReader
 from megatron_midus.upscaling import UpscalePlan
@@ -36,12 +37,20 @@ def script(model: str, name: str, work: Path, *arguments: str, **more: str) -> s
     return subprocess.run(command, env=environment(work, **more), capture_output=True, text=True, timeout=600)
 
 
+@pytest.fixture(scope="module")
+def warm_path(tmp_path_factory):
+    """A ``PATH`` whose python starts at once."""
+    programs = tmp_path_factory.mktemp("programs")
+    with warm_python(programs):
+        yield f"{programs}{os.pathsep}{os.environ['PATH']}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-def test_all_scripts_in_order(model, tmp_path):
+def test_all_scripts_in_order(model, warm_path, tmp_path):
     output = {}
     for name in SCRIPTS:
-        done = script(model, name, tmp_path, "--tiny")
+        done = script(model, name, tmp_path, "--tiny", PATH=warm_path)
         assert done.returncode == 0, f"{name}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
         output[name] = done.stdout
     statistics = json.loads((tmp_path / "data" / "train_text_document.json").read_text())
