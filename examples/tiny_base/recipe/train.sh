@@ -4,7 +4,7 @@
 # hours, and leaving --bf16 out is faster. A second call continues a run that was interrupted.
 #
 # Usage: examples/tiny_base/recipe/train.sh [WORK_DIR]      (default: runs/tiny_base; the model appears in WORK_DIR/hf)
-# HEADS (4), TRAIN_ITERS (1500) and PRECISION (--bf16; empty: fp32) make siblings of it: hidden size and parameters stay.
+# HEADS (4; or 2, 8), TRAIN_ITERS (1500) and PRECISION (--bf16; empty: fp32) make siblings of it with as many parameters.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 work="${1:-runs/tiny_base}"
