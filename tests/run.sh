@@ -29,7 +29,8 @@ if [ "$whole" = 1 ]; then
     export COVERAGE_FILE MIDUS_COVERAGE=1
     trap 'rm -rf "${COVERAGE_FILE%/*}"' EXIT
 fi
-python -m pytest -q -n "${MIDUS_TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder --durations=40 ${fast[@]+"${fast[@]}"} "$@"
+# In the order of the directories, process tests first: the many short unit tests then keep all workers busy to the end.
+python -m pytest -q -n "${MIDUS_TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder --durations=15 ${fast[@]+"${fast[@]}"} "$@"
 if [ "$whole" = 1 ]; then
     coverage combine --quiet
     printf 'unit tests alone, kernels left out, execute %s %% of the lines of megatron_midus\n' "$(coverage report --format=total)"

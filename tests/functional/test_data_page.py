@@ -9,14 +9,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page(tmp_path, tmp_path_factory):
-    programs = tmp_path_factory.mktemp("programs")
+def test_the_commands_of_the_page(tmp_path, warm_path):
     for name in ("examples", "tools", "pretrain_midus.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/data.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -24,17 +22,16 @@ def test_the_commands_of_the_page(tmp_path, tmp_path_factory):
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PATH": warm_path,
     }
-    with warm_python(programs):
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail"],
-            input="\n".join(blocks),
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail"],
+        input="\n".join(blocks),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     made = tmp_path / "data_demo"
     counts = json.loads((made / "mixed/out_text_document.json").read_text())

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from warm_python import warm_python
 
 from megatron_midus.conversion.hf_io import SafetensorsReader
 from megatron_midus.upscaling import UpscalePlan
@@ -35,14 +34,6 @@ def environment(work: Path, **more: str) -> dict[str, str]:
 def script(model: str, name: str, work: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess:
     command = ["bash", str(EXAMPLES / model / name), *arguments]
     return subprocess.run(command, env=environment(work, **more), capture_output=True, text=True, timeout=600)
-
-
-@pytest.fixture(scope="module")
-def warm_path(tmp_path_factory):
-    """A ``PATH`` whose python starts at once."""
-    programs = tmp_path_factory.mktemp("programs")
-    with warm_python(programs):
-        yield f"{programs}{os.pathsep}{os.environ['PATH']}"
 
 
 @pytest.mark.slow

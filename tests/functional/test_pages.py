@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from documentation import ALL_BLOCKS, ROOT
-from warm_python import warm_python
 
 THIS_FILE = "run by tests/functional/test_pages.py"
 # What a page says that another one has made.
@@ -50,18 +49,15 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shell(root: Path, tmp_path_factory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+def shell(root: Path, warm_path: str) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a text in bash, in ``root`` unless another directory is given."""
-    programs = tmp_path_factory.mktemp("programs")
-    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "COLUMNS": "200"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": warm_path, "COLUMNS": "200"}
 
     def run(text: str, directory: Path = root) -> subprocess.CompletedProcess[str]:
         command = ["bash", "-euo", "pipefail"]
         return subprocess.run(command, input=text, cwd=directory, env=environment, capture_output=True, text=True)
 
-    with warm_python(programs):
-        yield run
+    return run
 
 
 @pytest.fixture(scope="module")
