@@ -11,8 +11,10 @@ VERSION = next(
     if "__version__" in line
 )
 
+# Memory backend "numba": loops compiled for the CPU at hand.
+CPU = ["numba>=0.60"]
 # tools/benchmark.py: the plot, and another implementation of product keys to compare with.
-BENCH = ["matplotlib>=3.7", "product-key-memory>=0.3"]
+BENCH = [*CPU, "matplotlib>=3.7", "product-key-memory>=0.3"]
 # With its packages for Hugging Face models.
 EVAL = ["lm-eval[hf]>=0.4.13,<0.5"]
 
@@ -48,6 +50,7 @@ setup(
     extras_require={
         # apex is not on the package index; megatron_midus.platform says how to get it when it is asked for.
         "gpu": ["transformer-engine[pytorch]>=2.1"],
+        "cpu": CPU,
         "eval": EVAL,
         "bench": BENCH,
         "dev": [

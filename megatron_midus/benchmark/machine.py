@@ -16,7 +16,16 @@ from megatron_midus.benchmark.timing import Summary, time_phases
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 GEMM_SIZE = {"cpu": 1280, "cuda": 8192}
 REPETITIONS = 9
-_PACKAGES = ("megatron-midus", "torch", "triton", "numpy", "megatron-core", "transformer-engine", "product-key-memory")
+_PACKAGES = (
+    "megatron-midus",
+    "torch",
+    "triton",
+    "numba",
+    "numpy",
+    "megatron-core",
+    "transformer-engine",
+    "product-key-memory",
+)
 
 
 @dataclasses.dataclass(frozen=True)

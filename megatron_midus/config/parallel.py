@@ -82,9 +82,10 @@ class ParallelConfig:
     """Layer implementation: local = plain torch; transformer_engine; auto = Transformer Engine on a GPU when it is
     installed and no --reset-attention-mask was given, local otherwise."""
 
-    memory_backend: Literal["auto", "reference", "torch", "triton"] = "auto"
+    memory_backend: Literal["auto", "reference", "torch", "numba", "triton"] = "auto"
     """Implementation of the head-wise memory look-up: reference = plain torch, the definition; torch = the fast path for
-    CPUs; triton = GPU kernels; auto = the fastest that can run, and the log says why the others cannot."""
+    CPUs; numba = the same with loops compiled for this CPU (pip install numba); triton = GPU kernels; auto = the fastest
+    that can run, and the log says why the others cannot."""
 
     memory_value_placement: Literal["replicated", "latent", "auto"] = "replicated"
     """Under tensor parallelism: replicated = every process holds the value bank that the heads share; latent = split on

@@ -97,7 +97,7 @@ def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     for name in ("value_lr_mult", "value_weight_decay"):
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, type=float, default=getattr(defaults, name), help=docs[name])
-    group.add_argument("--memory-backend", default="auto", help="auto, reference, torch or triton")
+    group.add_argument("--memory-backend", default="auto", help="auto, reference, torch, numba or triton")
     # Read by upstream's conversion to a TransformerConfig: layers of two kinds cannot be stacked in a checkpoint.
     parser.set_defaults(hetereogenous_dist_checkpoint=True)
     upscaled = find_upscaled(_peek(sys.argv[1:]), required=False)

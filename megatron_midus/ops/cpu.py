@@ -46,10 +46,11 @@ def head_wise_memory(
     variant: str = "hive",
     score_activation: str = "softmax",
     observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    pieces: Pieces | None = None,
 ) -> torch.Tensor:
     """As ``megatron_midus.ops.head_wise_memory``; gradients are the same from run to run."""
     tensors = (query_THD, row_keys_HND, col_keys_HND, values, head_proj)
-    settings = _Settings(topk, variant, score_activation, observer)
+    settings = _Settings(topk, variant, score_activation, observer, pieces or _PIECES)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _HeadWiseMemory.apply(*tensors, settings)
     return _look_up(*tensors, settings)[0]
@@ -71,14 +72,26 @@ def weigh_slots(
     *,
     topk: int,
     score_activation: str = "softmax",
+    pieces: Pieces | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``megatron_midus.ops.weigh_slots``."""
-    return _WeighSlots.apply(query_THD, row_keys_HND, col_keys_HND, topk, score_activation)
+    return _WeighSlots.apply(query_THD, row_keys_HND, col_keys_HND, topk, score_activation, pieces or _PIECES)
 
 
-def aggregate_values(values_SW: torch.Tensor, index_BJ: torch.Tensor, weights_BJ: torch.Tensor) -> torch.Tensor:
+def aggregate_values(
+    values_SW: torch.Tensor, index_BJ: torch.Tensor, weights_BJ: torch.Tensor, *, pieces: Pieces | None = None
+) -> torch.Tensor:
     """As ``megatron_midus.ops.aggregate_values``; gradients are the same from run to run."""
-    return _AggregateValues.apply(values_SW, index_BJ, weights_BJ)
+    return _AggregateValues.apply(values_SW, index_BJ, weights_BJ, pieces or _PIECES)
+
+
+class Pieces(NamedTuple):
+    """What a backend for the CPU may do its own way; signatures as of the functions in ``_PIECES`` below."""
+
+    select_slots: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    row_products: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    scatter_rows: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+    backward_keys: Callable[..., tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]
 
 
 class _Settings(NamedTuple):
@@ -86,6 +99,7 @@ class _Settings(NamedTuple):
     variant: str
     score_activation: str
     observer: Callable[[torch.Tensor, torch.Tensor], None] | None
+    pieces: Pieces
 
 
 def _look_up(
@@ -98,13 +112,13 @@ def _look_up(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(out, slots int32 [H, T, K], weights [H, T, K])``."""
     dtype = compute_dtype(query, row_keys, col_keys, values, head_proj)
-    index, scores = selection.select_slots(query, row_keys, col_keys, topk=settings.topk, dtype=dtype)
+    index, scores = settings.pieces.select_slots(query, row_keys, col_keys, topk=settings.topk, dtype=dtype)
     weights = activate_scores(scores, settings.score_activation)
     if settings.observer is not None:
         settings.observer(index.transpose(0, 1), weights.detach().transpose(0, 1))
     tokens, heads, _ = query.shape
     if head_proj is not None and tokens * heads <= FEW_LOOKUPS:  # one part; of a decoding step, each call counts
-        bank, slots = _widened(values, index.view(-1), dtype)
+        bank, slots = widened(values, index.view(-1), dtype)
         starts = _bag_starts(tokens * heads, settings.topk, index.device)
         latent = torch.embedding_bag(bank, slots, starts, False, 0, False, weights.view(-1))[0]  # mode 0: sum
         out = torch.bmm(latent.view(heads, tokens, values.shape[1]), head_proj.to(dtype)).transpose(0, 1)
@@ -136,13 +150,13 @@ class _HeadWiseMemory(torch.autograd.Function):
         needs_scores = needs_query or needs_rows or needs_cols
         with torch.autocast(query.device.type, enabled=False):
             grad_values, grad_proj, grad_weights = _backward_values(
-                grad_out, values, head_proj, index, weights, ctx.settings.variant, weights.dtype,
-                needs_values, needs_proj, needs_scores,
+                grad_out, values, head_proj, index, weights, ctx.settings, weights.dtype, needs_values, needs_proj,
+                needs_scores,
             )  # fmt: skip
             grad_query = grad_rows = grad_cols = None
             if needs_scores:
                 grad_scores = _activation_backward(grad_weights, weights, ctx.settings.score_activation)
-                grad_query, grad_rows, grad_cols = _backward_keys(
+                grad_query, grad_rows, grad_cols = ctx.settings.pieces.backward_keys(
                     grad_scores, query, row_keys, col_keys, index, weights.dtype, needs_query, needs_rows or needs_cols
                 )
         return (
@@ -159,12 +173,12 @@ class _WeighSlots(torch.autograd.Function):
     """The look-up up to the weights, for a caller that moves them before values are read."""
 
     @staticmethod
-    def forward(ctx, query, row_keys, col_keys, topk, score_activation):
+    def forward(ctx, query, row_keys, col_keys, topk, score_activation, pieces):
         dtype = compute_dtype(query, row_keys, col_keys)
-        index, scores = selection.select_slots(query, row_keys, col_keys, topk=topk, dtype=dtype)
+        index, scores = pieces.select_slots(query, row_keys, col_keys, topk=topk, dtype=dtype)
         weights = activate_scores(scores, score_activation)
         ctx.save_for_backward(query, row_keys, col_keys, index, weights)
-        ctx.score_activation = score_activation
+        ctx.score_activation, ctx.pieces = score_activation, pieces
         index_THK = index.transpose(0, 1).contiguous()
         ctx.mark_non_differentiable(index_THK)
         return index_THK, weights.transpose(0, 1).contiguous()
@@ -173,21 +187,22 @@ class _WeighSlots(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, _, grad_weights):
         query, row_keys, col_keys, index, weights = ctx.saved_tensors
-        needs_query, needs_rows, needs_cols, _, _ = ctx.needs_input_grad
+        needs_query, needs_rows, needs_cols, *_ = ctx.needs_input_grad
         with torch.autocast(query.device.type, enabled=False):
             # A copy: the gradient of the activation is made in place.
             grad_weights = grad_weights.to(weights.dtype).transpose(0, 1).clone(memory_format=torch.contiguous_format)
             grad_scores = _activation_backward(grad_weights, weights, ctx.score_activation)
-            grad_query, grad_rows, grad_cols = _backward_keys(
+            grad_query, grad_rows, grad_cols = ctx.pieces.backward_keys(
                 grad_scores, query, row_keys, col_keys, index, weights.dtype, needs_query, needs_rows or needs_cols
             )
-        return grad_query, grad_rows if needs_rows else None, grad_cols if needs_cols else None, None, None
+        return grad_query, grad_rows if needs_rows else None, grad_cols if needs_cols else None, None, None, None
 
 
 class _AggregateValues(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, index_BJ, weights_BJ):
+    def forward(ctx, values, index_BJ, weights_BJ, pieces):
         ctx.save_for_backward(values, index_BJ, weights_BJ)
+        ctx.pieces = pieces
         out = weights_BJ.new_empty(len(index_BJ), values.shape[1])
         bank = _bank(values, index_BJ, weights_BJ.dtype)
         for part in _chunks(len(index_BJ), index_BJ.shape[1]):
@@ -198,7 +213,7 @@ class _AggregateValues(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out):
         values, index, weights = ctx.saved_tensors
-        needs_values, _, needs_weights = ctx.needs_input_grad
+        needs_values, _, needs_weights, _ = ctx.needs_input_grad
         grad_values = _zeros(values, weights.dtype) if needs_values else None
         grad_weights = torch.empty_like(weights) if needs_weights else None
         bank = _bank(values, index, weights.dtype)
@@ -206,10 +221,10 @@ class _AggregateValues(torch.autograd.Function):
             for part in _chunks(len(index), index.shape[1]):
                 rows = grad_out[part].to(weights.dtype).contiguous()  # [B, W]
                 if grad_weights is not None:
-                    grad_weights[part] = _row_products(bank, index[part], rows)
+                    grad_weights[part] = ctx.pieces.row_products(bank, index[part], rows)
                 if grad_values is not None:
-                    grad_values += _scatter_rows(index[part], weights[part], rows, len(values))
-        return None if grad_values is None else grad_values.to(values.dtype), None, grad_weights
+                    grad_values += ctx.pieces.scatter_rows(index[part], weights[part], rows, len(values))
+        return None if grad_values is None else grad_values.to(values.dtype), None, grad_weights, None
 
 
 def _bank(values: torch.Tensor, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -271,14 +286,14 @@ def _chunks(tokens: int, per_token: int) -> Iterator[slice]:
 
 # -- backward --------------------------------------------------------------------------------------------------------
 def _backward_values(
-    grad_out, values, head_proj, index, weights, variant, dtype, needs_values, needs_proj, needs_weights
+    grad_out, values, head_proj, index, weights, settings, dtype, needs_values, needs_proj, needs_weights
 ):
     """Gradients of the bank, of the head projection and of the weights ``[H, T, K]``; ``None`` where not needed."""
-    grad_values = _zeros(values, dtype) if needs_values else None
+    grad_values = None
     grad_proj = _zeros(head_proj, dtype) if needs_proj else None
     grad_weights = torch.empty_like(weights) if needs_weights else None
     proj = None if head_proj is None else head_proj.to(dtype)
-    for part in _parts(values, index, variant, dtype):
+    for part in _parts(values, index, settings.variant, dtype):
         bags, bag_weights = part.bags(index), part.bags(weights)
         grad_pooled = grad_out[part.tokens, part.outputs].to(dtype).transpose(0, 1)  # [H, c, d_o]
         if grad_proj is not None:
@@ -288,13 +303,18 @@ def _backward_values(
             grad_pooled = torch.bmm(grad_pooled, proj.transpose(1, 2))  # [H, c, L]
         rows = grad_pooled.reshape(len(bags), -1)  # [B, W]
         if grad_weights is not None:
-            grad_weights[part.heads, part.tokens] = part.unbag(_row_products(part.bank, bags, rows), index.shape[-1])
-        if grad_values is not None:
-            added = _scatter_rows(bags, bag_weights, rows, len(part.bank))
-            if added.shape == grad_values.shape and part.tokens.start == 0:
-                grad_values = added  # the only bank's first chunk: spares a pass over a tensor of the bank's size
-            else:
+            products = settings.pieces.row_products(part.bank, bags, rows)
+            grad_weights[part.heads, part.tokens] = part.unbag(products, settings.topk)
+        if needs_values:
+            added = settings.pieces.scatter_rows(bags, bag_weights, rows, len(part.bank))
+            if (
+                grad_values is None
+            ):  # one bank's first gradient is taken as it is: no pass over zeros of the bank's size
+                grad_values = added if part.bank_index is None else _zeros(values, dtype)
+            if grad_values is not added:
                 grad_values[() if part.bank_index is None else part.bank_index] += added
+    if needs_values and grad_values is None:  # no token
+        grad_values = _zeros(values, dtype)
     cast = [None if g is None else g.to(like.dtype) for g, like in ((grad_values, values), (grad_proj, head_proj))]
     return *cast, grad_weights
 
@@ -343,7 +363,7 @@ def _backward_keys(grad_scores_HTK, query, row_keys, col_keys, index, dtype, nee
 
 
 # -- pieces ----------------------------------------------------------------------------------------------------------
-def _widened(bank: torch.Tensor, index: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def widened(bank: torch.Tensor, index: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Bank and index in ``dtype``: of a narrower bank only the rows that are read."""
     if bank.dtype == dtype:
         return bank, index
@@ -353,7 +373,7 @@ def _widened(bank: torch.Tensor, index: torch.Tensor, dtype: torch.dtype) -> tup
 
 def _pool_rows(bank: torch.Tensor, index_BJ: torch.Tensor, weights_BJ: torch.Tensor) -> torch.Tensor:
     """``out[b] = sum_j weights[b, j] * bank[index[b, j]]``, ``[B, W]``."""
-    bank, index_BJ = _widened(bank, index_BJ, weights_BJ.dtype)
+    bank, index_BJ = widened(bank, index_BJ, weights_BJ.dtype)
     return F.embedding_bag(index_BJ, bank, per_sample_weights=weights_BJ, mode="sum")
 
 
@@ -364,7 +384,7 @@ def _bag_starts(num_bags: int, entries: int, device: torch.device) -> torch.Tens
 
 def _row_products(bank: torch.Tensor, index_BJ: torch.Tensor, rows_BW: torch.Tensor) -> torch.Tensor:
     """``out[b, j] = <rows[b], bank[index[b, j]]>``, ``[B, J]``."""
-    bank, index_BJ = _widened(bank, index_BJ, rows_BW.dtype)
+    bank, index_BJ = widened(bank, index_BJ, rows_BW.dtype)
     num_bags, entries = index_BJ.shape
     if bank.device.type == "cpu":
         starts = torch.arange(0, index_BJ.numel() + 1, entries, dtype=index_BJ.dtype)
@@ -410,3 +430,6 @@ def _sum_runs(
     offsets = (starts[run] + MAX_SEGMENT * piece_in_run).to(index.dtype)
     partial = F.embedding_bag(index, rows_BW, offsets, per_sample_weights=weights, mode="sum")
     return _sum_runs(partial, torch.arange(len(partial), dtype=index.dtype, device=index.device), None, pieces)
+
+
+_PIECES = Pieces(selection.select_slots, _row_products, _scatter_rows, _backward_keys)

@@ -27,6 +27,7 @@ SCORE_ACTIVATIONS = ("softmax", "sigmoid", "relu")
 # stands first and the definition last.
 BACKENDS = {
     "triton": "megatron_midus.ops.triton.function",
+    "numba": "megatron_midus.ops.numba.function",
     "torch": "megatron_midus.ops.cpu",
     "reference": "megatron_midus.ops.reference",
 }
@@ -61,7 +62,7 @@ def head_wise_memory(
         topk: slots per head and token, K, at most N.
         variant: ``hive``, ``full`` or ``block`` (one bank, head outputs summed).
         score_activation: ``softmax``, ``sigmoid`` or ``relu`` turns the K scores into weights.
-        backend: ``auto``, ``reference``, ``torch`` or ``triton``. ``auto`` takes the fastest that can run.
+        backend: ``auto``, ``reference``, ``torch``, ``numba`` or ``triton``. ``auto`` takes the fastest that can run.
         deterministic: ask for gradients that are equal bit by bit from run to run. ``False`` merely allows otherwise.
         values_main_grad: fp32 buffer of the shape of ``values``, to which the backward pass adds their gradient;
             autograd then sees zeros. Backend ``triton`` alone; saves a pass over the bank and its gradient.
@@ -81,7 +82,7 @@ def head_wise_memory(
     tensors = (query_THD, row_keys_HND, col_keys_HND, values, head_proj)
     settings: dict[str, Any] = {"topk": topk, "variant": variant, "score_activation": score_activation}
     name = choose_backend(backend, *tensors, **settings, deterministic=deterministic, values_main_grad=values_main_grad)
-    if name not in ("torch", "reference"):
+    if name not in ("numba", "torch", "reference"):
         settings["deterministic"] = deterministic
     if values_main_grad is not None:
         settings["values_main_grad"] = values_main_grad

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 RMS_EPSILON = 1e-6
 
@@ -84,7 +85,7 @@ def weigh_slots(
 
 def aggregate_values(values_SW: torch.Tensor, index_BJ: torch.Tensor, weights_BJ: torch.Tensor) -> torch.Tensor:
     """As ``megatron_midus.ops.aggregate_values``: the second half, for a bank that all bags share."""
-    return torch.einsum("bj,bjw->bw", weights_BJ, values_SW.to(weights_BJ.dtype)[index_BJ])
+    return torch.einsum("bj,bjw->bw", weights_BJ, F.embedding(index_BJ, values_SW.to(weights_BJ.dtype)))
 
 
 def activation_backward(
@@ -117,15 +118,16 @@ def head_wise_memory(
     if observer is not None:
         observer(index.int(), weights.detach())
     values = values.to(dtype)
+    # Rows come from F.embedding, whose gradient is the same from run to run, unlike that of an index on several threads.
     if variant == "hive":
         assert head_proj is not None
-        latent = torch.einsum("thk,thkl->thl", weights, values[index])
+        latent = torch.einsum("thk,thkl->thl", weights, F.embedding(index, values))
         out = torch.einsum("thl,hlo->tho", latent, head_proj.to(dtype))
     elif variant == "full":
-        head = torch.arange(values.shape[0], device=index.device)[:, None]  # [H, 1], against index [T, H, K]
-        out = torch.einsum("thk,thko->tho", weights, values[head, index])
+        first = torch.arange(values.shape[0], device=index.device)[:, None] * values.shape[1]  # [H, 1]: a head's slot 0
+        out = torch.einsum("thk,thko->tho", weights, F.embedding(first + index, values.flatten(0, 1)))
     else:
-        out = torch.einsum("thk,thkd->td", weights, values[index])[:, None]
+        out = torch.einsum("thk,thkd->td", weights, F.embedding(index, values))[:, None]
     return out.to(query_THD.dtype)
 
 

@@ -47,7 +47,7 @@ def select_slots(
     keys = [half.to(dtype).transpose(1, 2) for half in (row_keys_HND, col_keys_HND)]  # [H, D/2, N]
     if heads * tokens <= NUMPY_ROWS:
         return _best_slots(query.to(dtype), keys, topk)
-    threads = min(_num_threads(), heads * tokens // MIN_ROWS_PER_THREAD) if query.device.type == "cpu" else 1
+    threads = min(num_threads(), heads * tokens // MIN_ROWS_PER_THREAD) if query.device.type == "cpu" else 1
     step = max(1, min(CHUNK_SCORES // (heads * num_keys), -(-tokens // max(threads, 1))))
     if tokens <= step:
         return _best_slots(query.to(dtype), keys, topk)
@@ -60,15 +60,15 @@ def select_slots(
         for chunk in some:
             indices[:, chunk], scores[:, chunk] = _best_slots(query[:, chunk].to(dtype), keys, topk)
 
-    _run_in_threads(work, [chunks[first::threads] for first in range(threads)] if threads > 1 else [chunks])
+    run_in_threads(work, [chunks[first::threads] for first in range(threads)] if threads > 1 else [chunks])
     return indices, scores
 
 
-def _num_threads() -> int:
+def num_threads() -> int:
     return torch.get_num_threads()
 
 
-def _run_in_threads(function: Callable[[list[slice]], None], parts: list[list[slice]]) -> None:
+def run_in_threads(function: Callable[[list], None], parts: list[list]) -> None:
     """``function`` on each part in a thread of its own, within which torch uses that one thread alone.
 
     numpy's sort and torch's small operators use one core each; side by side they use all of them. Torch's own threads
@@ -85,13 +85,18 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     """``process`` is in the key because threads do not survive a fork."""
     before = torch.get_num_threads()
     started = threading.Barrier(threads + 1)
-    pool = ThreadPoolExecutor(threads, "memory-select", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(threads, "memory-select", initializer=_use_one_thread)
     for _ in range(threads):
         pool.submit(started.wait)
     started.wait()
     # The number holds for the thread that sets it, but threads that begin later would inherit it.
     torch.set_num_threads(before)
     return pool
+
+
+def _use_one_thread() -> None:
+    torch.get_num_threads()  # the first question in a thread sets its number to the process's, hence before the change
+    torch.set_num_threads(1)
 
 
 def _best_slots(query_HTD: torch.Tensor, keys: list[torch.Tensor], topk: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_midus.ops import cpu, dispatch, head_wise_memory, select_slots, unsupported_reason
+from megatron_midus.ops.numba import function as numba_function
 
 
 def arguments(**changes):
@@ -62,11 +63,13 @@ def test_a_buffer_for_the_values_gradient_needs_triton():
 
 def test_auto_takes_the_first_that_can_run_and_says_why_once(monkeypatch, caplog):
     dispatch._log_once.cache_clear()
+    monkeypatch.setattr(numba_function, "_installed", lambda: False)
     with caplog.at_level(logging.INFO, logger=dispatch.__name__):
         fast = head_wise_memory(**arguments())
         head_wise_memory(**arguments())
     assert [record.getMessage() for record in caplog.records] == [
-        "head-wise memory: backend torch (not triton: its kernels need CUDA tensors and these are on cpu)"
+        "head-wise memory: backend torch (not triton: its kernels need CUDA tensors and these are on cpu; "
+        "not numba: the package numba is not installed; run pip install numba)"
     ]
     assert fast.shape == (7, 2, 5)
     caplog.clear()

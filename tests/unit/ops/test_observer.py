@@ -22,10 +22,11 @@ def run(backend: str, observer=None) -> tuple[torch.Tensor, ...]:
     return (out.detach(), *torch.autograd.grad(out.square().sum(), tensors))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "numba", "triton"])
 def test_an_observer_sees_the_look_up_and_changes_nothing(backend, monkeypatch):
+    if backend in ("numba", "triton"):
+        pytest.importorskip(backend)
     if backend == "triton":
-        pytest.importorskip("triton")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     seen = []
     found = run(backend, lambda indices, weights: seen.append((indices, weights)))

@@ -24,7 +24,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(selection, "SIMD_SORT", False)
     elif request.param == "threads":
         monkeypatch.setattr(selection, "MIN_ROWS_PER_THREAD", 5)
-        monkeypatch.setattr(selection, "_num_threads", lambda: 5)
+        monkeypatch.setattr(selection, "num_threads", lambda: 5)
     elif request.param == "small chunks":
         monkeypatch.setattr(selection, "CHUNK_SCORES", 1000)
 
@@ -96,7 +96,7 @@ def test_tiny_and_signed_zero_scores(way):
 
 def test_threads_leave_torchs_number_of_threads_alone(monkeypatch):
     """The threads of the selection use one core each; this thread, and those that begin later, keep what they had."""
-    monkeypatch.setattr(selection, "_num_threads", lambda: 3)
+    monkeypatch.setattr(selection, "num_threads", lambda: 3)
     monkeypatch.setattr(selection, "MIN_ROWS_PER_THREAD", 5)
     monkeypatch.setattr(selection, "NUMPY_ROWS", 0)
     before = torch.get_num_threads()

@@ -9,7 +9,7 @@ from megatron_midus.ops import aggregate_values, cpu, head_wise_memory, weigh_sl
 
 ACTIVATIONS = ("softmax", "sigmoid", "relu")
 CASES = [
-    *itertools.product(("hive", "block"), ACTIVATIONS, ("torch", "reference")),
+    *itertools.product(("hive", "block"), ACTIVATIONS, ("torch", "numba", "reference")),
     ("hive", "softmax", "triton"),  # interpreted, a thousand times slower
     ("block", "relu", "triton"),
 ]
@@ -34,6 +34,8 @@ def two_steps(query, row_keys, col_keys, values, head_proj, *, topk, variant, sc
 
 @pytest.mark.parametrize(("variant", "activation", "backend"), CASES)
 def test_equals_the_whole_operator(make_inputs, run_with_gradients, variant, activation, backend):
+    if backend == "numba":
+        pytest.importorskip("numba")
     few = {"tokens": 2, "num_keys": 12} if backend == "triton" else {}
     inputs = make_inputs(variant=variant, **few)
     settings = {"topk": 9, "variant": variant, "score_activation": activation, "backend": backend}

@@ -14,6 +14,8 @@ VARIANTS = ("hive", "full", "block")
 @pytest.fixture(params=list(BACKENDS))
 def memory(request, head_wise_memory_of):
     """``head_wise_memory`` of one backend."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
     return head_wise_memory_of(request.param)
 
 

@@ -1,0 +1,1 @@
+"""Head-wise memory as loops that Numba compiles for this CPU; importing this package imports no Numba."""
