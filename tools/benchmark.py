@@ -13,6 +13,8 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in pretrain_midus.py, for everything that is timed
+
 from megatron_midus import cli
 from megatron_midus.benchmark.report import Report
 from megatron_midus.benchmark.settings import HmlSettings, LayerSettings, RunSettings, TrainSettings

@@ -109,8 +109,9 @@ def _look_up(
     values: torch.Tensor,
     head_proj: torch.Tensor | None,
     settings: _Settings,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(out, slots int32 [H, T, K], weights [H, T, K])``."""
+    keep_latent: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """``(out, slots int32 [H, T, K], weights [H, T, K], latent sums [H, T, L])``, the last where they are to be kept."""
     dtype = compute_dtype(query, row_keys, col_keys, values, head_proj)
     index, scores = settings.pieces.select_slots(query, row_keys, col_keys, topk=settings.topk, dtype=dtype)
     weights = activate_scores(scores, settings.score_activation)
@@ -121,37 +122,42 @@ def _look_up(
         bank, slots = widened(values, index.view(-1), dtype)
         starts = _bag_starts(tokens * heads, settings.topk, index.device)
         latent = torch.embedding_bag(bank, slots, starts, False, 0, False, weights.view(-1))[0]  # mode 0: sum
-        out = torch.bmm(latent.view(heads, tokens, values.shape[1]), head_proj.to(dtype)).transpose(0, 1)
-        return out.to(query.dtype).contiguous(), index, weights
+        latent = latent.view(heads, tokens, values.shape[1])
+        out = torch.bmm(latent, head_proj.to(dtype)).transpose(0, 1)
+        return out.to(query.dtype).contiguous(), index, weights, latent if keep_latent else None
     width = values.shape[-1] if head_proj is None else head_proj.shape[2]
     out = query.new_empty(tokens, 1 if settings.variant == "block" else heads, width)
     proj = None if head_proj is None else head_proj.to(dtype)
+    latents = []
     for part in _parts(values, index, settings.variant, dtype):
         pooled = _pool_rows(part.bank, part.bags(index), part.bags(weights))
         pooled = pooled.view(part.num_outputs, -1, values.shape[-1])  # [H, c, W]
+        if keep_latent:
+            latents.append(pooled)
         pooled = pooled if proj is None else torch.bmm(pooled, proj)
         out[part.tokens, part.outputs] = pooled.transpose(0, 1)
-    return out, index, weights
+    return out, index, weights, torch.cat(latents, 1) if len(latents) > 1 else latents[0] if latents else None
 
 
 class _HeadWiseMemory(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, row_keys, col_keys, values, head_proj, settings):
-        out, index, weights = _look_up(query, row_keys, col_keys, values, head_proj, settings)
-        ctx.save_for_backward(query, row_keys, col_keys, values, head_proj, index, weights)
+        # The latent sums are as large as the output; to read the bank again would take a tenth of the backward pass.
+        keep_latent = head_proj is not None and ctx.needs_input_grad[4]
+        out, index, weights, latent = _look_up(query, row_keys, col_keys, values, head_proj, settings, keep_latent)
+        ctx.save_for_backward(query, row_keys, col_keys, values, head_proj, index, weights, latent)
         ctx.settings = settings
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        query, row_keys, col_keys, values, head_proj, index, weights = ctx.saved_tensors
+        query, row_keys, col_keys, values, head_proj, index, weights, latent = ctx.saved_tensors
         needs_query, needs_rows, needs_cols, needs_values, needs_proj, _ = ctx.needs_input_grad
         needs_scores = needs_query or needs_rows or needs_cols
         with torch.autocast(query.device.type, enabled=False):
             grad_values, grad_proj, grad_weights = _backward_values(
-                grad_out, values, head_proj, index, weights, ctx.settings, weights.dtype, needs_values, needs_proj,
-                needs_scores,
+                grad_out, values, head_proj, index, weights, latent, ctx.settings, needs_values, needs_scores
             )  # fmt: skip
             grad_query = grad_rows = grad_cols = None
             if needs_scores:
@@ -285,20 +291,18 @@ def _chunks(tokens: int, per_token: int) -> Iterator[slice]:
 
 
 # -- backward --------------------------------------------------------------------------------------------------------
-def _backward_values(
-    grad_out, values, head_proj, index, weights, settings, dtype, needs_values, needs_proj, needs_weights
-):
+def _backward_values(grad_out, values, head_proj, index, weights, latent_HTL, settings, needs_values, needs_weights):
     """Gradients of the bank, of the head projection and of the weights ``[H, T, K]``; ``None`` where not needed."""
+    dtype = weights.dtype
     grad_values = None
-    grad_proj = _zeros(head_proj, dtype) if needs_proj else None
+    grad_proj = None if latent_HTL is None else _zeros(head_proj, dtype)
     grad_weights = torch.empty_like(weights) if needs_weights else None
     proj = None if head_proj is None else head_proj.to(dtype)
     for part in _parts(values, index, settings.variant, dtype):
         bags, bag_weights = part.bags(index), part.bags(weights)
         grad_pooled = grad_out[part.tokens, part.outputs].to(dtype).transpose(0, 1)  # [H, c, d_o]
         if grad_proj is not None:
-            pooled = _pool_rows(part.bank, bags, bag_weights).view(*grad_pooled.shape[:2], -1)
-            grad_proj.baddbmm_(pooled.transpose(1, 2), grad_pooled)
+            grad_proj.baddbmm_(latent_HTL[:, part.tokens].transpose(1, 2), grad_pooled)
         if proj is not None:
             grad_pooled = torch.bmm(grad_pooled, proj.transpose(1, 2))  # [H, c, L]
         rows = grad_pooled.reshape(len(bags), -1)  # [B, W]
@@ -307,9 +311,7 @@ def _backward_values(
             grad_weights[part.heads, part.tokens] = part.unbag(products, settings.topk)
         if needs_values:
             added = settings.pieces.scatter_rows(bags, bag_weights, rows, len(part.bank))
-            if (
-                grad_values is None
-            ):  # one bank's first gradient is taken as it is: no pass over zeros of the bank's size
+            if grad_values is None:  # the only bank's first one is taken as it is: no pass over zeros of its size
                 grad_values = added if part.bank_index is None else _zeros(values, dtype)
             if grad_values is not added:
                 grad_values[() if part.bank_index is None else part.bank_index] += added

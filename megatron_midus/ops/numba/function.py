@@ -18,6 +18,7 @@ from megatron_midus.ops.selection import num_threads, run_in_threads
 MAX_TOPK = 128
 MIN_LOOKUPS = 4096  # chosen unasked from here on; below, torch does as well and need not compile anything
 CHUNK_SCORES = 1 << 17  # scores of one half held at a time, by each thread: half of a second-level cache
+WHOLE_ROWS = 8  # columns per top-k up to which all are sorted: a bound saves less than it costs
 MIN_PER_THREAD = 512  # look-ups; below, handing them to a thread costs more than it saves
 
 
@@ -68,8 +69,9 @@ def _select_slots(
     is_clean = query.square().sum((2, 3)).isfinite()  # [T, H]
     is_clean &= keys.square().sum((1, 2, 3)).isfinite()
     is_clean_HT = is_clean.t().contiguous().numpy()
-    size = max(8, 1 << (2 * topk - 1).bit_length())
-    network = _network(size)
+    width = max(4, 1 << (topk - 1).bit_length())
+    size = -(-num_keys // width) * width if num_keys <= WHOLE_ROWS * width else 2 * width
+    networks = _networks(size, width, topk)
     index = torch.empty(heads, tokens, topk, dtype=torch.int32)
     scores = torch.empty(heads, tokens, topk, dtype=dtype)
     step = max(loops.LANES, CHUNK_SCORES // num_keys)
@@ -80,7 +82,7 @@ def _select_slots(
             part = query[chunk, head]
             halves = [torch.mm(part[:, h], keys[head, h].t(), out=room[h, : len(part)]).numpy() for h in (0, 1)]
             loops.select_slots(
-                *halves, is_clean_HT[head, chunk], topk, network, size, index[head, chunk].numpy(),
+                *halves, is_clean_HT[head, chunk], topk, size, *networks, index[head, chunk].numpy(),
                 scores[head, chunk].numpy(),
             )  # fmt: skip
 
@@ -149,8 +151,9 @@ def _loops() -> Any:
 
 
 @functools.cache
-def _network(size: int) -> Any:
-    return _loops().sorting_network(size)
+def _networks(size: int, width: int, topk: int) -> tuple[Any, Any]:
+    loops = _loops()
+    return loops.selection_network(size, width), loops.pairs_network(topk)
 
 
 def _ranges(length: int) -> list[slice]:

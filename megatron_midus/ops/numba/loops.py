@@ -27,8 +27,10 @@ def _compiled(function: Callable) -> Any:
         return numba.njit(**options)(function)
 
 
+# -- sorting networks --------------------------------------------------------------------------------------------------
+# Comparators are pairs of places, int32 [C, 2]; the greater of two elements goes to the first place of a pair.
 def sorting_network(size: int) -> numpy.ndarray:
-    """Comparators ``int32 [C, 2]`` that sort ``size`` elements, a power of two (Batcher 1968, odd-even merge sort)."""
+    """Sorts ``size`` elements, a power of two (Batcher 1968, odd-even merge sort)."""
     comparators = []
     run = 1
     while run < size:
@@ -40,26 +42,97 @@ def sorting_network(size: int) -> numpy.ndarray:
                         comparators.append((low, low + step))
             step //= 2
         run *= 2
-    return numpy.array(comparators, numpy.int32).reshape(-1, 2)
+    return _as_array(comparators)
+
+
+def selection_network(size: int, width: int) -> numpy.ndarray:
+    """Sorts the best ``width`` of ``size`` elements to the front: a power of two, and a multiple of it."""
+    runs: list[list[int | None]] = []
+    comparators = []
+    for begin in range(0, size, width):
+        comparators += [(begin + high, begin + low) for high, low in sorting_network(width).tolist()]
+        runs.append(list(range(begin, begin + width)))
+    while len(runs) > 1:
+        runs = [_merge(first, second, width, comparators) for first, second in zip(runs[::2], runs[1::2])] + (
+            runs[-1:] if len(runs) % 2 else []
+        )
+    return _as_array(comparators)
+
+
+def pairs_network(topk: int) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """The best K of all sums of one of K sorted rows and one of K sorted columns.
+
+    Row rank i and column rank j can be among them only if ``(i + 1) * (j + 1) <= K``: so many sums are at least as great.
+
+    Returns:
+        Ranks of rows and columns ``int32 [P, 2]``, comparators of these P pairs, and places of the best K ``int32 [K]``.
+    """
+    pairs: list[tuple[int, int]] = []
+    runs: list[list[int]] = []
+    for row in range(topk):
+        columns = topk // (row + 1)
+        places = list(range(len(pairs), len(pairs) + columns))
+        pairs += [(row, column) for column in range(columns)]
+        if columns == 1 and row > topk // 2:
+            runs[-1] += places  # rows with their first column alone are sorted among themselves
+        else:
+            runs.append(places)
+    width = 1 << (topk - 1).bit_length()
+    comparators: list[tuple[int, int]] = []
+    runs.sort(key=len)
+    while len(runs) > 1:
+        runs = sorted([*runs[2:], _merge(runs[0], runs[1], width, comparators)], key=len)
+    return _as_array(pairs), _as_array(comparators), numpy.array(runs[0][:topk], numpy.int32)
+
+
+def _merge(first: list, second: list, width: int, comparators: list) -> list:
+    """Merges two sorted runs, places best first, and drops what comes after the first ``width``, a power of two.
+
+    One run before the other upside down is bitonic. Missing elements, ``None``, are less than all others.
+    """
+    length = 1 << (max(len(first), len(second)) - 1).bit_length()
+    first, second = ([*run, *[None] * (length - len(run))] for run in (first, second))
+    places = first + second[::-1]
+    step = length
+    while step:
+        for high in range(len(places)):
+            if not high & step:
+                _compare(places, high, high + step, comparators)
+        places = places[:width]
+        step //= 2
+    return [place for place in places if place is not None]
+
+
+def _compare(places: list, high: int, low: int, comparators: list) -> None:
+    if places[high] is None:
+        places[high], places[low] = places[low], None
+    elif places[low] is not None:
+        comparators.append((places[high], places[low]))
+
+
+def _as_array(pairs: list) -> numpy.ndarray:
+    return numpy.array(pairs, numpy.int32).reshape(-1, 2)
 
 
 # -- selection -------------------------------------------------------------------------------------------------------
 @_compiled
-def select_slots(row_scores_RN, col_scores_RN, is_clean_R, topk, network, size, index_RK, scores_RK):
+def select_slots(row_scores_RN, col_scores_RN, is_clean_R, topk, size, network, pairs, index_RK, scores_RK):
     """The best ``topk`` sums of a row score and a column score, best first, and their slots.
 
-    ``size`` is the power of two that ``network`` sorts, at least K. Rows that are not clean may hold NaN, which counts as
-    the greatest score, as in ``torch.topk``.
+    ``network`` brings the best K of ``size`` elements to the front, ``pairs`` is ``pairs_network(topk)``. Rows that are not
+    clean may hold NaN, which counts as the greatest score, as in ``torch.topk``.
     """
+    ranks, pair_network, places = pairs
     rows, columns = row_scores_RN.shape
     dtype = row_scores_RN.dtype
     maxima = numpy.empty((LANES, size), dtype)
     sorted_maxima = numpy.empty((size, LANES), dtype)
     groups = numpy.empty(size + 1, numpy.uint32)
-    scores, found = numpy.empty(columns + 1, dtype), numpy.empty(columns + 1, numpy.int32)
+    room = max(columns, len(ranks)) + 1
+    scores, found = numpy.empty(room, dtype), numpy.empty(room, numpy.int32)
     row_best, row_column = numpy.empty((size, LANES), dtype), numpy.empty((size, LANES), numpy.int32)
     col_best, col_column = numpy.empty((size, LANES), dtype), numpy.empty((size, LANES), numpy.int32)
-    taken, front = numpy.empty(topk, numpy.uint32), numpy.empty(topk, dtype)
+    sums, slots = numpy.empty((len(ranks), LANES), dtype), numpy.empty((len(ranks), LANES), numpy.int32)
     for begin in range(0, rows, LANES):
         lanes = min(LANES, rows - begin)
         _best_columns(
@@ -70,26 +143,26 @@ def select_slots(row_scores_RN, col_scores_RN, is_clean_R, topk, network, size, 
             col_scores_RN, is_clean_R, begin, lanes, topk, network, maxima, sorted_maxima, groups, scores, found,
             col_best, col_column,
         )  # fmt: skip
+        for pair in range(len(ranks)):
+            row, col = numba.uint32(ranks[pair, 0]), numba.uint32(ranks[pair, 1])
+            for lane in range(lanes):
+                sums[pair, lane] = row_best[row, lane] + col_best[col, lane]
+                slots[pair, lane] = row_column[row, lane] * columns + col_column[col, lane]
+        _sort_pairs(sums, slots, pair_network, lanes)
+        for k in range(topk):
+            place = numba.uint32(places[k])
+            for lane in range(lanes):
+                index_RK[begin + lane, k] = slots[place, lane]
+                scores_RK[begin + lane, k] = sums[place, lane]
         for lane in range(lanes):
-            # A merge: of each row rank that was reached, the best column rank not yet taken stands in front.
-            reached = 1
-            taken[0] = 0
-            front[0] = row_best[0, lane] + col_best[0, lane]
-            for k in range(topk):
-                row = 0
-                best = front[0]
-                for other in range(1, reached):
-                    row = other if front[other] > best else row
-                    best = front[other] if front[other] > best else best
-                col = taken[row]
-                index_RK[begin + lane, k] = row_column[row, lane] * columns + col_column[col, lane]
-                scores_RK[begin + lane, k] = best
-                taken[row] = col + 1
-                front[row] = row_best[row, lane] + col_best[col + 1, lane] if col + 1 < topk else -INFINITY
-                if col == 0 and reached < topk:
-                    taken[reached] = 0
-                    front[reached] = row_best[reached, lane] + col_best[0, lane]
-                    reached += 1
+            if not is_clean_R[begin + lane]:  # the network does not move NaN
+                for pair in range(len(ranks)):
+                    scores[pair] = sums[pair, lane]
+                    found[pair] = slots[pair, lane]
+                _insert(scores, found, len(ranks), topk, lane, row_best, row_column)
+                for k in range(topk):
+                    index_RK[begin + lane, k] = row_column[k, lane]
+                    scores_RK[begin + lane, k] = row_best[k, lane]
 
 
 @_compiled
@@ -98,12 +171,12 @@ def _best_columns(
 ):
     """Leaves the best K columns of row ``begin + lane`` in ``best[:K, lane]`` and ``column[:K, lane]``.
 
-    The columns are split into groups. The K-th best of the groups' maxima is a bound that at least K columns reach, and
-    few more do: those are sorted.
+    Few columns are sorted whole. Many are split into groups: the K-th best of the groups' maxima is a bound that at least K
+    columns reach, and few more do: those are sorted.
     """
     columns = scores_RN.shape[1]
     size = len(best)
-    per_group = columns // size
+    per_group = columns // size if columns > size else 0
     if per_group > 0:
         _maxima_of_groups(scores_RN, begin, lanes, per_group, maxima, sorted_maxima)
         _sort_values(sorted_maxima, network, lanes)
@@ -111,9 +184,17 @@ def _best_columns(
         for lane in range(lanes):
             best[rank, lane] = -INFINITY
             column[rank, lane] = 0
+    if per_group == 0:
+        for c in range(columns):
+            for lane in range(lanes):
+                column[c, lane] = c
     for lane in range(lanes):
         row = begin + lane
-        if per_group > 0 and is_clean_R[row]:
+        if per_group == 0 and is_clean_R[row]:
+            for c in range(columns):
+                best[c, lane] = scores_RN[row, c]
+            continue
+        if is_clean_R[row]:
             bound = sorted_maxima[topk - 1, lane]
             count = _columns_above(scores_RN, row, per_group, maxima, lane, bound, groups, scores, found)
         else:

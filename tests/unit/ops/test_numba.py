@@ -12,6 +12,14 @@ from megatron_midus.ops import dispatch, head_wise_memory, reference, selection 
 from megatron_midus.ops.numba import function, loops  # noqa: E402
 
 
+def swapped(elements: numpy.ndarray, comparators: numpy.ndarray) -> numpy.ndarray:
+    """The greater of two elements goes to the first place of a comparator."""
+    for high, low in comparators:
+        pair = elements[[high, low]]
+        elements[high], elements[low] = pair.max(0), pair.min(0)
+    return elements
+
+
 @pytest.mark.parametrize("size", [8, 16, 64, 256])
 def test_sorting_network(size):
     """Zeros and ones in every order where they are few: what sorts them sorts everything (Knuth 5.3.4, theorem Z)."""
@@ -20,12 +28,25 @@ def test_sorting_network(size):
         columns = ((numpy.arange(1 << size)[None] >> numpy.arange(size)[:, None]) & 1).astype(numpy.int8)
     else:
         columns = generator.integers(0, 2, (size, 5000)).astype(numpy.int8)
-    for high, low in loops.sorting_network(size):
-        columns[high], columns[low] = (
-            numpy.maximum(columns[high], columns[low]),
-            numpy.minimum(columns[high], columns[low]),
-        )
+    columns = swapped(columns, loops.sorting_network(size))
     assert (columns[:-1] >= columns[1:]).all()
+
+
+@pytest.mark.parametrize(("size", "width"), [(4, 4), (8, 4), (20, 4), (64, 8), (104, 8), (256, 128)])
+def test_selection_network(size, width):
+    scores = numpy.random.default_rng(0).integers(0, 9, (size, 999))
+    best = numpy.sort(scores, 0)[::-1][:width]
+    assert numpy.array_equal(swapped(scores, loops.selection_network(size, width))[:width], best)
+
+
+@pytest.mark.parametrize("topk", [1, 2, 3, 5, 8, 9, 16, 33, 128])
+def test_pairs_network(topk):
+    """The best of all sums are among the pairs that it looks at."""
+    generator = numpy.random.default_rng(0)
+    rows, cols = (numpy.sort(generator.integers(0, 99, (topk, 200)), 0)[::-1] for _ in range(2))
+    best = numpy.sort((rows[:, None] + cols).reshape(topk**2, -1), 0)[::-1][:topk]
+    ranks, comparators, places = loops.pairs_network(topk)
+    assert numpy.array_equal(swapped(rows[ranks[:, 0]] + cols[ranks[:, 1]], comparators)[places], best)
 
 
 SIZES = [
