@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up the environment and runs every check: tests/run.sh [--fast] [pytest arguments]
 #   --fast   leaves out the tests marked slow (under 5 minutes on 2 cores instead of under 40)
-# MIDUS_TEST_WORKERS: processes that share the tests (default: 3, for 2 cores: process tests often wait)
+# MIDUS_TEST_WORKERS: processes that share the tests (default: 2; more only wait for each other where there are 2 cores)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -30,7 +30,7 @@ if [ "$whole" = 1 ]; then
     trap 'rm -rf "${COVERAGE_FILE%/*}"' EXIT
 fi
 # In the order of the directories, process tests first: the many short unit tests then keep all workers busy to the end.
-python -m pytest -q -n "${MIDUS_TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder --durations=15 ${fast[@]+"${fast[@]}"} "$@"
+python -m pytest -q -n "${MIDUS_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations=15 ${fast[@]+"${fast[@]}"} "$@"
 if [ "$whole" = 1 ]; then
     coverage combine --quiet
     printf 'unit tests alone, kernels left out, execute %s %% of the lines of megatron_midus\n' "$(coverage report --format=total)"
