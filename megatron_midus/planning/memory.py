@@ -159,7 +159,7 @@ def _norm_activations(model: ModelConfig, layout: Layout, item: int, *, trained:
 
 
 def _memory_activations(model: ModelConfig, plan: UpscalePlan, layout: Layout, item: int) -> float:
-    """Slots (int32) and weights (fp32) that were selected, and what the settings add to the query and to the result.
+    """Slots (int32), weights (fp32) and latent sums of a look-up, and what the settings add to the query and to the result.
 
     The query itself is the attention's output, which is kept there.
     """
@@ -171,6 +171,8 @@ def _memory_activations(model: ModelConfig, plan: UpscalePlan, layout: Layout, i
         kept += 8.0 * heads * memory.memory_topk  # those of all heads, which every rank reads for
         if memory.memory_variant == "hive":
             kept += heads * memory.memory_latent_size * item / layout.tensor  # what the head projection takes
+    elif memory.memory_variant == "hive":
+        kept += 4 * heads * memory.memory_latent_size / layout.tensor  # the same in fp32, from inside the look-up
     if memory.memory_output_projection == "linear":
         kept += model.hidden_size * item / layout.tensor  # input of the mixer
     return kept
