@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up the environment and runs every check: tests/run.sh [--fast] [pytest arguments]
 #   --fast   leaves out the tests marked slow (about 10 minutes on 2 cores instead of 30)
-# MIDUS_TEST_WORKERS: processes that share the tests (default: 2; more only wait for each other where there are 2 cores)
+# MIDUS_TEST_WORKERS: processes that share the tests (default: 2, for 2 cores)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
