@@ -153,7 +153,7 @@ class _HeadWiseMemory(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out):
         query, row_keys, col_keys, values, head_proj, index, weights, latent = ctx.saved_tensors
-        needs_query, needs_rows, needs_cols, needs_values, needs_proj, _ = ctx.needs_input_grad
+        needs_query, needs_rows, needs_cols, needs_values, *_ = ctx.needs_input_grad
         needs_scores = needs_query or needs_rows or needs_cols
         with torch.autocast(query.device.type, enabled=False):
             grad_values, grad_proj, grad_weights = _backward_values(
@@ -220,7 +220,7 @@ class _AggregateValues(torch.autograd.Function):
     def backward(ctx, grad_out):
         values, index, weights = ctx.saved_tensors
         needs_values, _, needs_weights, _ = ctx.needs_input_grad
-        grad_values = _zeros(values, weights.dtype) if needs_values else None
+        grad_values = None
         grad_weights = torch.empty_like(weights) if needs_weights else None
         bank = _bank(values, index, weights.dtype)
         with torch.autocast(weights.device.type, enabled=False):
@@ -228,8 +228,11 @@ class _AggregateValues(torch.autograd.Function):
                 rows = grad_out[part].to(weights.dtype).contiguous()  # [B, W]
                 if grad_weights is not None:
                     grad_weights[part] = ctx.pieces.row_products(bank, index[part], rows)
-                if grad_values is not None:
-                    grad_values += ctx.pieces.scatter_rows(index[part], weights[part], rows, len(values))
+                if needs_values:
+                    added = ctx.pieces.scatter_rows(index[part], weights[part], rows, len(values))
+                    grad_values = added if grad_values is None else grad_values.add_(added)
+        if needs_values and grad_values is None:  # no bag
+            grad_values = _zeros(values, weights.dtype)
         return None if grad_values is None else grad_values.to(values.dtype), None, grad_weights, None
 
 
