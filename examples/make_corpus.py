@@ -26,6 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_midus.cli import run
+from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
 
 # Not text: tests repeat each other, the tables hold numbers, and pydoc_data is the other corpus.
@@ -128,9 +129,9 @@ def main() -> int:
     )
     args = parser.parse_args()
     if not 0 < args.held_out < 1:
-        raise ValueError(f"--held-out {args.held_out} must lie between 0 and 1")
+        raise UserError(f"--held-out {args.held_out} must lie between 0 and 1")
     if args.max_megabytes <= 0:
-        raise ValueError(f"--max-megabytes {args.max_megabytes} must be positive")
+        raise UserError(f"--max-megabytes {args.max_megabytes} must be positive")
 
     budget = args.max_megabytes * 1e6
     if args.corpus == "stdlib":
@@ -142,7 +143,7 @@ def main() -> int:
     for half, wanted in (("train", False), ("heldout", True)):
         chosen = [(name, text) for name, text in collected if (name_hash(name) < args.held_out) == wanted]
         if not chosen:
-            raise ValueError(f"corpus {args.corpus} has no documents for {half}; collect more or change --held-out")
+            raise UserError(f"corpus {args.corpus} has no documents for {half}; collect more or change --held-out")
         path = args.output_dir / f"{half}.jsonl"
         lines = (json.dumps({"name": name, "text": text}, ensure_ascii=False) for name, text in chosen)
         write_text_atomically(path, "\n".join(lines) + "\n")

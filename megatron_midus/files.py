@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_midus.errors import UserError
+
 
 def remove(path: str | Path) -> None:
     """Deletes a file or a directory, if there is one."""
@@ -31,16 +33,16 @@ def check_output_directory(target: str | Path, *, overwrite: bool = False) -> Pa
     """Raises ``ValueError`` before any work is done when ``target`` cannot become a fresh output directory."""
     target = Path(target)
     if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} exists and is not a directory; choose another output")
+        raise UserError(f"{target} exists and is not a directory; choose another output")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ValueError(
+        raise UserError(
             f"{target} exists and is not empty; choose another output directory, or give --overwrite to replace it"
         )
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not os.access(parent, os.W_OK):
-        raise ValueError(f"{parent} is not writable, so {target} cannot be made")
+        raise UserError(f"{parent} is not writable, so {target} cannot be made")
     return target
 
 
@@ -48,12 +50,12 @@ def check_output_file(target: str | Path) -> Path:
     """Raises ``ValueError`` before any work is done when ``target`` cannot become a file."""
     target = Path(target)
     if target.is_dir():
-        raise ValueError(f"{target} is a directory; name a file")
+        raise UserError(f"{target} is a directory; name a file")
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"{parent} is not a writable directory, so {target} cannot be written")
+        raise UserError(f"{parent} is not a writable directory, so {target} cannot be written")
     return target
 
 

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_midus.errors import UserError
+
 CPU = torch.device("cpu")
 
 _FACTORIES = (
@@ -60,9 +62,9 @@ def apex_available() -> bool:
 def require_transformer_engine() -> None:
     """Raises ``ValueError`` with what to install when Transformer Engine cannot be used."""
     if not torch.cuda.is_available():
-        raise ValueError("Transformer Engine needs a CUDA device and there is none; choose --transformer-impl local")
+        raise UserError("Transformer Engine needs a CUDA device and there is none; choose --transformer-impl local")
     if not transformer_engine_available():
-        raise ValueError(
+        raise UserError(
             "Transformer Engine is not installed; pip install 'megatron-midus[gpu]' "
             "(or 'transformer-engine[pytorch]'), or choose --transformer-impl local"
         )
@@ -71,7 +73,7 @@ def require_transformer_engine() -> None:
 def require_apex() -> None:
     """Raises ``ValueError`` with how to build it when NVIDIA Apex is missing."""
     if not apex_available():
-        raise ValueError(
+        raise UserError(
             "NVIDIA Apex is not installed, and the package index has an unrelated project under that name: build it "
             "with git clone https://github.com/NVIDIA/apex && cd apex && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install "
             "-v --no-build-isolation ."
@@ -90,11 +92,11 @@ def initialize_distributed(backend: Literal["nccl", "gloo"], *, timeout_minutes:
         ValueError: a backend that cannot run here, or a torchrun environment that is incomplete.
     """
     if backend not in ("nccl", "gloo"):
-        raise ValueError(f"distributed backend {backend!r} is not known; choose nccl or gloo")
+        raise UserError(f"distributed backend {backend!r} is not known; choose nccl or gloo")
     alone = "RANK" not in os.environ and "WORLD_SIZE" not in os.environ
     missing = [n for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing and not alone:
-        raise ValueError(f"the environment lacks {', '.join(missing)}; start the program with torchrun")
+        raise UserError(f"the environment lacks {', '.join(missing)}; start the program with torchrun")
     if backend == "gloo":
         activate_cpu_mapping()
     else:
@@ -141,7 +143,7 @@ def name_of_this_start(store: Any, rank: int, world_size: int, timeout: datetime
     missing = set(range(1, world_size)) if rank == 0 else {0}
     while missing:
         if time.monotonic() > deadline:
-            raise ValueError(f"rank {rank} waited {timeout} for ranks {sorted(missing)}, which never started")
+            raise UserError(f"rank {rank} waited {timeout} for ranks {sorted(missing)}, which never started")
         if rank == 0:
             for other in missing:
                 if store.check([f"hello/{other}"]):
@@ -156,10 +158,10 @@ def name_of_this_start(store: Any, rank: int, world_size: int, timeout: datetime
 
 def _select_gpu() -> None:
     if not torch.cuda.is_available():
-        raise ValueError("backend nccl needs a CUDA device and there is none; choose --distributed-backend gloo")
+        raise UserError("backend nccl needs a CUDA device and there is none; choose --distributed-backend gloo")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(
+        raise UserError(
             f"LOCAL_RANK={local_rank} but this machine has {torch.cuda.device_count()} CUDA devices; "
             "start at most one process per device"
         )
@@ -180,7 +182,7 @@ def activate_cpu_mapping() -> None:
     if _mapping_active:
         return
     if torch.cuda.is_available():
-        raise ValueError(
+        raise UserError(
             "the CPU mapping (backend gloo) is refused where CUDA is available; choose --distributed-backend nccl, "
             "or hide the GPUs with CUDA_VISIBLE_DEVICES=''"
         )

@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_midus import cli
 from megatron_midus.data.corpus import DEFAULT_SEPARATOR, TEXT_KEY, read_documents, unescape
+from megatron_midus.errors import UserError
 from megatron_midus.files import check_output_directory, staged_directory, write_text_atomically
 
 PARTS = ("usage", "heads", "retrieval", "slots", "sensitivity")
@@ -94,7 +95,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
     for name in ("seq_length", "tokens", "slots", "contexts", "min_reads", "batch_size"):
         if getattr(arguments, name) < 1:
-            raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1")
+            raise UserError(f"{name}={getattr(arguments, name)} must be at least 1")
     check_is_midus(arguments.model)
     check_safetensors(arguments.model)
     if arguments.base:
@@ -131,7 +132,7 @@ def base_losses(arguments: argparse.Namespace, tokenizer: Any, windows: Any) -> 
     from megatron_midus.evaluation.loading import load_model
 
     if HuggingFaceTokenizer(arguments.base).unique_identifiers != tokenizer.unique_identifiers:
-        raise ValueError(
+        raise UserError(
             f"{arguments.base} and {arguments.model} have different tokenizers; their losses do not compare"
         )
     model = load_model(arguments.base, dtype=arguments.dtype, device=arguments.device)

@@ -24,6 +24,7 @@ from rich.table import Table
 from megatron_midus import cli
 from megatron_midus.data.corpus import find_inputs
 from megatron_midus.data.preprocess import PreprocessConfig, preprocess
+from megatron_midus.errors import UserError
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -41,7 +42,7 @@ def sample(inputs: Sequence[str], num_bytes: float, target: Path) -> int:
     files = find_inputs(inputs)
     for file in files:
         if file.suffix != ".jsonl":
-            raise ValueError(f"{file} is not a plain .jsonl file, the only kind that the plain loop reads")
+            raise UserError(f"{file} is not a plain .jsonl file, the only kind that the plain loop reads")
     written = 0
     with open(target, "wb") as stream:
         while written < num_bytes:
@@ -51,7 +52,7 @@ def sample(inputs: Sequence[str], num_bytes: float, target: Path) -> int:
                     for line in lines:
                         written += stream.write(line.strip() + b"\n") if line.strip() and written < num_bytes else 0
             if written == before:
-                raise ValueError(f"{' '.join(inputs)} hold no line")
+                raise UserError(f"{' '.join(inputs)} hold no line")
     return written
 
 
@@ -82,7 +83,7 @@ def time_plain_loops(path: Path, tokenizer_file: Path, key: str, processes: int)
     for loop in loops:
         loop.join()
         if loop.exitcode:
-            raise ValueError(f"the plain loop failed; is every line of the input a document with the key {key!r}?")
+            raise UserError(f"the plain loop failed; is every line of the input a document with the key {key!r}?")
     return sum(seconds.get() for _ in loops) / processes
 
 
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     tokenizer_file = Path(arguments.tokenizer_model) / "tokenizer.json"
     if not tokenizer_file.is_file():
-        raise ValueError(f"{tokenizer_file} does not exist; the plain loop needs it")
+        raise UserError(f"{tokenizer_file} does not exist; the plain loop needs it")
     workers = arguments.workers
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "sample.jsonl"

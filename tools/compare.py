@@ -27,6 +27,7 @@ from megatron_midus.comparison.steps import FileHashes, StepFailed
 from megatron_midus.comparison.table import to_markdown
 from megatron_midus.conversion.families import from_hf_config
 from megatron_midus.conversion.hf_io import read_hf_config
+from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
 from megatron_midus.training.arguments import build_parser
 
@@ -46,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     namespace = make_parser().parse_args(arguments)
     if namespace.jobs < 1:
-        raise ValueError(f"--jobs {namespace.jobs} must be at least 1")
+        raise UserError(f"--jobs {namespace.jobs} must be at least 1")
     return namespace
 
 
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not namespace.report_only:
                 run_experiment(runs, runner)
         except StepFailed as error:
-            raise ValueError(str(error)) from None
+            raise UserError(str(error)) from None
         write_report(runs, runner, output)
     for label, message in runner.failures.items():
         say(f"FAILED: {label}: {message}")

@@ -33,6 +33,7 @@ from megatron_midus.conversion.megatron_io import MegatronReader, check_parallel
 from megatron_midus.conversion.model_card import read_evaluation
 from megatron_midus.conversion.streaming import check_workers, default_workers
 from megatron_midus.conversion.tokenizer import check_tokenizer
+from megatron_midus.errors import UserError
 from megatron_midus.files import check_output_directory, staged_directory
 from megatron_midus.upscaling import PLAN_FILE, UpscalePlan
 from megatron_midus.upscaling.initialize import DTYPES, parse_dtype
@@ -105,15 +106,15 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Everything about the command line that needs no model."""
     parse_size(args.max_shard_size)
     if args.make_vocab_size_divisible_by < 1:
-        raise ValueError("--make-vocab-size-divisible-by must be at least 1")
+        raise UserError("--make-vocab-size-divisible-by must be at least 1")
     check_workers(args.workers)
     if args.to == "megatron" and args.ckpt_step is not None:
-        raise ValueError("--ckpt-step chooses an iteration of a Megatron checkpoint; leave it out with --to megatron")
+        raise UserError("--ckpt-step chooses an iteration of a Megatron checkpoint; leave it out with --to megatron")
     if args.to == "megatron" and args.evaluation is not None:
-        raise ValueError("--evaluation goes into the model card of an export; leave it out with --to megatron")
+        raise UserError("--evaluation goes into the model card of an export; leave it out with --to megatron")
     save, load = Path(args.save).resolve(), Path(args.load).resolve()
     if save == load or save in load.parents:
-        raise ValueError(f"--save {args.save} would replace what is loaded; choose another directory")
+        raise UserError(f"--save {args.save} would replace what is loaded; choose another directory")
     check_output_directory(args.save, overwrite=args.overwrite)
 
 
@@ -133,7 +134,7 @@ def check_round_trip(wanted: TensorSource, found: TensorSource) -> None:
     with progress_bar("verifying", len(wanted.names())) as bar:
         difference = first_difference(wanted, found, lambda name: bar.update())
     if difference:
-        raise ValueError(f"the written tensors are not those that were read: {difference}")
+        raise UserError(f"the written tensors are not those that were read: {difference}")
     print(f"verified: {len(wanted.names())} tensors are equal when read back")
 
 
@@ -148,7 +149,7 @@ def check_logits(hf: str | Path, iteration: Path, model: ModelConfig, *, dtype: 
     comparison = compare(logits_of(load_fp32(hf), ids), megatron_logits(iteration, ids, round_to=dtype))
     # fp32 sums in another order, through tens of layers: a millionth of sigma each.
     if comparison.max_difference > 1e-4 * comparison.sigma:
-        raise ValueError(f"Hugging Face and Megatron do not compute the same function: {comparison.describe()}")
+        raise UserError(f"Hugging Face and Megatron do not compute the same function: {comparison.describe()}")
     print(f"verified: {comparison.describe()}")
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_midus import cli
 from megatron_midus.data.corpus import DEFAULT_SEPARATOR, TEXT_KEY, read_documents, unescape
+from megatron_midus.errors import UserError
 from megatron_midus.files import check_output_file, write_text_atomically
 
 
@@ -235,15 +236,15 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     from megatron_midus.evaluation.zero_shot import default_max_length
 
     if not arguments.model:
-        raise ValueError("there is no model to evaluate; give --model DIR")
+        raise UserError("there is no model to evaluate; give --model DIR")
     if not (arguments.data or arguments.tasks or arguments.latency or arguments.generate):
-        raise ValueError("there is nothing to measure; give --data FILE, --tasks NAMES, --latency or --generate PROMPT")
+        raise UserError("there is nothing to measure; give --data FILE, --tasks NAMES, --latency or --generate PROMPT")
     if not arguments.tasks and (arguments.task_data or arguments.task_limit is not None):
-        raise ValueError("--task-data and --task-limit belong to --tasks; name the tasks")
+        raise UserError("--task-data and --task-limit belong to --tasks; name the tasks")
     for name in ("max_length", "task_limit", "batch_size"):
         number = getattr(arguments, name)
         if number is not None and number < 1:
-            raise ValueError(f"{name}={number} must be at least 1")
+            raise UserError(f"{name}={number} must be at least 1")
     for output in (arguments.json, arguments.markdown):
         if output is not None:
             check_output_file(output)

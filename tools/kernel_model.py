@@ -22,6 +22,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_midus.cli import run
+from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
 
 SHAPE = "1b-n512-k16"
@@ -186,7 +187,7 @@ def executed_instructions(sass: str, rounds: Sequence[int], kernel: str) -> int:
             spans.append((int(target[1], 16), int(address, 16)))
     spans.sort()
     if len(spans) != len(rounds):
-        raise ValueError(
+        raise UserError(
             f"{kernel} has {len(spans)} loops and the model knows {len(rounds)}; update tools/kernel_model.py"
         )
     return sum(

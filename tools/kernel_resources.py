@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_midus.cli import run
+from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
 
 CAPABILITIES = (90, 80)
@@ -48,7 +49,7 @@ def measure(capabilities: list[int], names: list[str] | None) -> dict[str, dict[
 
     unknown = set(names or ()) - set(launches.SHAPES)
     if unknown:
-        raise ValueError(f"shapes {sorted(unknown)} are not known; choose from {list(launches.SHAPES)}")
+        raise UserError(f"shapes {sorted(unknown)} are not known; choose from {list(launches.SHAPES)}")
     table: dict[str, dict[str, int]] = {}
     for capability in capabilities:
         for name in names or launches.SHAPES:
@@ -68,7 +69,7 @@ def check(table: dict[str, dict[str, int]], expected: dict[str, dict[str, int]])
         if n > expected.get(name, {}).get(part, -1)
     ]
     if worse:
-        raise ValueError(f"kernels need more than the committed table says, look, then --write it: {'; '.join(worse)}")
+        raise UserError(f"kernels need more than the committed table says, look, then --write it: {'; '.join(worse)}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from megatron_midus.config import ModelConfig
 from megatron_midus.conversion.checkpoint_layout import find_checkpoint
 from megatron_midus.conversion.families import from_hf_config
 from megatron_midus.conversion.hf_io import read_hf_config
+from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
 from megatron_midus.planning import Workload
 from megatron_midus.planning.hardware import HARDWARE, LINK_SHARE, MATMUL_SHARE, MEMORY_SHARE, Hardware
@@ -77,16 +78,16 @@ def hardware_of(args: argparse.Namespace) -> Hardware:
     given = {field: getattr(args, name) for name, (field, _) in OVERRIDES.items() if getattr(args, name) is not None}
     for field, value in given.items():
         if value <= 0:
-            raise ValueError(f"{field}={value} must be above 0")
+            raise UserError(f"{field}={value} must be above 0")
     return dataclasses.replace(HARDWARE[args.hardware], **given)
 
 
 def check_arguments(args: argparse.Namespace, plan: UpscalePlan) -> None:
     for name in ("nodes", "gpus_per_node", "seq_length", "global_batch_size", "max_micro_batch_size", "show"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.train == "inserted" and not plan.inserted_indices:
-        raise ValueError(f"policy {plan.policy} inserts no block, so nothing would learn; give --train all")
+        raise UserError(f"policy {plan.policy} inserts no block, so nothing would learn; give --train all")
 
 
 def print_model(console: Console, model: ModelConfig, plan: UpscalePlan, args: argparse.Namespace) -> None:
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         vocab_divisible_by=args.make_vocab_size_divisible_by,
     )
     if not candidates:
-        raise ValueError(
+        raise UserError(
             f"no layout of {args.nodes * args.gpus_per_node} GPUs divides a global batch of {args.global_batch_size}; "
             "change --global-batch-size"
         )
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         write_text_atomically(args.json, json.dumps([to_json(c) for c in candidates], indent=1) + "\n")
     if not fitting:
         smallest = candidates[0].memory.total / GIB
-        raise ValueError(
+        raise UserError(
             f"nothing fits into {hardware.memory_gib:.0f} GiB; the smallest layout (shown first) needs {smallest:.1f} GiB a "
             "GPU: take more GPUs, shorter sequences, or --train inserted"
         )

@@ -28,6 +28,7 @@ from megatron_midus.conversion.hf_io import dtype_name, open_hf_weights, parse_s
 from megatron_midus.conversion.megatron_io import MegatronReader, check_parallel_sizes
 from megatron_midus.conversion.streaming import check_workers, default_workers
 from megatron_midus.conversion.tokenizer import check_tokenizer
+from megatron_midus.errors import UserError
 from megatron_midus.files import check_output_directory, staged_directory
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.arguments import add_plan_arguments, plan_from_arguments
@@ -117,28 +118,28 @@ def make_parser() -> argparse.ArgumentParser:
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything about the command line that needs no model."""
     if args.save is None and not args.dry_run:
-        raise ValueError("--save is missing; give an output directory or --dry-run")
+        raise UserError("--save is missing; give an output directory or --dry-run")
     if args.seq_length < 1 or args.calibration_tokens < 1 or args.make_vocab_size_divisible_by < 1:
-        raise ValueError("--seq-length, --calibration-tokens and --make-vocab-size-divisible-by must be at least 1")
+        raise UserError("--seq-length, --calibration-tokens and --make-vocab-size-divisible-by must be at least 1")
     check_workers(args.workers)
     parse_size(args.max_shard_size)
     calibrated = getattr(args, "memory_key_init", None) == "calibrated"
     if calibrated and args.calibration_data is None and not args.dry_run:
-        raise ValueError("--memory-key-init calibrated needs a text to calibrate with; give --calibration-data FILE")
+        raise UserError("--memory-key-init calibrated needs a text to calibrate with; give --calibration-data FILE")
     if args.calibration_data is not None and not calibrated:
-        raise ValueError("--calibration-data is used by --memory-key-init calibrated alone; give both or neither")
+        raise UserError("--calibration-data is used by --memory-key-init calibrated alone; give both or neither")
     if args.calibration_data is not None and not Path(args.calibration_data).is_file():
-        raise ValueError(f"--calibration-data {args.calibration_data} does not exist")
+        raise UserError(f"--calibration-data {args.calibration_data} does not exist")
     if args.save is not None and not args.dry_run:
         save, base = Path(args.save).resolve(), Path(args.hf_model).resolve()
         if save == base or save in base.parents:
-            raise ValueError(f"--save {args.save} would replace the base model; choose another directory")
+            raise UserError(f"--save {args.save} would replace the base model; choose another directory")
         check_output_directory(args.save, overwrite=args.overwrite)
 
 
 def plan_from(args: argparse.Namespace, model: ModelConfig) -> UpscalePlan:
     if model.family == "midus":
-        raise ValueError(f"{args.hf_model} is a MIDUS model already; up-scale its base instead")
+        raise UserError(f"{args.hf_model} is a MIDUS model already; up-scale its base instead")
     plan = plan_from_arguments(args, model)
     check_parallel_sizes(
         model,
@@ -282,7 +283,7 @@ def verify(args: argparse.Namespace, directory: Path, model: ModelConfig, plan: 
         result = load_fp32(hf)
         comparison = compare_logits(base, result, vocab_size=model.vocab_size)
     if plan.is_identity and not comparison.bit_equal:
-        raise ValueError(f"policy {plan.policy} promises the base's function and broke it: {comparison.describe()}")
+        raise UserError(f"policy {plan.policy} promises the base's function and broke it: {comparison.describe()}")
     return comparison.describe()
 
 

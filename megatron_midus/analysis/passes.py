@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from megatron_midus.analysis.lookup import Read, Selected, look_up_with, read, select
 from megatron_midus.analysis.windows import Windows
+from megatron_midus.errors import UserError
 
 Progress = Callable[[int], Any]
 
@@ -86,7 +87,7 @@ def own_passes(model: Any, windows: Windows, *, batch_size: int, progress: Progr
             logits = model(input_ids=batch.inputs, use_cache=False).logits
         done.nats = _window_nats(logits, batch.labels)
         if not math.isfinite(done.nats.sum().item()):
-            raise ValueError("the loss is not finite; the weights hold NaN or infinity, or overflow in this dtype")
+            raise UserError("the loss is not finite; the weights hold NaN or infinity, or overflow in this dtype")
         if progress is not None:
             progress(len(batch))
         yield done

@@ -16,6 +16,7 @@ from megatron_midus.analysis.sensitivity import Sensitivity, measure_sensitivity
 from megatron_midus.analysis.slots import NUM_SLOT_PASSES, BlockSlots, SlotSettings, measure_slots
 from megatron_midus.analysis.usage import BlockUsage, measure_usage
 from megatron_midus.analysis.windows import Estimate, Windows, loss_change, mean_loss
+from megatron_midus.errors import UserError
 from megatron_midus.evaluation.loading import read_config
 from megatron_midus.evaluation.perplexity import Tokenizer
 
@@ -74,12 +75,12 @@ def check_is_midus(directory: str | Path) -> None:
     """Raises ``ValueError`` unless ``directory`` is an exported model with Memory blocks."""
     config = read_config(directory)
     if config.get("model_type") != "midus":
-        raise ValueError(
+        raise UserError(
             f"{directory} is a model of type {config.get('model_type')!r}, not midus; give a directory that "
             "tools/upscale.py or tools/convert_checkpoint.py wrote for Hugging Face"
         )
     if "memory" not in (config.get("block_types") or []):
-        raise ValueError(f"{directory} has no Memory block, so there is nothing to analyse in it")
+        raise UserError(f"{directory} has no Memory block, so there is nothing to analyse in it")
 
 
 def num_windows(model: Any, windows: Windows, parts: Sequence[str]) -> int:
@@ -148,7 +149,7 @@ def check_parts(parts: Sequence[str], windows: Windows) -> None:
     """Raises ``ValueError`` for unknown parts, and when the text is too short for what they ask."""
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
-        raise ValueError(f"parts {unknown or 'none'} are not known; choose from {' '.join(PARTS)}")
+        raise UserError(f"parts {unknown or 'none'} are not known; choose from {' '.join(PARTS)}")
     if set(parts) & set(FITTED_PARTS):
         windows.halves()
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from megatron_midus.errors import UserError
 from megatron_midus.evaluation.perplexity import Tokenizer
 
 
@@ -44,7 +45,7 @@ class Windows:
             ValueError: fewer than four windows.
         """
         if len(self) < 4:
-            raise ValueError(
+            raise UserError(
                 f"the text makes {len(self)} windows, and fitting on one half and measuring on the other needs 4; give "
                 "more text, or a smaller seq_length"
             )
@@ -61,15 +62,15 @@ def make_windows(tokenizer: Tokenizer, documents: Sequence[str], *, seq_length: 
         ValueError: no document, a length below 1, or a text shorter than one window.
     """
     if seq_length < 1:
-        raise ValueError(f"seq_length={seq_length} must be at least 1")
+        raise UserError(f"seq_length={seq_length} must be at least 1")
     if not documents:
-        raise ValueError("there is no document to analyse")
+        raise UserError("there is no document to analyse")
     stream = [tokenizer.eod]
     for ids in tokenizer.encode_batch(documents):
         stream += [*ids, tokenizer.eod]
     count = (len(stream) - 1) // seq_length
     if count == 0:
-        raise ValueError(
+        raise UserError(
             f"the text has {len(stream) - 1} tokens, less than one window of seq_length={seq_length}; give more text, or "
             "a smaller seq_length"
         )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_midus.benchmark.shapes import Shape
+from megatron_midus.errors import UserError
 from megatron_midus.ops import dispatch
 
 Inputs = list[torch.Tensor]
@@ -161,7 +162,7 @@ def find_contenders(
     for name in backends or []:
         if reasons.get(name, "it is not known") is not None:
             known = ", ".join(n for n, reason in reasons.items() if reason is None)
-            raise ValueError(f"backend {name!r} cannot run: {reasons.get(name, 'it is not known')}; here run {known}")
+            raise UserError(f"backend {name!r} cannot run: {reasons.get(name, 'it is not known')}; here run {known}")
     if backends is None:
         notes += [f"backend {name}: {reason}" for name, reason in reasons.items() if reason is not None]
         backends = [name for name, reason in reasons.items() if reason is None]

@@ -11,6 +11,7 @@ import torch
 
 from megatron_midus.benchmark.contenders import Contender, Inputs, Operands, make_operands, run_backend
 from megatron_midus.benchmark.shapes import Shape
+from megatron_midus.errors import UserError
 
 CHECK_TOKENS = (1, 5, 64)  # decode and others may take other paths
 BLOCK_NUM_KEYS = 64  # at most, for banks of the width of the model: in float64 they would take gigabytes
@@ -47,7 +48,7 @@ class Check:
         return f"{self.contender}, {what} at T={self.tokens}: error {self.error:.1e}, allowed {self.allowed:.1e}"
 
 
-class ParityError(ValueError):
+class ParityError(UserError):
     """A contender is wrong, so no time of this run may be compared with another."""
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_midus.benchmark.report import Report, Section
+from megatron_midus.errors import UserError
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito 2008).
 PHASE_COLOURS = {"forward": "#56B4E9", "backward": "#0072B2", "iteration": "#0072B2"}
@@ -19,7 +20,7 @@ def require_matplotlib() -> Any:
     try:
         from matplotlib import figure
     except ImportError:
-        raise ValueError(
+        raise UserError(
             "matplotlib is not installed; pip install 'megatron-midus[bench]', or leave --plot out"
         ) from None
     return figure

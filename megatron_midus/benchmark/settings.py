@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from megatron_midus.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
@@ -46,9 +48,9 @@ class RunSettings:
         for name, least in (("rounds", 1), ("warmup", 0), ("threads", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+                raise UserError(f"{name}={value} must be at least {least}")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device=cuda, but there is no CUDA device; choose cpu")
+            raise UserError("device=cuda, but there is no CUDA device; choose cpu")
 
     def resolved_device(self) -> str:
         if self.device != "auto":

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_midus.errors import UserError
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,11 +42,11 @@ class Shape:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if field.type == "int" and getattr(self, field.name) < 1:
-                raise ValueError(f"shape {self.name}: {field.name}={getattr(self, field.name)} must be at least 1")
+                raise UserError(f"shape {self.name}: {field.name}={getattr(self, field.name)} must be at least 1")
         if self.dtype not in DTYPES:
-            raise ValueError(f"shape {self.name}: dtype={self.dtype!r} is not known; choose one of {sorted(DTYPES)}")
+            raise UserError(f"shape {self.name}: dtype={self.dtype!r} is not known; choose one of {sorted(DTYPES)}")
         if self.hidden_size % self.num_heads or self.kv_channels % 2 or self.topk > self.num_keys:
-            raise ValueError(
+            raise UserError(
                 f"shape {self.name}: hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}, "
                 f"kv_channels={self.kv_channels} even, and topk={self.topk} at most num_keys={self.num_keys}"
             )
@@ -96,7 +98,7 @@ def find_shapes(names: Sequence[str], *, tokens: int | None = None, dtype: str |
     found = []
     for name in names:
         if name not in SHAPES:
-            raise ValueError(f"shape {name!r} is not known; choose one of {', '.join(SHAPES)}")
+            raise UserError(f"shape {name!r} is not known; choose one of {', '.join(SHAPES)}")
         changes = {"tokens": tokens, "dtype": dtype}
         found.append(dataclasses.replace(SHAPES[name], **{k: v for k, v in changes.items() if v is not None}))
     return found

@@ -10,6 +10,7 @@ from megatron_midus.comparison.experiment import Arm, Experiment
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.config.fields import add_arguments, from_namespace
 from megatron_midus.config.run_file import words_of_entries
+from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan, make_plan
 from megatron_midus.upscaling.cost import (
     flops_per_token,
@@ -87,7 +88,7 @@ def resolve_arm(experiment: Experiment, arm: Arm, model: ModelConfig) -> Resolve
             trainable = trainable_parameters(model, plan, arm.train)
             iterations = count_iterations(experiment, flops)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     parameters = total_parameters(model, plan)
     return ResolvedArm(
         arm=arm,
@@ -118,7 +119,7 @@ def count_iterations(experiment: Experiment, flops: float) -> int:
         tokens = int(experiment.budget.flops / flops)
     iterations, points = tokens // batch, experiment.evaluation.points
     if not iterations:
-        raise ValueError(
+        raise UserError(
             f"the budget of {tokens:,} tokens is below one step of {experiment.global_batch_size} sequences of "
             f"{experiment.seq_length} tokens; raise it or choose a smaller global_batch_size"
         )
@@ -148,4 +149,4 @@ def check_driver_flags(entries: dict[str, Any], driver: argparse.ArgumentParser,
     for name in entries:
         plain = name.lstrip("-").replace("-", "_")
         if plain in RESERVED_FLAGS:
-            raise ValueError(f"{where}: {name!r} is set by the experiment itself; leave it out")
+            raise UserError(f"{where}: {name!r} is set by the experiment itself; leave it out")

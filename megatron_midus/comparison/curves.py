@@ -7,6 +7,8 @@ import math
 import statistics
 from pathlib import Path
 
+from megatron_midus.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Point:
@@ -71,7 +73,7 @@ def make_curves(scalars: dict[str, dict[int, float]], *, tokens_per_iteration: i
     """
     times = sorted(scalars.get("iteration-time", {}).items())
     if not times:
-        raise ValueError("the run wrote no iteration-time")
+        raise UserError("the run wrote no iteration-time")
     # Each time is the mean over the steps since the one before.
     clock, seconds, last = {0: 0.0}, 0.0, 0
     for iteration, mean in times:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from megatron_midus.comparison.schema import build, check_keys
 from megatron_midus.config.run_file import read_yaml
+from megatron_midus.errors import UserError
 from megatron_midus.upscaling import POLICIES
 
 REPOSITORY = Path(__file__).parents[2]
@@ -32,9 +33,9 @@ class TrainData:
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.dataset is None):
-            raise ValueError("give exactly one of 'text' (to be tokenised) and 'dataset' (prefix of .bin and .idx)")
+            raise UserError("give exactly one of 'text' (to be tokenised) and 'dataset' (prefix of .bin and .idx)")
         if self.weight is not None and self.weight <= 0:
-            raise ValueError(f"weight={self.weight} must be above 0")
+            raise UserError(f"weight={self.weight} must be above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +55,9 @@ class Data:
 
     def __post_init__(self) -> None:
         if not self.train:
-            raise ValueError("train is empty; name at least one text or dataset")
+            raise UserError("train is empty; name at least one text or dataset")
         if len({source.weight is None for source in self.train}) > 1:
-            raise ValueError("train: some sources have a weight and some have none; give all or none")
+            raise UserError("train: some sources have a weight and some have none; give all or none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +71,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.tokens is None) == (self.flops is None):
-            raise ValueError("give exactly one of 'tokens' and 'flops'")
+            raise UserError("give exactly one of 'tokens' and 'flops'")
         if (self.tokens or self.flops or 0) <= 0:
-            raise ValueError("must be above 0")
+            raise UserError("must be above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.nproc < 1:
-            raise ValueError(f"nproc={self.nproc} must be at least 1")
+            raise UserError(f"nproc={self.nproc} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Evaluation:
         for name in ("points", "valid_batches", "max_tokens", "seq_length", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+                raise UserError(f"{name}={value} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ class LatencySettings:
 
     def __post_init__(self) -> None:
         if self.rounds < 0 or min(self.prompt_tokens, self.decode_tokens, self.batch_size) < 1:
-            raise ValueError("rounds must be 0 or more, prompt_tokens, decode_tokens and batch_size at least 1")
+            raise UserError("rounds must be 0 or more, prompt_tokens, decode_tokens and batch_size at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,21 +159,19 @@ class Arm:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise ValueError(f"name {self.name!r} may have letters, digits and . _ + - alone, and begins with neither")
+            raise UserError(f"name {self.name!r} may have letters, digits and . _ + - alone, and begins with neither")
         if self.policy not in POLICIES:
-            raise ValueError(f"policy {self.policy!r} is not one of {', '.join(POLICIES)}")
+            raise UserError(f"policy {self.policy!r} is not one of {', '.join(POLICIES)}")
         if self.memory and self.policy != "interleave":
-            raise ValueError(
+            raise UserError(
                 f"memory settings do not apply to policy {self.policy}; choose interleave or leave them out"
             )
         if self.policy == "none" and self.train == "inserted":
-            raise ValueError(
+            raise UserError(
                 "policy none inserts nothing to train; choose train: all, or train: none to evaluate the base"
             )
         if (self.calibration_data is not None) != (self.memory.get("key_init") == "calibrated"):
-            raise ValueError(
-                "calibration_data and memory: {key_init: calibrated} need each other; give both or neither"
-            )
+            raise UserError("calibration_data and memory: {key_init: calibrated} need each other; give both or neither")
         if self.lr is not None:
             _check_rates(self.lr)
 
@@ -213,22 +212,22 @@ class Experiment:
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
         if not names:
-            raise ValueError("arms is empty; name at least one")
+            raise UserError("arms is empty; name at least one")
         for kind, entries in (("arms", names), ("seeds", self.seeds)):
             twice = next((entry for entry in entries if entries.count(entry) > 1), None)
             if twice is not None:
-                raise ValueError(f"{kind}: {twice!r} is given twice")
+                raise UserError(f"{kind}: {twice!r} is given twice")
         if not self.seeds or min(self.seeds) < 1:
-            raise ValueError(f"seeds={self.seeds} must be whole numbers of at least 1")
+            raise UserError(f"seeds={self.seeds} must be whole numbers of at least 1")
         for name in ("seq_length", "micro_batch_size", "global_batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"min_lr_ratio={self.min_lr_ratio} must lie between 0 and 1")
+            raise UserError(f"min_lr_ratio={self.min_lr_ratio} must lie between 0 and 1")
         _check_rates(self.lr)
         for arm in self.arms:
             if arm.train != "none" and not (arm.lr or self.lr):
-                raise ValueError(f"arm {arm.name!r} has no learning rate; give 'lr' to it or to the experiment")
+                raise UserError(f"arm {arm.name!r} has no learning rate; give 'lr' to it or to the experiment")
         if self.reference is not None and self.reference not in names:
             check_keys([self.reference], names, "reference")
 
@@ -249,7 +248,7 @@ class Experiment:
             check_keys(arms, names, "--arms")
         unknown = set(seeds or ()) - set(self.seeds)
         if unknown:
-            raise ValueError(f"--seeds: {min(unknown)} is not one of {', '.join(map(str, self.seeds))}")
+            raise UserError(f"--seeds: {min(unknown)} is not one of {', '.join(map(str, self.seeds))}")
         kept = [arm for arm in self.arms if arms is None or arm.name in arms]
         reference = self.reference if self.reference in {arm.name for arm in kept} else None
         chosen = [seed for seed in self.seeds if seeds is None or seed in seeds]
@@ -258,9 +257,9 @@ class Experiment:
 
 def _check_rates(rates: list[float]) -> None:
     if any(rate <= 0 for rate in rates):
-        raise ValueError(f"lr={rates}: every learning rate must be above 0")
+        raise UserError(f"lr={rates}: every learning rate must be above 0")
     if len(set(rates)) < len(rates):
-        raise ValueError(f"lr={rates}: a learning rate is given twice")
+        raise UserError(f"lr={rates}: a learning rate is given twice")
 
 
 def read_experiment(path: str | Path, output: str | Path) -> Experiment:
@@ -279,7 +278,7 @@ def read_experiment(path: str | Path, output: str | Path) -> Experiment:
     defaults = values.pop("defaults", None) or {}
     arm_keys = [field.name for field in dataclasses.fields(Arm)]
     if not isinstance(defaults, dict):
-        raise ValueError(f"{path.name}: defaults is not a mapping of 'key: value' lines")
+        raise UserError(f"{path.name}: defaults is not a mapping of 'key: value' lines")
     check_keys(defaults, [key for key in arm_keys if key not in ("name", "policy")], f"{path.name}: defaults")
     if isinstance(values.get("arms"), list):
         values["arms"] = [with_defaults(arm, defaults) for arm in values["arms"]]

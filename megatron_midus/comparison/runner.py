@@ -20,6 +20,7 @@ from megatron_midus.comparison.curves import make_curves, read_scalars
 from megatron_midus.comparison.experiment import REPOSITORY
 from megatron_midus.comparison.runs import Chain, Runs, command_line, one_of_each_architecture
 from megatron_midus.comparison.steps import FileHashes, Step, StepFailed, environment
+from megatron_midus.errors import UserError
 
 Item = TypeVar("Item")
 # Seconds that a driver gets to save a checkpoint when the comparison is stopped.
@@ -35,7 +36,7 @@ def lock(output: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ValueError(
+        raise UserError(
             f"another comparison, or a process that it left, works in {output}; wait for it or end it"
         ) from None
     os.set_inheritable(descriptor, True)

@@ -10,6 +10,8 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal, TypeVar, Union
 
+from megatron_midus.errors import UserError
+
 Config = TypeVar("Config")
 
 
@@ -26,19 +28,19 @@ def build(cls: type[Config], values: Any, where: str) -> Config:
             dataclass itself refuses, with ``where`` before it.
     """
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"{where}: {_shown(values)} is not a mapping of 'key: value' lines")
+        raise UserError(f"{where}: {_shown(values)} is not a mapping of 'key: value' lines")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     check_keys(values, fields, where)
     hints = typing.get_type_hints(cls)
     for field in fields.values():
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if field.name not in values and not has_default:
-            raise ValueError(f"{where}: {field.name!r} is missing")
+            raise UserError(f"{where}: {field.name!r} is missing")
     found = {name: convert(hints[name], value, f"{where}: {name}") for name, value in values.items()}
     try:
         return cls(**found)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
 
 
 def check_keys(found: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -48,7 +50,7 @@ def check_keys(found: Iterable[str], known: Iterable[str], where: str) -> None:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
-            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+            raise UserError(f"{where}: unknown key {key!r}; {hint}")
 
 
 def convert(annotation: Any, value: Any, where: str) -> Any:
@@ -61,7 +63,7 @@ def convert(annotation: Any, value: Any, where: str) -> Any:
         return None if value is None else convert(inner, value, where)
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(f"{where}: {_shown(value)} is not one of {', '.join(map(str, arguments))}")
+            raise UserError(f"{where}: {_shown(value)} is not one of {', '.join(map(str, arguments))}")
         return value
     if origin is list:
         # One value where a list may stand is a list of one.
@@ -69,7 +71,7 @@ def convert(annotation: Any, value: Any, where: str) -> Any:
         return [convert(arguments[0], element, f"{where}[{i}]") for i, element in enumerate(elements)]
     if origin is dict:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise ValueError(f"{where}: {_shown(value)} is not a mapping of 'key: value' lines")
+            raise UserError(f"{where}: {_shown(value)} is not a mapping of 'key: value' lines")
         return value
     if dataclasses.is_dataclass(annotation):
         return build(annotation, value, where)  # type: ignore[arg-type]
@@ -80,13 +82,13 @@ def _scalar(annotation: type, value: Any, where: str) -> Any:
     if annotation is bool or annotation is str:
         if not isinstance(value, annotation):
             kind = "true or false" if annotation is bool else "a text; put it in quotes"
-            raise ValueError(f"{where}: {_shown(value)} is not {kind}")
+            raise UserError(f"{where}: {_shown(value)} is not {kind}")
         return value
     assert annotation in (int, float), f"no rule for {annotation}"
     number = None if isinstance(value, bool) else parse_number(value)
     if number is None or not math.isfinite(number) or (annotation is int and number != int(number)):
         kind = "a whole number" if annotation is int else "a number"
-        raise ValueError(f"{where}: {_shown(value)} is not {kind}")
+        raise UserError(f"{where}: {_shown(value)} is not {kind}")
     return annotation(number)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_midus.errors import UserError
 from megatron_midus.files import remove, remove_partials, write_text_atomically
 
 _WHOLE = 1 << 20
@@ -42,7 +43,7 @@ class FileHashes:
         if index.is_file() and tokens.is_file():
             # The index holds the length of every document; terabytes of tokens are not read for a fingerprint.
             return _digest([self._of_file(index), tokens.stat().st_size])
-        raise ValueError(f"{path} does not exist; the experiment reads it")
+        raise UserError(f"{path} does not exist; the experiment reads it")
 
     def _of_file(self, path: Path) -> str:
         status = path.stat()

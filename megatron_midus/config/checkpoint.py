@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from megatron_midus.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
@@ -57,12 +59,12 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.save_interval is not None and self.save_interval < 1:
-            raise ValueError(f"save_interval={self.save_interval} must be at least 1")
+            raise UserError(f"save_interval={self.save_interval} must be at least 1")
         if self.save_interval is not None and self.save is None:
-            raise ValueError(f"save_interval={self.save_interval} needs --save DIR")
+            raise UserError(f"save_interval={self.save_interval} needs --save DIR")
         if self.keep_last < 0:
-            raise ValueError(f"keep_last={self.keep_last} must be 0 (all) or more")
+            raise UserError(f"keep_last={self.keep_last} must be 0 (all) or more")
         if self.ckpt_step is not None and self.load is None:
-            raise ValueError(f"ckpt_step={self.ckpt_step} needs --load DIR")
+            raise UserError(f"ckpt_step={self.ckpt_step} needs --load DIR")
         if self.finetune and self.load is None:
-            raise ValueError("finetune takes weights from a checkpoint; give --load DIR")
+            raise UserError("finetune takes weights from a checkpoint; give --load DIR")

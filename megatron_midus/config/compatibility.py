@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from megatron_midus.errors import UserError
+
 _DEPTH_DEPENDENT = (
     "apply_query_key_layer_scaling",
     "no_rope_freq",
@@ -67,15 +69,13 @@ class CompatibilityConfig:
 
     def __post_init__(self) -> None:
         if self.make_vocab_size_divisible_by < 1:
-            raise ValueError(f"make_vocab_size_divisible_by={self.make_vocab_size_divisible_by} must be at least 1")
+            raise UserError(f"make_vocab_size_divisible_by={self.make_vocab_size_divisible_by} must be at least 1")
         free = ("make_vocab_size_divisible_by", "untie_embeddings_and_output_weights")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in _DEPTH_DEPENDENT and value != field.default:
-                raise ValueError(
+                raise UserError(
                     f"{field.name}={value} depends on layer numbers, which inserted blocks shift; leave the flag out"
                 )
             if field.name not in free and value != field.default:
-                raise ValueError(
-                    f"{field.name}={value} is not available here, only {field.default}; leave the flag out"
-                )
+                raise UserError(f"{field.name}={value} is not available here, only {field.default}; leave the flag out")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from megatron_midus.errors import UserError
+
 DEFAULT_SPLIT = "969,30,1"
 
 
@@ -71,14 +73,14 @@ class DataConfig:
         sources = [n for n in ("data_path", "mock_data") if getattr(self, n)] + per_split[:1]
         if len(sources) > 1:
             flags = " and ".join("--" + name.replace("_", "-") for name in sources)
-            raise ValueError(f"{flags} were given together; choose one source of data")
+            raise UserError(f"{flags} were given together; choose one source of data")
         if self.split is not None and per_split:
             flag = "--" + per_split[0].replace("_", "-")
-            raise ValueError(f"--split {self.split} divides --data-path and does not apply to {flag}; leave it out")
+            raise UserError(f"--split {self.split} divides --data-path and does not apply to {flag}; leave it out")
         if self.seq_length < 1:
-            raise ValueError(f"seq_length={self.seq_length} must be at least 1")
+            raise UserError(f"seq_length={self.seq_length} must be at least 1")
         if self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers} must be 0 or more")
+            raise UserError(f"num_workers={self.num_workers} must be 0 or more")
         self.split_fractions()
 
     @property
@@ -96,7 +98,7 @@ class DataConfig:
         except ValueError:
             shares = []
         if len(shares) not in (1, 2, 3) or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
-            raise ValueError(f"--split {text!r} is not three shares such as {DEFAULT_SPLIT}")
+            raise UserError(f"--split {text!r} is not three shares such as {DEFAULT_SPLIT}")
         shares += [0.0] * (3 - len(shares))
         train, valid, test = (share / sum(shares) for share in shares)
         return train, valid, test

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from megatron_midus.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
@@ -50,24 +52,24 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         if self.memory_num_keys < 1:
-            raise ValueError(f"memory_num_keys={self.memory_num_keys} must be at least 1")
+            raise UserError(f"memory_num_keys={self.memory_num_keys} must be at least 1")
         if not 1 <= self.memory_topk <= self.memory_num_keys:
-            raise ValueError(
+            raise UserError(
                 f"memory_topk={self.memory_topk} is out of range; choose 1 to memory_num_keys={self.memory_num_keys}"
             )
         if self.memory_num_keys**2 > 2**31 - 1:
-            raise ValueError(f"memory_num_keys={self.memory_num_keys} is out of range; choose at most 46340")
+            raise UserError(f"memory_num_keys={self.memory_num_keys} is out of range; choose at most 46340")
         if self.memory_latent_size < 1:
-            raise ValueError(f"memory_latent_size={self.memory_latent_size} must be at least 1")
+            raise UserError(f"memory_latent_size={self.memory_latent_size} must be at least 1")
         if self.memory_num_heads is not None and self.memory_num_heads < 1:
-            raise ValueError(f"memory_num_heads={self.memory_num_heads} must be at least 1")
+            raise UserError(f"memory_num_heads={self.memory_num_heads} must be at least 1")
         if self.memory_num_heads is not None and self.memory_variant != "block":
-            raise ValueError(
+            raise UserError(
                 f"memory_num_heads={self.memory_num_heads} is a setting of variant block; "
                 f"variant {self.memory_variant} has one memory head per attention head"
             )
         if self.memory_variant == "block" and self.memory_output_projection != "none":
-            raise ValueError(
+            raise UserError(
                 f"memory_output_projection={self.memory_output_projection} does not apply to variant block, whose "
                 "heads already share one output; choose none"
             )
@@ -80,16 +82,16 @@ class MemoryConfig:
     def check_model(self, *, hidden_size: int, num_attention_heads: int, kv_channels: int) -> None:
         """Raises ``ValueError`` where this memory cannot be put behind such an attention."""
         if hidden_size % num_attention_heads:
-            raise ValueError(
+            raise UserError(
                 f"hidden_size={hidden_size} is not divisible by num_attention_heads={num_attention_heads}; "
                 "a Memory block writes hidden_size / num_attention_heads channels per head"
             )
         width = num_attention_heads * self.query_size_per_attention_head(hidden_size, num_attention_heads, kv_channels)
         heads = self.num_memory_heads(num_attention_heads)
         if width % heads:
-            raise ValueError(f"memory_num_heads={heads} does not divide the query width {width}")
+            raise UserError(f"memory_num_heads={heads} does not divide the query width {width}")
         if (width // heads) % 2:
-            raise ValueError(
+            raise UserError(
                 f"the query of one memory head has {width // heads} channels; product keys need an even number"
             )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from megatron_midus.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class MemoryTelemetryConfig:
@@ -37,27 +39,27 @@ class MemoryTelemetryConfig:
     def __post_init__(self) -> None:
         for name in ("memory_log_interval", "memory_revive_interval", "memory_balance_loss_coeff"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 (off) or more")
+                raise UserError(f"{name}={getattr(self, name)} must be 0 (off) or more")
         if self.memory_log_interval and not 1 <= self.memory_log_steps <= self.memory_log_interval:
-            raise ValueError(
+            raise UserError(
                 f"memory_log_steps={self.memory_log_steps} must lie between 1 and "
                 f"memory_log_interval={self.memory_log_interval}"
             )
         for name in ("memory_usage_decay", "memory_dead_threshold", "memory_alarm_threshold"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         self._check_revival()
 
     def _check_revival(self) -> None:
         if not self.memory_revive_interval:
             return
         if not self.memory_log_interval:
-            raise ValueError(
+            raise UserError(
                 f"memory_revive_interval={self.memory_revive_interval} needs the statistics to know what is dead; give "
                 "--memory-log-interval"
             )
         if self.memory_revive_interval % self.memory_log_interval:
-            raise ValueError(
+            raise UserError(
                 f"memory_revive_interval={self.memory_revive_interval} must be a multiple of "
                 f"memory_log_interval={self.memory_log_interval}"
             )

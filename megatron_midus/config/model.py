@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_midus.errors import UserError
+
 MODEL_CONFIG_FILE = "model_config.json"
 # megatron-core's rope scaling has these as constants, and only the factor as an argument.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -15,7 +17,7 @@ LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_po
 def padded_vocab_size(vocab_size: int, *, divisible_by: int = 1, tensor_model_parallel_size: int = 1) -> int:
     """Rows of the embedding after padding to a multiple of ``divisible_by * tensor_model_parallel_size``."""
     if vocab_size < 1 or divisible_by < 1 or tensor_model_parallel_size < 1:
-        raise ValueError(
+        raise UserError(
             f"vocab_size={vocab_size}, make_vocab_size_divisible_by={divisible_by} and "
             f"tensor_model_parallel_size={tensor_model_parallel_size} must be at least 1"
         )
@@ -67,9 +69,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.num_attention_heads % self.num_query_groups:
-            raise ValueError(
+            raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"num_query_groups={self.num_query_groups}"
             )
@@ -78,7 +80,7 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
-            raise ValueError(f"unknown entries {unknown} in the model configuration; it was written by another version")
+            raise UserError(f"unknown entries {unknown} in the model configuration; it was written by another version")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,11 +93,9 @@ class ModelConfig:
         try:
             return cls.from_dict(json.loads(path.read_text()))
         except FileNotFoundError:
-            raise ValueError(
-                f"{path} does not exist; it is written by tools/upscale.py and pretrain_midus.py"
-            ) from None
+            raise UserError(f"{path} does not exist; it is written by tools/upscale.py and pretrain_midus.py") from None
         except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path} is not a valid model configuration: {error}") from None
+            raise UserError(f"{path} is not a valid model configuration: {error}") from None
 
     def save(self, directory: str | Path) -> None:
         (Path(directory) / MODEL_CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from megatron_midus.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
@@ -114,30 +116,30 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         if self.lr is not None and self.lr <= 0:
-            raise ValueError(f"lr={self.lr} must be above 0")
+            raise UserError(f"lr={self.lr} must be above 0")
         if self.lr is not None and not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}")
+            raise UserError(f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}")
         if self.lr is not None and not 0 <= self.lr_warmup_init <= self.lr:
-            raise ValueError(f"lr_warmup_init={self.lr_warmup_init} must lie between 0 and lr={self.lr}")
+            raise UserError(f"lr_warmup_init={self.lr_warmup_init} must lie between 0 and lr={self.lr}")
         if self.lr_warmup_fraction is not None and not 0 <= self.lr_warmup_fraction < 1:
-            raise ValueError(f"lr_warmup_fraction={self.lr_warmup_fraction} must be at least 0 and below 1")
+            raise UserError(f"lr_warmup_fraction={self.lr_warmup_fraction} must be at least 0 and below 1")
         if self.lr_warmup_fraction is not None and (self.lr_warmup_iters or self.lr_warmup_samples):
-            raise ValueError("lr_warmup_fraction replaces --lr-warmup-iters and --lr-warmup-samples; give one")
+            raise UserError("lr_warmup_fraction replaces --lr-warmup-iters and --lr-warmup-samples; give one")
         for name in ("weight_decay", "value_weight_decay", "clip_grad", "value_clip_grad", "lr_warmup_iters"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+                raise UserError(f"{name}={getattr(self, name)} must not be negative")
         if self.value_lr_mult <= 0:
-            raise ValueError(f"value_lr_mult={self.value_lr_mult} must be above 0")
+            raise UserError(f"value_lr_mult={self.value_lr_mult} must be above 0")
         if self.value_weight_decay and not self.weight_decay:
-            raise ValueError(
+            raise UserError(
                 f"value_weight_decay={self.value_weight_decay} is applied as a share of weight_decay=0; "
                 "give --weight-decay as well"
             )
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
-            raise ValueError(
+            raise UserError(
                 "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler exclude each other; give one"
             )
         self._check_increment()
@@ -146,12 +148,12 @@ class OptimizerSettings:
         start, end = self.start_weight_decay, self.end_weight_decay
         if self.weight_decay_incr_style == "constant":
             if start is not None or end is not None:
-                raise ValueError(
+                raise UserError(
                     f"start_weight_decay={start} and end_weight_decay={end} need "
                     "--weight-decay-incr-style linear or cosine"
                 )
         elif start is None or end is None or not 0 <= start <= end:
-            raise ValueError(
+            raise UserError(
                 f"weight_decay_incr_style={self.weight_decay_incr_style} needs "
                 f"0 <= --start-weight-decay (here {start}) <= --end-weight-decay (here {end})"
             )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from megatron_midus.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
@@ -105,21 +107,21 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         if self.distributed_timeout_minutes <= 0:
-            raise ValueError(f"distributed_timeout_minutes={self.distributed_timeout_minutes} must be more than 0")
+            raise UserError(f"distributed_timeout_minutes={self.distributed_timeout_minutes} must be more than 0")
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ValueError(
+            raise UserError(
                 "sequence_parallel=True splits over tensor-parallel processes and tensor_model_parallel_size=1; "
                 "raise --tensor-model-parallel-size or leave --sequence-parallel out"
             )
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
-            raise ValueError("overlap_param_gather needs --use-distributed-optimizer and --overlap-grad-reduce as well")
+            raise UserError("overlap_param_gather needs --use-distributed-optimizer and --overlap-grad-reduce as well")
         if self.ddp_average_in_collective and self.distributed_backend == "gloo":
-            raise ValueError("ddp_average_in_collective needs NCCL; gloo has no averaging reduction")
+            raise UserError("ddp_average_in_collective needs NCCL; gloo has no averaging reduction")
         if self.deterministic_mode and not self.memory_deterministic:
-            raise ValueError("deterministic_mode needs deterministic memories too; leave --no-memory-deterministic out")
+            raise UserError("deterministic_mode needs deterministic memories too; leave --no-memory-deterministic out")
         self._check_pipeline()
         self._check_recompute()
 
@@ -135,27 +137,27 @@ class ParallelConfig:
         ):
             value = getattr(self, name)
             if value is not None and self.pipeline_model_parallel_size < 2:
-                raise ValueError(f"{name} needs --pipeline-model-parallel-size of at least 2")
+                raise UserError(f"{name} needs --pipeline-model-parallel-size of at least 2")
             if isinstance(value, int) and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+                raise UserError(f"{name}={value} must be at least 1")
         if per_chunk is not None and chunks is not None:
-            raise ValueError(
+            raise UserError(
                 f"num_layers_per_virtual_pipeline_stage={per_chunk} and num_virtual_stages_per_pipeline_rank={chunks} "
                 "say the same in two ways; give one"
             )
         if (per_chunk or chunks) and not self.overlap_p2p_comm:
             # Batched transfers mix up the messages of the chunks of two stages and the loss is wrong without a word.
-            raise ValueError(
+            raise UserError(
                 "num_layers_per_virtual_pipeline_stage trains wrongly without overlapped transfers; "
                 "leave --no-overlap-p2p-comm out"
             )
         if any(ends) and (per_chunk or chunks or self.pipeline_model_parallel_layout):
-            raise ValueError(
+            raise UserError(
                 f"decoder_first_pipeline_num_layers={ends[0]} and decoder_last_pipeline_num_layers={ends[1]} do not go "
                 "with chunks or a layout; say it all with --pipeline-model-parallel-layout"
             )
         if per_chunk is not None and self.pipeline_model_parallel_layout is not None:
-            raise ValueError(
+            raise UserError(
                 f"num_layers_per_virtual_pipeline_stage={per_chunk} makes even chunks, which "
                 f"pipeline_model_parallel_layout={self.pipeline_model_parallel_layout} does not; give "
                 "--num-virtual-stages-per-pipeline-rank instead"
@@ -164,15 +166,15 @@ class ParallelConfig:
     def _check_recompute(self) -> None:
         if self.recompute_granularity != "full":
             if self.recompute_method or self.recompute_num_layers:
-                raise ValueError(
+                raise UserError(
                     f"recompute_method={self.recompute_method} and recompute_num_layers={self.recompute_num_layers} "
                     "are settings of --recompute-granularity full"
                 )
             return
         if self.recompute_method is None or self.recompute_num_layers is None:
-            raise ValueError(
+            raise UserError(
                 "recompute_granularity=full needs --recompute-method and --recompute-num-layers, "
                 "for instance uniform and 1"
             )
         if self.recompute_num_layers < 1:
-            raise ValueError(f"recompute_num_layers={self.recompute_num_layers} must be at least 1")
+            raise UserError(f"recompute_num_layers={self.recompute_num_layers} must be at least 1")

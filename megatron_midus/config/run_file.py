@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from megatron_midus.errors import UserError
+
 CONFIG_FLAG = "--config"
 
 
@@ -42,7 +44,7 @@ def parse_arguments_with_file(parser: argparse.ArgumentParser, argv: Sequence[st
     namespace = parser.parse_args([*(words_of_file(parser, path) if path is not None else ()), *argv])
     if namespace.config != path:
         # A parser that takes abbreviations knew the flag, and its file was not read.
-        raise ValueError(f"write {CONFIG_FLAG} in full to read {namespace.config}")
+        raise UserError(f"write {CONFIG_FLAG} in full to read {namespace.config}")
     return namespace
 
 
@@ -65,9 +67,9 @@ def words_of_entries(parser: argparse.ArgumentParser, entries: Mapping[str, Any]
         action = actions.get(_key(name))
         if action is None:
             near = difflib.get_close_matches(_key(name), actions, n=1)
-            raise ValueError(f"{where}: {name!r} is no flag{f'; did you mean {near[0]!r}?' if near else ''}")
+            raise UserError(f"{where}: {name!r} is no flag{f'; did you mean {near[0]!r}?' if near else ''}")
         if id(action) in seen:
-            raise ValueError(f"{where}: {seen[id(action)]!r} and {name!r} are the same flag; give one")
+            raise UserError(f"{where}: {seen[id(action)]!r} and {name!r} are the same flag; give one")
         seen[id(action)] = name
         if value is not None:
             words += _words(action, name, value, where)
@@ -107,15 +109,15 @@ def _key(name: str) -> str:
 def read_yaml(path: str | Path, *, what: str = "") -> dict[str, Any]:
     """A file with one mapping; ``ValueError`` for anything else, and for a key that is given twice."""
     if not Path(path).is_file():
-        raise ValueError(f"{what} {path} is not a file".strip())
+        raise UserError(f"{what} {path} is not a file".strip())
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ValueError(f"{path} is not a list of 'flag: value' lines")
+        raise UserError(f"{path} is not a list of 'flag: value' lines")
     return content
 
 
@@ -136,28 +138,28 @@ def _words(action: argparse.Action, name: str, value: Any, path: str) -> list[st
     options = [option for option in action.option_strings if option.startswith("--")]
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise ValueError(f"{path}: {name}: {value!r} is not true or false")
+            raise UserError(f"{path}: {name}: {value!r} is not true or false")
         if not isinstance(action, argparse.BooleanOptionalAction):
             return options[:1] if value else []
         is_negated = _key(name).startswith("no_") and _key(options[0]) != _key(name)
         return [options[0] if value != is_negated else f"--no-{options[0][2:]}"]
     values = value if isinstance(value, list) else [value]
     if isinstance(value, list) and action.nargs not in ("+", "*"):
-        raise ValueError(f"{path}: {name}: a list, where one value is expected")
+        raise UserError(f"{path}: {name}: a list, where one value is expected")
     texts = [_checked(action, name, element, path) for element in values]
     return [options[0], *texts] if action.nargs in ("+", "*") else [f"{options[0]}={texts[0]}"]
 
 
 def _checked(action: argparse.Action, name: str, value: Any, path: str) -> str:
     if isinstance(value, (bool, dict, list)):
-        raise ValueError(f"{path}: {name}: {json.dumps(value)} is not a value of {action.option_strings[0]}")
+        raise UserError(f"{path}: {name}: {json.dumps(value)} is not a value of {action.option_strings[0]}")
     convert = action.type if callable(action.type) else str
     try:
         converted = convert(str(value))
     except (ValueError, argparse.ArgumentTypeError):
-        raise ValueError(f"{path}: {name}: {value!r} is not {_article(convert)}") from None
+        raise UserError(f"{path}: {name}: {value!r} is not {_article(convert)}") from None
     if action.choices is not None and converted not in action.choices:
-        raise ValueError(f"{path}: {name}: {value!r} is not one of {', '.join(map(str, action.choices))}")
+        raise UserError(f"{path}: {name}: {value!r} is not one of {', '.join(map(str, action.choices))}")
     return str(value)
 
 

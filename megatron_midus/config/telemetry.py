@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from megatron_midus.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
@@ -73,11 +75,11 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         for name in ("log_interval", "tensorboard_log_interval", "tensorboard_queue_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.profile and not 1 <= self.profile_step_start < self.profile_step_end:
-            raise ValueError(
+            raise UserError(
                 f"profile_step_start={self.profile_step_start} and profile_step_end={self.profile_step_end} hold no "
                 "step; give 1 <= start < end"
             )
         if self.wandb_project is not None and self.wandb_exp_name is None:
-            raise ValueError(f"wandb_project={self.wandb_project!r} needs --wandb-exp-name")
+            raise UserError(f"wandb_project={self.wandb_project!r} needs --wandb-exp-name")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from megatron_midus.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
@@ -102,7 +104,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if (self.train_iters is None) == (self.train_samples is None) and not self.skip_train:
-            raise ValueError(
+            raise UserError(
                 f"train_iters={self.train_iters} and train_samples={self.train_samples}: give exactly one of "
                 "--train-iters and --train-samples"
             )
@@ -116,36 +118,36 @@ class TrainingConfig:
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+                raise UserError(f"{name}={value} must be at least 1")
         for name in ("eval_interval", "eval_iters", "manual_gc_interval"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 (never) or more")
+                raise UserError(f"{name}={getattr(self, name)} must be 0 (never) or more")
         if self.dry_run and self.skip_train:
-            raise ValueError("dry_run builds a training run and skip_train has none; give one of the two flags")
+            raise UserError("dry_run builds a training run and skip_train has none; give one of the two flags")
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         if self.bf16 and self.fp16:
-            raise ValueError("bf16 and fp16 exclude each other; give one of --bf16 and --fp16")
+            raise UserError("bf16 and fp16 exclude each other; give one of --bf16 and --fp16")
         self._check_rampup()
 
     def _check_rampup(self) -> None:
         if self.rampup_batch_size is None:
             return
         if len(self.rampup_batch_size) != 3:
-            raise ValueError(
+            raise UserError(
                 f"rampup_batch_size={self.rampup_batch_size} needs three numbers: "
                 "start batch size, increment, ramp-up samples"
             )
         if self.train_samples is None:
-            raise ValueError("rampup_batch_size counts samples; give --train-samples instead of --train-iters")
+            raise UserError("rampup_batch_size counts samples; give --train-samples instead of --train-iters")
         start, increment, samples = self.rampup_batch_size
         if start < 1 or increment < 1 or samples < 1:
-            raise ValueError(f"rampup_batch_size={self.rampup_batch_size}: every number must be at least 1")
+            raise UserError(f"rampup_batch_size={self.rampup_batch_size}: every number must be at least 1")
         if self.global_batch_size is None:
-            raise ValueError("rampup_batch_size needs --global-batch-size, the size that it ends with")
+            raise UserError("rampup_batch_size needs --global-batch-size, the size that it ends with")
         if self.global_batch_size <= start or (self.global_batch_size - start) % increment:
-            raise ValueError(
+            raise UserError(
                 f"rampup_batch_size: the way from {start} to global_batch_size={self.global_batch_size} is not a "
                 f"positive multiple of the increment {increment}"
             )

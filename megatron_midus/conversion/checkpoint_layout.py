@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_midus.conversion.checksums import file_sha256
+from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
@@ -49,7 +50,7 @@ def read_latest_iteration(root: str | Path) -> int | None:
         return None
     text = path.read_bytes().decode(errors="replace").strip()
     if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"{path} holds {text!r}, not an iteration number; choose one with --ckpt-step")
+        raise UserError(f"{path} holds {text!r}, not an iteration number; choose one with --ckpt-step")
     return int(text)
 
 
@@ -94,7 +95,7 @@ def find_checkpoint(root: str | Path, iteration: int | None = None) -> tuple[Pat
     """
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f"checkpoint directory {root} does not exist")
+        raise UserError(f"checkpoint directory {root} does not exist")
     if match := _ITERATION.fullmatch(root.name):
         return root, int(match.group(1))
     if iteration is None:
@@ -105,10 +106,10 @@ def find_checkpoint(root: str | Path, iteration: int | None = None) -> tuple[Pat
                 if (root / "config.json").is_file()
                 else ""
             )
-            raise ValueError(f"{root} holds no {LATEST_FILE}, so it is not a Megatron checkpoint{hint}")
+            raise UserError(f"{root} holds no {LATEST_FILE}, so it is not a Megatron checkpoint{hint}")
     directory = iteration_directory(root, iteration)
     if not directory.is_dir():
-        raise ValueError(f"{directory} does not exist; {root} holds iterations {list_iterations(root)}")
+        raise UserError(f"{directory} does not exist; {root} holds iterations {list_iterations(root)}")
     return directory, iteration
 
 

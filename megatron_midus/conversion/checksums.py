@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
 
 CHECKSUMS_FILE = "checksums.sha256"
@@ -19,7 +20,7 @@ _SEAL = "# sha256 of the lines above: "
 _CHUNK_BYTES = 1 << 22
 
 
-class DamagedError(ValueError):
+class DamagedError(UserError):
     """A checkpoint is not as it was written."""
 
 

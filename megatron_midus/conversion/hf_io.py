@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_midus.config import ModelConfig
 from megatron_midus.conversion.streaming import in_parallel, num_bytes, read_finite, tensor_bytes
+from megatron_midus.errors import UserError
 from megatron_midus.upscaling.tensors import EMBEDDING, OUTPUT_LAYER, Shape, TensorSource, split_name
 
 CONFIG_FILE = "config.json"
@@ -45,17 +46,17 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     """``config.json`` of a Hugging Face directory; ``ValueError`` when there is none or it is no JSON object."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"model directory {directory} does not exist; give a local Hugging Face directory")
+        raise UserError(f"model directory {directory} does not exist; give a local Hugging Face directory")
     path = directory / CONFIG_FILE
     if not path.is_file():
         hint = "; it looks like a Megatron checkpoint" if any(directory.glob("iter_*")) else ""
-        raise ValueError(f"{path} does not exist, so {directory} is no Hugging Face model{hint}")
+        raise UserError(f"{path} does not exist, so {directory} is no Hugging Face model{hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise UserError(f"{path} holds no JSON object")
     return config
 
 
@@ -63,7 +64,7 @@ def parse_size(text: str) -> int:
     """``"5GB"`` -> 5000000000 bytes; units KB, MB, GB (powers of ten) and KiB, MiB, GiB."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not match or match.group(2).upper() not in _UNITS or float(match.group(1)) <= 0:
-        raise ValueError(f"size {text!r} is not understood; write for instance 500MB, 5GB or 2GiB")
+        raise UserError(f"size {text!r} is not understood; write for instance 500MB, 5GB or 2GiB")
     return max(1, int(float(match.group(1)) * _UNITS[match.group(2).upper()]))
 
 
@@ -95,27 +96,27 @@ class SafetensorsReader:
             return [WEIGHTS_FILE]
         shards = sorted(path.name for path in self.directory.glob("*.safetensors"))
         if shards:
-            raise ValueError(
+            raise UserError(
                 f"{self.directory} holds {', '.join(shards[:3])} but no {INDEX_FILE} and no {WEIGHTS_FILE}; "
                 "fetch the missing file"
             )
         if list(self.directory.glob("*.bin")) or list(self.directory.glob("*.pth")):
-            raise ValueError(
+            raise UserError(
                 f"{self.directory} has PyTorch .bin weights alone; convert them with "
                 "model.save_pretrained(DIR, safe_serialization=True)"
             )
-        raise ValueError(f"{self.directory} holds no weights ({WEIGHTS_FILE})")
+        raise UserError(f"{self.directory} holds no weights ({WEIGHTS_FILE})")
 
     def _open(self, file_name: str) -> None:
         path = self.directory / file_name
         if not path.is_file():
-            raise ValueError(f"{path} is named by {INDEX_FILE} and does not exist; fetch the missing shard")
+            raise UserError(f"{path} is named by {INDEX_FILE} and does not exist; fetch the missing shard")
         start, header = _read_header(path)
         for name, entry in header.items():
             if name in self._where:
-                raise ValueError(f"tensor {name} is in {self._where[name]} and in {file_name}; one must go")
+                raise UserError(f"tensor {name} is in {self._where[name]} and in {file_name}; one must go")
             if entry["dtype"] not in _DTYPES:
-                raise ValueError(
+                raise UserError(
                     f"tensor {name} in {path} has dtype {entry['dtype']}; only {', '.join(_DTYPES)} can be converted"
                 )
             self._where[name] = file_name
@@ -128,7 +129,7 @@ class SafetensorsReader:
             return
         for name, file_name in _weight_map(index).items():
             if self._where.get(name) != file_name:
-                raise ValueError(f"tensor {name} is missing: {INDEX_FILE} places it in {file_name}, which lacks it")
+                raise UserError(f"tensor {name} is missing: {INDEX_FILE} places it in {file_name}, which lacks it")
 
     def drop(self, name: str) -> None:
         """Forgets a tensor that is in the files and is not wanted."""
@@ -154,7 +155,7 @@ class SafetensorsReader:
             while left:
                 count = stream.readinto(left)
                 if not count:
-                    raise ValueError(f"{path} ends before tensor {name} does; it changed while it was read")
+                    raise UserError(f"{path} ends before tensor {name} does; it changed while it was read")
                 left = left[count:]
         return tensor
 
@@ -168,7 +169,7 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is corrupt or truncated ({error}); fetch it again") from None
+        raise UserError(f"{path} is corrupt or truncated ({error}); fetch it again") from None
     header.pop("__metadata__", None)
     return 8 + length, header
 
@@ -178,7 +179,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {str(name): str(file_name) for name, file_name in weight_map.items()}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no safetensors index ({type(error).__name__}: {error}); fetch it again") from None
+        raise UserError(f"{index} is no safetensors index ({type(error).__name__}: {error}); fetch it again") from None
 
 
 def open_hf_weights(directory: str | Path, model: ModelConfig, expected: dict[str, Shape]) -> SafetensorsReader:
@@ -198,7 +199,7 @@ def open_hf_weights(directory: str | Path, model: ModelConfig, expected: dict[st
 
 def _check_tied(reader: SafetensorsReader) -> None:
     if EMBEDDING in reader.names() and not torch.equal(reader.read(OUTPUT_LAYER), reader.read(EMBEDDING)):
-        raise ValueError(
+        raise UserError(
             f"{OUTPUT_LAYER} differs from {EMBEDDING} although config.json says tie_word_embeddings=true; "
             "set it to false or drop the tensor"
         )
@@ -211,10 +212,10 @@ def check_tensors(where: str, found: dict[str, Shape], expected: dict[str, Shape
     for word, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"{where}: {word} tensors {', '.join(names[:3])}{more}; config and weights do not match")
+            raise UserError(f"{where}: {word} tensors {', '.join(names[:3])}{more}; config and weights do not match")
     for name, shape in expected.items():
         if tuple(found[name]) != tuple(shape):
-            raise ValueError(f"{where}: tensor {name} has shape {list(found[name])}, its config asks for {list(shape)}")
+            raise UserError(f"{where}: tensor {name} has shape {list(found[name])}, its config asks for {list(shape)}")
 
 
 def source_hash(
@@ -264,7 +265,7 @@ def check_free_space(source: TensorSource, directory: str | Path) -> None:
     needed = sum(num_bytes(source, name) for name in source.names())
     free = shutil.disk_usage(directory).free
     if needed > free:
-        raise ValueError(
+        raise UserError(
             f"{directory} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left; free some space"
         )
 

@@ -29,6 +29,7 @@ from torch.futures import Future
 from megatron_midus.config import ModelConfig
 from megatron_midus.conversion.model_card import TrainingRecord
 from megatron_midus.conversion.streaming import in_parallel, read_finite
+from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.tensors import (
     EMBEDDING,
@@ -135,7 +136,7 @@ def check_parallel_sizes(
 ) -> None:
     """Raises ``ValueError`` when the up-scaled model cannot be split over so many ranks."""
     if tensor_parallel_size < 1 or pipeline_parallel_size < 1:
-        raise ValueError(f"parallel sizes must be at least 1, not {tensor_parallel_size} and {pipeline_parallel_size}")
+        raise UserError(f"parallel sizes must be at least 1, not {tensor_parallel_size} and {pipeline_parallel_size}")
     axes = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_hidden_size}
     if plan.memory is not None:
         axes["memory heads"] = plan.memory.num_memory_heads(model.num_attention_heads)
@@ -148,13 +149,13 @@ def check_parallel_sizes(
     ]
     if tensor_parallel_size not in choices:
         described = ", ".join(f"{name}={size}" for name, size in {**axes, "num_query_groups": groups}.items())
-        raise ValueError(
+        raise UserError(
             f"{described} cannot be split over target_tensor_parallel_size={tensor_parallel_size}; "
             f"choose one of {choices}"
         )
     if plan.num_layers % pipeline_parallel_size:
         choices = [n for n in range(1, plan.num_layers + 1) if plan.num_layers % n == 0]
-        raise ValueError(
+        raise UserError(
             f"{plan.num_layers} layers are not divisible by target_pipeline_parallel_size={pipeline_parallel_size}; "
             f"choose one of {choices}"
         )
@@ -255,7 +256,7 @@ def _outline(source: TensorSource, key: str, names: tuple[str, ...], padded_voca
     """A tensor without data that has the shape and dtype of Megatron's tensor ``key``."""
     dtypes = {source.dtype(name) for name in names}
     if len(dtypes) > 1:
-        raise ValueError(f"{', '.join(names)} have different dtypes and become one tensor; choose one with --dtype")
+        raise UserError(f"{', '.join(names)} have different dtypes and become one tensor; choose one with --dtype")
     rows = sum(source.shape(name)[0] for name in names)
     if key in _VOCABULARY_KEYS and padded_vocab:
         rows = padded_vocab
@@ -293,14 +294,14 @@ class MegatronReader:
     def _check(self) -> None:
         for key, names in self._layout.items():
             if key not in self._stored:
-                raise ValueError(
+                raise UserError(
                     f"{self.directory} has no tensor {key}; its midus_plan.json does not describe this checkpoint"
                 )
             wanted = (sum(self._shapes[name][0] for name in names), *self._shapes[names[0]][1:])
             found = tuple(self._stored[key].size)
             rows_fit = found[0] >= wanted[0] if key in _VOCABULARY_KEYS else found[0] == wanted[0]
             if not rows_fit or found[1:] != wanted[1:]:
-                raise ValueError(
+                raise UserError(
                     f"{self.directory}: tensor {key} has shape {list(found)}, model_config.json and midus_plan.json "
                     f"ask for {list(wanted)}"
                 )
@@ -310,7 +311,7 @@ class MegatronReader:
             if re.match(r"(decoder|embedding|output_layer)\.", key) and key not in self._layout
         )
         if extra:
-            raise ValueError(
+            raise UserError(
                 f"{self.directory} has tensors that its midus_plan.json does not know: {', '.join(extra[:3])}"
             )
 
@@ -358,7 +359,7 @@ def read_training_record(directory: str | Path, iteration: int) -> TrainingRecor
 def _read_metadata(directory: Path) -> tuple[dcp.FileSystemReader, Metadata, dict[str, TensorStorageMetadata]]:
     """The DCP reader of a checkpoint, its metadata and that of its tensors, after the cheap checks for wholeness."""
     if not (directory / "metadata.json").is_file() or not (directory / ".metadata").is_file():
-        raise ValueError(f"{directory} is not a whole torch_dist checkpoint: metadata.json or .metadata is missing")
+        raise UserError(f"{directory} is not a whole torch_dist checkpoint: metadata.json or .metadata is missing")
     reader = dcp.FileSystemReader(directory)
     with _corruption_named(directory):
         metadata = reader.read_metadata()
@@ -370,9 +371,9 @@ def _read_metadata(directory: Path) -> tuple[dcp.FileSystemReader, Metadata, dic
     for file_name, end in ends.items():
         path = directory / file_name
         if not path.is_file():
-            raise ValueError(f"{path} is missing; the checkpoint is not whole")
+            raise UserError(f"{path} is missing; the checkpoint is not whole")
         if path.stat().st_size < end:
-            raise ValueError(f"{path} is truncated: {path.stat().st_size} bytes of at least {end}")
+            raise UserError(f"{path} is truncated: {path.stat().st_size} bytes of at least {end}")
     return reader, metadata, tensors
 
 
@@ -391,7 +392,7 @@ def _corruption_named(directory: Path) -> Iterator[None]:
         KeyError,
         UnicodeDecodeError,
     ) as error:
-        raise ValueError(f"{directory} is corrupt: {type(error).__name__}: {str(error).strip()[:200]}") from None
+        raise UserError(f"{directory} is corrupt: {type(error).__name__}: {str(error).strip()[:200]}") from None
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import torch
 
 from megatron_midus import cli
 from megatron_midus.config import ModelConfig
+from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan
 
 
@@ -47,7 +48,7 @@ def megatron_logits(directory: str | Path, ids: torch.Tensor, *, round_to: str) 
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise ValueError(f"{directory} does not run in Megatron: {reason.removeprefix('error: ')}")
+            raise UserError(f"{directory} does not run in Megatron: {reason.removeprefix('error: ')}")
         return torch.load(made, weights_only=True)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_midus.config import ModelConfig
+from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.cost import total_parameters, trainable_parameters
 from megatron_midus.upscaling.policies import none
@@ -145,9 +146,9 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         _evaluation_rows(report)
     except FileNotFoundError:
-        raise ValueError(f"--evaluation {path} does not exist; make it with tools/evaluate.py") from None
+        raise UserError(f"--evaluation {path} does not exist; make it with tools/evaluate.py") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"--evaluation {path} is no JSON report of tools/evaluate.py ({type(error).__name__}: {error})"
         ) from None
     return report

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from megatron_midus.errors import UserError
 from megatron_midus.upscaling.tensors import TensorSource
 
 Task = TypeVar("Task")
@@ -23,7 +24,7 @@ def default_workers() -> int:
 def check_workers(workers: int) -> None:
     """Raises ``ValueError`` for a number of workers that nobody means."""
     if not 1 <= workers <= 64:
-        raise ValueError(f"--workers {workers} is out of range; choose 1 to 64")
+        raise UserError(f"--workers {workers} is out of range; choose 1 to 64")
 
 
 def in_parallel(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
@@ -58,7 +59,7 @@ def read_finite(source: TensorSource, name: str) -> torch.Tensor:
     tensor = source.read(name)
     if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN goes through both bounds
         broken = tensor.numel() - int(tensor.isfinite().sum())
-        raise ValueError(
+        raise UserError(
             f"tensor {name} ({str(tensor.dtype).removeprefix('torch.')}) holds {broken} values that are NaN or "
             "infinite; take weights from before they broke, or a --dtype with their range"
         )

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_midus.errors import UserError
+
 
 def tokenizer_size(directory: str | Path) -> int | None:
     """The largest token id of the tokenizer in ``directory`` plus one; ``None`` when there is no tokenizer.
@@ -29,7 +31,7 @@ def check_tokenizer(directory: str | Path, vocab_size: int) -> None:
     """Raises ``ValueError`` when the tokenizer knows ids that the embedding has no row for."""
     size = tokenizer_size(directory)
     if size is not None and size > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer in {directory} has {size} ids and the embedding {vocab_size} rows; "
             "resize the embedding or use the tokenizer that belongs to the model"
         )
@@ -60,7 +62,7 @@ def _fast_size(path: Path) -> int:
         ids = range(len(vocab)) if isinstance(vocab, list) else vocab.values()
         return _largest([*ids, *added])
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a tokenizer: {type(error).__name__} {error}") from None
+        raise UserError(f"{path} is not a tokenizer: {type(error).__name__} {error}") from None
 
 
 def _sentencepiece_size(path: Path) -> int:
@@ -71,16 +73,16 @@ def _sentencepiece_size(path: Path) -> int:
         processor.Load(str(path))
         return processor.GetPieceSize()
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
+        raise UserError(f"{path} is not a SentencePiece model: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise UserError(f"{path} holds no JSON object")
     return content
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.utils import get_batch_on_this_cp_rank
 
+from megatron_midus.errors import UserError
+
 _PACKED = ("tokens", "position_ids", "labels", "loss_mask")
 
 
@@ -66,11 +68,11 @@ def get_batch(
     """
     cp_size = cp_group.size() if cp_group is not None else 1
     if cp_size > 1 and seq_length % (2 * cp_size):
-        raise ValueError(
+        raise UserError(
             f"seq_length={seq_length} is not divisible by 2 * context_parallel_size={2 * cp_size}; choose a multiple"
         )
     if reset_attention_mask and eod is None:
-        raise ValueError("reset_attention_mask needs the id of the end-of-document token")
+        raise UserError("reset_attention_mask needs the id of the end-of-document token")
     if not needs_data(
         is_first_stage=is_first_stage, is_last_stage=is_last_stage, reset_attention_mask=reset_attention_mask
     ):
@@ -112,13 +114,13 @@ def _pack(iterator: Iterator[dict[str, torch.Tensor]] | None, shape: tuple[int, 
         sample = next(iterator)
     except StopIteration:
         # Not StopIteration: the peers wait in the broadcast, so the whole job has to end, and say why.
-        raise ValueError(
+        raise UserError(
             "the data are exhausted; give more data, fewer training samples, or use --dataloader-type cyclic"
         ) from None
     # The loss mask of a GPT dataset is 0 or 1, so it travels as an integer like the rest.
     packed = torch.stack([sample[name].long() for name in _PACKED])
     if packed.shape != shape:
-        raise ValueError(
+        raise UserError(
             f"a batch has shape {tuple(packed.shape[1:])}, expected {shape[1:]} = (micro_batch, seq_length)"
         )
     return packed.pin_memory() if torch.cuda.is_available() else packed

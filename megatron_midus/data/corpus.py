@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_midus.errors import UserError
+
 DEFAULT_SEPARATOR = "\f"
 TEXT_KEY = "text"
 
@@ -27,7 +29,7 @@ _CHUNK = 1 << 20
 _PARQUET_ROWS = 1024
 
 
-class MalformedDocument(ValueError):
+class MalformedDocument(UserError):
     """One record that is no document; the message starts with ``file:line``."""
 
 
@@ -133,23 +135,23 @@ def find_inputs(inputs: Sequence[str]) -> list[Path]:
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(_SUFFIXES))
             if not found:
-                raise ValueError(f"directory {name} holds no {', '.join(_SUFFIXES)} file")
+                raise UserError(f"directory {name} holds no {', '.join(_SUFFIXES)} file")
         elif path.is_file():
             found = [path]
         elif glob.has_magic(name):
             found = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
             if not found:
-                raise ValueError(f"no file matches {name}")
+                raise UserError(f"no file matches {name}")
         else:
-            raise ValueError(f"input {name} does not exist")
+            raise UserError(f"input {name} does not exist")
         for file in found:
             if not file.name.endswith(_SUFFIXES):
-                raise ValueError(
+                raise UserError(
                     f"{file} is neither JSON lines nor text nor parquet; expected one of {', '.join(_SUFFIXES)}"
                 )
             files.setdefault(file)
     if not files:
-        raise ValueError("no input file was named")
+        raise UserError("no input file was named")
     return list(files)
 
 
@@ -168,7 +170,7 @@ def read_raw(
         ValueError: a file that is damaged, cut off or not of its kind, a missing column, or a missing package.
     """
     if not separator:
-        raise ValueError("the document separator is empty")
+        raise UserError("the document separator is empty")
     if path.suffix == ".parquet":
         yield from _read_rows(path, keys, start)
         return
@@ -178,7 +180,7 @@ def read_raw(
             records = _read_lines(path, stream) if is_json else _read_separated(path, stream, separator.encode())
             yield from itertools.islice(records, start, None)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or cut off: {error}") from None
+        raise UserError(f"{path} is damaged or cut off: {error}") from None
 
 
 def read_documents(
@@ -197,7 +199,7 @@ def read_documents(
                 any_document = True
                 yield raw.where, text
     if not any_document:
-        raise ValueError(f"{', '.join(inputs)}: no document with any text")
+        raise UserError(f"{', '.join(inputs)}: no document with any text")
 
 
 def unescape(text: str) -> str:
@@ -208,7 +210,7 @@ def unescape(text: str) -> str:
         if character == "\\":
             following = next(characters, "")
             if following not in pieces:
-                raise ValueError(f"the escape \\{following} in {text!r} is not known; use one of \\n \\t \\f \\r \\\\")
+                raise UserError(f"the escape \\{following} in {text!r} is not known; use one of \\n \\t \\f \\r \\\\")
             character = pieces[following]
         out.append(character)
     return "".join(out)
@@ -226,7 +228,7 @@ def _open_zstandard(path: Path) -> BinaryIO:
     try:
         import zstandard
     except ImportError:
-        raise ValueError(f"{path} needs the package zstandard: pip install zstandard") from None
+        raise UserError(f"{path} needs the package zstandard: pip install zstandard") from None
     return io.BufferedReader(_ZstandardStream(zstandard, path), _CHUNK)  # type: ignore[return-value]
 
 
@@ -262,16 +264,16 @@ def open_parquet(path: Path, keys: Sequence[str]) -> Any:
     try:
         from pyarrow import ArrowInvalid, parquet
     except ImportError:
-        raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow") from None
+        raise UserError(f"{path} needs the package pyarrow: pip install pyarrow") from None
     try:
         file = parquet.ParquetFile(path, page_checksum_verification=True)
     except (ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is damaged or no parquet file: {str(error).strip()}") from None
+        raise UserError(f"{path} is damaged or no parquet file: {str(error).strip()}") from None
     columns = file.schema_arrow.names
     for key in keys:
         if key not in columns:
             file.close()
-            raise ValueError(f"{path}: no column {key!r}; columns there: {', '.join(map(repr, columns[:8])) or 'none'}")
+            raise UserError(f"{path}: no column {key!r}; columns there: {', '.join(map(repr, columns[:8])) or 'none'}")
     return file
 
 
@@ -293,7 +295,7 @@ def _read_rows(path: Path, keys: Sequence[str], start: int) -> Iterator[RowDocum
                         if row > start:
                             yield RowDocument(str(path), row, values)
             except (ArrowException, OSError) as error:
-                raise ValueError(f"{path} is damaged after row {row}: {str(error).strip()}") from None
+                raise UserError(f"{path} is damaged after row {row}: {str(error).strip()}") from None
 
 
 def _cells(column: Any) -> list[object]:

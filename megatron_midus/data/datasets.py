@@ -24,6 +24,7 @@ from megatron.core.utils import log_single_rank
 from megatron_midus.config.data import DEFAULT_SPLIT, DataConfig
 from megatron_midus.data.statistics import statistics_path
 from megatron_midus.data.tokenizer import Tokenizer
+from megatron_midus.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +62,10 @@ def build_train_valid_test_datasets(
         ValueError: no source of data, missing or damaged files, a split without documents, ids beyond the vocabulary.
     """
     if not config.has_data:
-        raise ValueError("no data: give --data-path, or --train-data-path and --valid-data-path, or --mock-data")
+        raise UserError("no data: give --data-path, or --train-data-path and --valid-data-path, or --mock-data")
     sizes = [None if n is None else int(n) for n in num_samples]
     if len(sizes) != 3 or any(n is not None and n < 0 for n in sizes):
-        raise ValueError(f"num_samples={list(num_samples)} must be three counts, for {', '.join(SPLITS)}")
+        raise UserError(f"num_samples={list(num_samples)} must be three counts, for {', '.join(SPLITS)}")
 
     sources = _sources(config, sizes)
     if config.dataloader_type == "cyclic" and sources[0] is not None and sources[0][1] is None and sizes[0] != 0:
@@ -119,7 +120,7 @@ def _weights(
     asked for; the sizes of the datasets say the same and repeat it."""
     prefixes, weights = source
     if weights is not None and size is None:
-        raise ValueError(f"one pass over a blend with weights is not defined; leave the weights of {name} out")
+        raise UserError(f"one pass over a blend with weights is not defined; leave the weights of {name} out")
     if weights is not None or len(prefixes) == 1 or size is None:
         return weights
     return [float(tokens[prefix][index]) for prefix in prefixes]
@@ -135,13 +136,13 @@ def parse_blend(values: Sequence[str], flag: str = "--data-path") -> Blend:
     if len(values) % 2 or all(w is None for w in weights):
         stray = [v for v in values if _as_number(v) is not None and not IndexedDataset.exists(v)]
         if stray:
-            raise ValueError(f"{flag} {' '.join(values)}: give a weight before every prefix or before none")
+            raise UserError(f"{flag} {' '.join(values)}: give a weight before every prefix or before none")
         return list(values), None
     for weight, prefix in zip(weights, values[1::2]):
         if weight is None:
-            raise ValueError(f"{flag} {' '.join(values)}: give a weight before every prefix or before none")
+            raise UserError(f"{flag} {' '.join(values)}: give a weight before every prefix or before none")
         if not 0 < weight < float("inf"):
-            raise ValueError(f"{flag}: the weight {weight} of {prefix} must be positive")
+            raise UserError(f"{flag}: the weight {weight} of {prefix} must be positive")
     return list(values[1::2]), [w for w in weights if w is not None]
 
 
@@ -160,21 +161,21 @@ def check_indexed_dataset(prefix: str, *, vocab_size: int) -> numpy.ndarray:
     """
     for suffix in (".idx", ".bin"):
         if not Path(prefix + suffix).is_file():
-            raise ValueError(f"{prefix}{suffix} does not exist{_hint(prefix)}")
+            raise UserError(f"{prefix}{suffix} does not exist{_hint(prefix)}")
     # Before the reader maps the file: its checks are asserts that leave half an object behind, and a short file is only
     # noticed in the middle of a run.
     _check_index_file(prefix + ".idx")
     try:
         dataset = IndexedDataset(prefix)
     except (AssertionError, ValueError, IndexError, OSError, KeyError) as error:
-        raise ValueError(f"{prefix}.idx or .bin is damaged ({type(error).__name__}); make it again") from None
+        raise UserError(f"{prefix}.idx or .bin is damaged ({type(error).__name__}); make it again") from None
     index = dataset.index
     if not len(index) or int(index.sequence_lengths.sum()) == 0:
-        raise ValueError(f"{prefix} holds no tokens")
+        raise UserError(f"{prefix} holds no tokens")
     expected = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * index.dtype_size
     actual = os.path.getsize(prefix + ".bin")
     if actual != expected:
-        raise ValueError(f"{prefix}.bin has {actual} bytes, its index says {expected}; it is truncated, make it again")
+        raise UserError(f"{prefix}.bin has {actual} bytes, its index says {expected}; it is truncated, make it again")
     _check_ids(prefix, index.dtype, vocab_size)
     # A copy: the reader unmaps its file when it goes, and views of it then crash the process.
     return index.sequence_lengths.copy()
@@ -184,14 +185,14 @@ def _check_index_file(path: str) -> None:
     """Header, version, type and size: 34 bytes, then lengths, places and document ends."""
     head = _read_head(path, 34)
     if head[:9] != b"MMIDIDX\x00\x00":
-        raise ValueError(f"{path} is not the index of an indexed dataset; make it with tools/preprocess_data.py")
+        raise UserError(f"{path} is not the index of an indexed dataset; make it with tools/preprocess_data.py")
     if len(head) == 34:
         version, dtype, num_sequences, num_ends = struct.unpack("<QBQQ", head[9:])
         # A type of 4 bytes and one of 8 for each sequence, one of 8 for each end. Multimodal ones have more.
         needed = 34 + 12 * num_sequences + 8 * num_ends
         if version == 1 and 1 <= dtype <= 8 and os.path.getsize(path) >= needed:
             return
-    raise ValueError(f"{path} is damaged or cut off; make it again")
+    raise UserError(f"{path} is damaged or cut off; make it again")
 
 
 def _hint(prefix: str) -> str:
@@ -209,7 +210,7 @@ def _check_ids(prefix: str, dtype: Any, vocab_size: int) -> None:
     else:
         largest = int(numpy.fromfile(prefix + ".bin", dtype=dtype, count=_IDS_SAMPLED).max())
     if largest >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{prefix} holds the token id {largest}, but the tokenizer has only {vocab_size} ids; "
             "give the --tokenizer-model that the data were made with"
         )
@@ -237,7 +238,7 @@ def _read_statistics(prefix: str) -> dict[str, Any] | None:
         statistics = json.loads(path.read_text())
         statistics["max_token_id"] = int(statistics["max_token_id"])
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not the statistics of a dataset; delete it or make the data again") from None
+        raise UserError(f"{path} is not the statistics of a dataset; delete it or make the data again") from None
     return statistics
 
 
@@ -281,7 +282,7 @@ def _without_empty_splits(
             continue
         found = f"--split {config.split or DEFAULT_SPLIT} leaves no document of {empty[0]} for {name}"
         if config.split is not None or name == "train":
-            raise ValueError(f"{found}; give it a larger share or 0, or a file of its own by --{name}-data-path")
+            raise UserError(f"{found}; give it a larger share or 0, or a file of its own by --{name}-data-path")
         log_single_rank(logger, logging.WARNING, f"{found}: there is no {name} data")
         sizes[index] = 0
     return sizes

@@ -14,6 +14,7 @@ import numpy
 
 from megatron_midus.data.corpus import MalformedDocument, Record
 from megatron_midus.data.tokenizer import Tokenizer
+from megatron_midus.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _narrow(flat: list[int], settings: EncodeSettings) -> numpy.ndarray:
     # Through int64, so that an id beyond the dtype is seen here instead of wrapping around.
     ids = numpy.array(flat, dtype=numpy.int64)
     if ids.size and int(ids.max()) >= settings.tokenizer.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer gave the id {int(ids.max())} although it has {settings.tokenizer.vocab_size} ids; "
             "its files do not fit together"
         )

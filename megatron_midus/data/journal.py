@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
 
 _STATE = "state.json"
@@ -95,7 +96,7 @@ class Journal:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise UserError(
                 f"another process is working in {self.directory}; wait for it, or choose another --output-prefix"
             ) from None
         except OSError:
@@ -115,10 +116,10 @@ class Journal:
             content = json.loads(path.read_text())
             settings, sizes, state = content["settings"], content["sizes"], content["state"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} is damaged; delete {self.directory} to start again") from None
+            raise UserError(f"{path} is damaged; delete {self.directory} to start again") from None
         if settings != self.settings:
             if not self.restart:
-                raise ValueError(
+                raise UserError(
                     f"{self.directory} is an unfinished run that differs: {_difference(settings, self.settings)}; give "
                     "its settings to go on with it, or --overwrite to start again"
                 )
@@ -128,9 +129,7 @@ class Journal:
             # A stream that has been moved to its target already is no loss.
             with contextlib.suppress(FileNotFoundError):
                 if (self.directory / name).stat().st_size < size:
-                    raise ValueError(
-                        f"{self.directory / name} is shorter than its run left it; delete {self.directory}"
-                    )
+                    raise UserError(f"{self.directory / name} is shorter than its run left it; delete {self.directory}")
         self._sizes, self.state = sizes, state
 
 

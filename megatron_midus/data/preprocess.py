@@ -29,6 +29,7 @@ from megatron_midus.data.journal import Journal
 from megatron_midus.data.statistics import PreprocessResult, statistics_path
 from megatron_midus.data.tokenizer import make_tokenizer
 from megatron_midus.data.writer import DatasetWriter, dtype_of
+from megatron_midus.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 
@@ -106,23 +107,23 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         for name in ("input", "output_prefix", "tokenizer_model", "json_keys"):
             if not getattr(self, name):
-                raise ValueError(f"--{name.replace('_', '-')} is missing")
+                raise UserError(f"--{name.replace('_', '-')} is missing")
         if self.workers < 1:
-            raise ValueError(f"workers={self.workers} must be at least 1")
+            raise UserError(f"workers={self.workers} must be at least 1")
         if len(set(self.json_keys)) != len(self.json_keys):
-            raise ValueError(f"--json-keys {' '.join(self.json_keys)} names a key twice")
+            raise UserError(f"--json-keys {' '.join(self.json_keys)} names a key twice")
         for key in self.json_keys:
             if not re.fullmatch(r"[^/\0]+", key):
-                raise ValueError(f"--json-keys {key!r} cannot be part of a file name")
+                raise UserError(f"--json-keys {key!r} cannot be part of a file name")
         for kind in ("bytes", "tokens"):
             low, high = getattr(self, f"min_document_{kind}"), getattr(self, f"max_document_{kind}")
             if (low is not None and low < 0) or (high is not None and high < max(1, low or 0)):
-                raise ValueError(
+                raise UserError(
                     f"--min-document-{kind} {low} and --max-document-{kind} {high} leave no document; "
                     "give 0 <= min <= max"
                 )
         if not self.commit_seconds >= 0:
-            raise ValueError(f"commit_seconds={self.commit_seconds} must be 0 or more")
+            raise UserError(f"commit_seconds={self.commit_seconds} must be 0 or more")
         self.shares()
 
     def shares(self) -> list[float]:
@@ -135,9 +136,7 @@ class PreprocessConfig:
         except ValueError:
             shares = []
         if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf") or shares[0] == 0:
-            raise ValueError(
-                f"--split-by-hash {' '.join(words)} is not shares of train, valid and test, such as 98,1,1"
-            )
+            raise UserError(f"--split-by-hash {' '.join(words)} is not shares of train, valid and test, such as 98,1,1")
         return shares
 
 
@@ -185,7 +184,7 @@ def _encode_settings(config: PreprocessConfig) -> EncodeSettings:
         config.tokenizer_type, config.tokenizer_model, split_special_tokens=config.split_special_tokens
     )
     if config.prepend_bos and tokenizer.bos is None:
-        raise ValueError(f"--prepend-bos: the tokenizer {config.tokenizer_model} has no beginning-of-sequence token")
+        raise UserError(f"--prepend-bos: the tokenizer {config.tokenizer_model} has no beginning-of-sequence token")
     return EncodeSettings(
         tokenizer=tokenizer,
         keys=tuple(config.json_keys),
@@ -235,7 +234,7 @@ def _check_absent(config: PreprocessConfig) -> None:
     for prefix in (prefix for split in output_prefixes(config) for prefix in split):
         for path in (f"{prefix}.bin", f"{prefix}.idx", str(statistics_path(prefix))):
             if os.path.exists(path):
-                raise ValueError(f"{path} exists; choose another --output-prefix, or replace it with --overwrite")
+                raise UserError(f"{path} exists; choose another --output-prefix, or replace it with --overwrite")
 
 
 def _fingerprints(files: list[Path]) -> list[str]:
@@ -264,7 +263,7 @@ def _check_keys(files: list[Path], config: PreprocessConfig) -> None:
         if file.suffix == ".parquet":
             open_parquet(file, config.json_keys).close()
         elif ".jsonl" not in file.name and config.json_keys != [TEXT_KEY]:
-            raise ValueError(
+            raise UserError(
                 f"{file} is plain text and has no keys; --json-keys {' '.join(config.json_keys)} needs .jsonl or .parquet"
             )
 
@@ -320,7 +319,7 @@ def _encode_in_order(
             future, position = pending.popleft()
             yield future.result(), position
     except BrokenProcessPool:
-        raise ValueError(
+        raise UserError(
             f"a worker process died, most likely for want of memory; use fewer than --workers {workers}"
         ) from None
     finally:

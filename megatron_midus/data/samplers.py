@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_midus.errors import UserError
+
 
 class _ShardedSampler:
     """Batches of sample indices for one data-parallel rank, from a position in the global sequence on."""
@@ -28,13 +30,13 @@ class _ShardedSampler:
         data_parallel_size: int,
     ) -> None:
         if total_samples < 1:
-            raise ValueError(f"the dataset has {total_samples} samples; give more data or a smaller --seq-length")
+            raise UserError(f"the dataset has {total_samples} samples; give more data or a smaller --seq-length")
         if consumed_samples < 0:
-            raise ValueError(f"consumed_samples={consumed_samples} must be 0 or more")
+            raise UserError(f"consumed_samples={consumed_samples} must be 0 or more")
         if micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size={micro_batch_size} must be at least 1")
+            raise UserError(f"micro_batch_size={micro_batch_size} must be at least 1")
         if not 0 <= data_parallel_rank < data_parallel_size:
-            raise ValueError(f"data_parallel_rank={data_parallel_rank} is not in 0 to {data_parallel_size - 1}")
+            raise UserError(f"data_parallel_rank={data_parallel_rank} is not in 0 to {data_parallel_size - 1}")
         self.total_samples = total_samples
         self.consumed_samples = consumed_samples
         self.micro_batch_size = micro_batch_size
@@ -55,7 +57,7 @@ class SequentialSampler(_ShardedSampler):
     def __init__(self, **settings: int) -> None:
         super().__init__(**settings)
         if self.consumed_samples + self.stride > self.total_samples:
-            raise ValueError(
+            raise UserError(
                 f"consumed_samples={self.consumed_samples} leaves less than one step of {self.stride} of the "
                 f"{self.total_samples} samples; give more data, raise --train-iters, or use --dataloader-type cyclic"
             )
@@ -135,7 +137,7 @@ def build_data_loader(
     elif dataloader_type == "cyclic":
         sampler = CyclicSampler(seed=seed, **settings)
     else:
-        raise ValueError(f"dataloader_type={dataloader_type!r} is not known; choose single or cyclic")
+        raise UserError(f"dataloader_type={dataloader_type!r} is not known; choose single or cyclic")
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -182,4 +184,4 @@ def cyclic_iterator(loader: Iterable[Any]) -> Iterator[Any]:
             empty = False
             yield batch
         if empty:
-            raise ValueError("the data loader gives no batch at all")
+            raise UserError("the data loader gives no batch at all")

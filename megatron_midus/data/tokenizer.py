@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_midus.config.data import DataConfig
+from megatron_midus.errors import UserError
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer")
 
@@ -59,7 +60,7 @@ class HuggingFaceTokenizer:
     def __init__(self, directory: str | Path, *, split_special_tokens: bool = False) -> None:
         hf_tokenizer = load_hf_tokenizer(directory)
         if hf_tokenizer.eos_token_id is None:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer in {directory} has no end-of-sequence token, which ends documents; "
                 "set eos_token in its tokenizer_config.json"
             )
@@ -117,14 +118,14 @@ class SentencePieceTokenizer:
         if path.is_dir():
             path = path / "tokenizer.model"
         if not path.is_file():
-            raise ValueError(f"SentencePiece model {path} does not exist; give the .model file to --tokenizer-model")
+            raise UserError(f"SentencePiece model {path} does not exist; give the .model file to --tokenizer-model")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path} is not a SentencePiece model: {_one_line(error)}") from None
+            raise UserError(f"{path} is not a SentencePiece model: {_one_line(error)}") from None
         self.eod: int = self._model.eos_id()
         if self.eod < 0:
-            raise ValueError(
+            raise UserError(
                 f"the SentencePiece model {path} has no end-of-sequence piece, which ends documents; train it with eos_id >= 0"
             )
         self.bos: int | None = self._model.bos_id() if self._model.bos_id() >= 0 else None
@@ -149,7 +150,7 @@ class NullTokenizer:
 
     def __init__(self, vocab_size: int) -> None:
         if vocab_size < 2:
-            raise ValueError(f"vocab_size={vocab_size} of a NullTokenizer must be at least 2")
+            raise UserError(f"vocab_size={vocab_size} of a NullTokenizer must be at least 2")
         self.vocab_size = vocab_size
         self.eod = vocab_size - 1
         self.unique_identifiers = {"class": "NullTokenizer", "vocab_size": vocab_size}
@@ -159,7 +160,7 @@ class NullTokenizer:
 
     def _id(self, word: str) -> int:
         if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size):
-            raise ValueError(f"{word!r} is not an id from 0 to {self.vocab_size - 1}, as a NullTokenizer needs")
+            raise UserError(f"{word!r} is not an id from 0 to {self.vocab_size - 1}, as a NullTokenizer needs")
         return int(word)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -170,12 +171,12 @@ def load_hf_tokenizer(directory: str | Path) -> Any:
     """The transformers tokenizer of a local directory; raises a one-line ``ValueError`` when there is none."""
     directory = Path(directory)
     if directory.is_file():
-        raise ValueError(f"{directory} is a file; a HuggingFaceTokenizer is the directory that holds tokenizer.json")
+        raise UserError(f"{directory} is a file; a HuggingFaceTokenizer is the directory that holds tokenizer.json")
     if not directory.is_dir():
-        raise ValueError(f"tokenizer directory {directory} does not exist")
+        raise UserError(f"tokenizer directory {directory} does not exist")
     known = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
     if not any((directory / name).is_file() for name in known):
-        raise ValueError(f"{directory} holds no tokenizer; expected one of {', '.join(known)}")
+        raise UserError(f"{directory} holds no tokenizer; expected one of {', '.join(known)}")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
@@ -188,7 +189,7 @@ def load_hf_tokenizer(directory: str | Path) -> Any:
         # A directory whose config.json names a model type of its own tells AutoTokenizer nothing; the file suffices.
         with contextlib.suppress(Exception):
             return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-    raise ValueError(f"the tokenizer in {directory} cannot be read: {_one_line(first)}")
+    raise UserError(f"the tokenizer in {directory} cannot be read: {_one_line(first)}")
 
 
 @contextlib.contextmanager
@@ -220,11 +221,11 @@ def build_tokenizer(config: DataConfig, *, default_directory: str | Path | None 
     kind, model = config.tokenizer_type, config.tokenizer_model
     if kind == "NullTokenizer" or (kind is None and model is None and config.mock_data):
         if config.vocab_size is None:
-            raise ValueError("a NullTokenizer needs the number of ids")
+            raise UserError("a NullTokenizer needs the number of ids")
         return NullTokenizer(config.vocab_size)
     path = model if model is not None else default_directory
     if path is None:
-        raise ValueError("no tokenizer was named; give --tokenizer-model")
+        raise UserError("no tokenizer was named; give --tokenizer-model")
     if kind is None:
         kind = "SentencePieceTokenizer" if str(path).endswith(".model") else "HuggingFaceTokenizer"
     return make_tokenizer(kind, path)
@@ -235,21 +236,21 @@ def make_tokenizer(kind: str, path: str | Path, *, split_special_tokens: bool = 
     if kind == "HuggingFaceTokenizer":
         return HuggingFaceTokenizer(path, split_special_tokens=split_special_tokens)
     if split_special_tokens and kind != "SentencePieceTokenizer":
-        raise ValueError(f"split_special_tokens does not apply to {kind}")
+        raise UserError(f"split_special_tokens does not apply to {kind}")
     if kind == "SentencePieceTokenizer":
         # SentencePiece never parses control pieces in a text, so split_special_tokens holds anyway.
         return SentencePieceTokenizer(path)
     if kind == "NullTokenizer":
         if not str(path).isdigit():
-            raise ValueError(f"--tokenizer-model {path} of a NullTokenizer is not a number of ids")
+            raise UserError(f"--tokenizer-model {path} of a NullTokenizer is not a number of ids")
         return NullTokenizer(int(str(path)))
-    raise ValueError(f"tokenizer type {kind!r} is not known; choose one of {', '.join(TOKENIZER_TYPES)}")
+    raise UserError(f"tokenizer type {kind!r} is not known; choose one of {', '.join(TOKENIZER_TYPES)}")
 
 
 def check_tokenizer_fits(tokenizer: Tokenizer, num_embeddings: int, *, where: str = "the model") -> None:
     """Raises ``ValueError`` when ``tokenizer`` can produce ids that an embedding of ``num_embeddings`` rows lacks."""
     if tokenizer.vocab_size > num_embeddings:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the embedding of {where} has only "
             f"{num_embeddings} rows; use the tokenizer that the model was trained with"
         )

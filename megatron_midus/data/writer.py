@@ -19,6 +19,7 @@ import numpy
 from megatron_midus.data.encoding import EncodedChunk, EncodedTexts
 from megatron_midus.data.journal import Journal
 from megatron_midus.data.statistics import DatasetStatistics, PreprocessResult, Skipped, statistics_path
+from megatron_midus.errors import UserError
 
 _DTYPE_CODES = {"uint16": 8, "int32": 4}
 _DIGEST_BYTES = 16
@@ -32,7 +33,7 @@ def dtype_of(vocab_size: int) -> Literal["uint16", "int32"]:
         ValueError: a vocabulary that no type can hold.
     """
     if vocab_size > 2**31:
-        raise ValueError(f"{vocab_size} ids do not fit into 32 bits; use a tokenizer of at most {2**31} ids")
+        raise UserError(f"{vocab_size} ids do not fit into 32 bits; use a tokenizer of at most {2**31} ids")
     return "uint16" if vocab_size < 65500 else "int32"
 
 
@@ -194,8 +195,8 @@ class DatasetWriter:
                 continue
             if not total:
                 counts = ", ".join(f"{n} {name}" for name, n in self.result.skipped.counts().items() if n)
-                raise ValueError(f"the inputs hold no document with any text that is kept ({counts or 'no line'})")
-            raise ValueError(f"none of the {total} documents belongs into {prefix}; give it a larger share, or 0")
+                raise UserError(f"the inputs hold no document with any text that is kept ({counts or 'no line'})")
+            raise UserError(f"none of the {total} documents belongs into {prefix}; give it a larger share, or 0")
 
     def _name(self, prefix: str) -> str:
         return Path(prefix).name

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_midus.errors import UserError
 from megatron_midus.evaluation.perplexity import Tokenizer
 
 
@@ -35,9 +36,9 @@ def generate_text(
         The continuation without the prompt.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if temperature < 0:
-        raise ValueError(f"temperature={temperature} must be 0 or more")
+        raise UserError(f"temperature={temperature} must be 0 or more")
     ids = tokenizer.encode_batch([prompt])[0]
     if add_bos and tokenizer.bos is not None:
         ids = [tokenizer.bos, *ids]

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from megatron_midus.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
@@ -67,7 +69,7 @@ def measure_latency(
     sizes = {"prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens, "batch_size": batch_size, "rounds": rounds}
     for name, number in sizes.items():
         if number < 1:
-            raise ValueError(f"latency {name}={number} must be at least 1")
+            raise UserError(f"latency {name}={number} must be at least 1")
     vocabulary = min(model.get_input_embeddings().weight.shape[0] for model in models)
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator)  # [b, s]

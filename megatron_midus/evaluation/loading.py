@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_midus.errors import UserError
 from megatron_midus.evaluation.parameters import check_safetensors
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -17,19 +18,19 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """``config.json`` of ``directory``; raises ``ValueError`` when there is none."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"model directory {directory} does not exist")
+        raise UserError(f"model directory {directory} does not exist")
     path = directory / "config.json"
     if not path.is_file():
         hint = ""
         if (directory / "latest_checkpointed_iteration.txt").is_file() or (directory / "model_config.json").is_file():
             hint = "; it looks like a Megatron checkpoint: export it with tools/convert_checkpoint.py --to hf"
-        raise ValueError(f"{directory} holds no config.json, so it is not a Hugging Face model{hint}")
+        raise UserError(f"{directory} holds no config.json, so it is not a Hugging Face model{hint}")
     try:
         config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a JSON object")
+        raise UserError(f"{path} is not a JSON object")
     return config
 
 
@@ -42,7 +43,7 @@ def choose_device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     # torch has no common error: RuntimeError, AssertionError (no CUDA in this build), NotImplementedError …
     except Exception:
-        raise ValueError(f"device {name!r} is not available here; choose cpu" + _cuda_devices()) from None
+        raise UserError(f"device {name!r} is not available here; choose cpu" + _cuda_devices()) from None
     return device
 
 
@@ -92,7 +93,7 @@ def load_model(
     # Registered classes win only when remote code is not asked for.
     is_ours = config.get("model_type") == "midus"
     if config.get("auto_map") and not is_ours and not trust_remote_code:
-        raise ValueError(f"{directory} carries its own modeling code; give --trust-remote-code to run it")
+        raise UserError(f"{directory} carries its own modeling code; give --trust-remote-code to run it")
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             str(directory),
@@ -104,7 +105,7 @@ def load_model(
     # Whatever transformers raises on a damaged directory: KeyError, OSError, ValueError, RuntimeError, SafetensorError.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"{directory} cannot be loaded as a causal language model: {reason}") from error
+        raise UserError(f"{directory} cannot be loaded as a causal language model: {reason}") from error
     _check_loaded(directory, info)
     _check_finite(directory, model)
     return model.to(device).eval()
@@ -115,16 +116,16 @@ def _check_loaded(directory: str | Path, info: dict[str, Any]) -> None:
     missing = sorted(info.get("missing_keys") or [])
     mismatched = sorted(str(entry) for entry in info.get("mismatched_keys") or [])
     if missing:
-        raise ValueError(f"the weights in {directory} lack {len(missing)} tensors, the first is {missing[0]}")
+        raise UserError(f"the weights in {directory} lack {len(missing)} tensors, the first is {missing[0]}")
     if mismatched:
-        raise ValueError(f"{len(mismatched)} tensors in {directory} do not fit its config.json: {mismatched[0]}")
+        raise UserError(f"{len(mismatched)} tensors in {directory} do not fit its config.json: {mismatched[0]}")
 
 
 def _check_finite(directory: str | Path, model: torch.nn.Module) -> None:
     """Scores of choices compare NaN with NaN and look like results."""
     for name, parameter in model.named_parameters():
         if parameter.numel() and not all(bound.isfinite() for bound in parameter.detach().aminmax()):
-            raise ValueError(
+            raise UserError(
                 f"tensor {name} in {directory} holds NaN or infinities; take weights from before they broke, or a --dtype "
                 "with their range"
             )
@@ -138,7 +139,7 @@ def check_context(model: Any, seq_length: int, *, name: str) -> str | None:
         return None
     is_rotary = any(getattr(config, entry, None) for entry in ("rope_theta", "rope_parameters", "rope_scaling"))
     if not is_rotary:
-        raise ValueError(f"seq_length={seq_length} exceeds the {longest} positions of {name}; choose at most {longest}")
+        raise UserError(f"seq_length={seq_length} exceeds the {longest} positions of {name}; choose at most {longest}")
     return f"{name} was made for {longest} tokens; its figures at seq_length={seq_length} are outside of that"
 
 

@@ -10,6 +10,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from megatron_midus.errors import UserError
 from megatron_midus.upscaling import PLAN_FILE, UpscalePlan
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -45,7 +46,7 @@ def count_parameters(directory: str | Path, model: Any = None) -> ParameterCount
         sizes.pop("lm_head.weight", None)
     if not sizes:
         if model is None:
-            raise ValueError(f"{directory} holds no safetensors, and no model was given to count in")
+            raise UserError(f"{directory} holds no safetensors, and no model was given to count in")
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = sum(sizes.values())
     if not (directory / PLAN_FILE).is_file():
@@ -90,12 +91,10 @@ def _shards(directory: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} is not a safetensors index: {type(error).__name__} {error}") from None
+        raise UserError(f"{index} is not a safetensors index: {type(error).__name__} {error}") from None
     for name in names:
         if not (directory / name).is_file():
-            raise ValueError(
-                f"{directory / name} does not exist, although {_INDEX_FILE} lists it; copy the model again"
-            )
+            raise UserError(f"{directory / name} does not exist, although {_INDEX_FILE} lists it; copy the model again")
     return [directory / name for name in names]
 
 
@@ -106,7 +105,7 @@ def _read_header(path: Path) -> dict[str, Any]:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length > size - 8:
-            raise ValueError(f"{path} is not a safetensors file, or cut off in its header; copy the model again")
+            raise UserError(f"{path} is not a safetensors file, or cut off in its header; copy the model again")
         try:
             header = json.loads(stream.read(length))
             expected = (
@@ -115,7 +114,7 @@ def _read_header(path: Path) -> dict[str, Any]:
                 + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
             )
         except (ValueError, KeyError, AttributeError, TypeError, IndexError):
-            raise ValueError(f"{path} is not a safetensors file: its header is damaged; copy the model again") from None
+            raise UserError(f"{path} is not a safetensors file: its header is damaged; copy the model again") from None
     if size != expected:
-        raise ValueError(f"{path} has {size} bytes, its header says {expected}; it is damaged, copy the model again")
+        raise UserError(f"{path} has {size} bytes, its header says {expected}; it is damaged, copy the model again")
     return header

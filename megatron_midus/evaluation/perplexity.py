@@ -17,6 +17,8 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 
+from megatron_midus.errors import UserError
+
 _IGNORED = -100
 
 
@@ -140,7 +142,7 @@ def measure_perplexity(
         batch_nats, predicted = _batch_nats(model, batch, device)
         seconds += time.perf_counter() - began
         if not math.isfinite(batch_nats):
-            raise ValueError("the loss is not finite; the weights hold NaN or infinity, or overflow in this dtype")
+            raise UserError("the loss is not finite; the weights hold NaN or infinity, or overflow in this dtype")
         nats += batch_nats
         tokens += predicted
         read = sum(window.stop - window.start for window in batch)
@@ -154,7 +156,7 @@ def measure_perplexity(
 def limit_documents(documents: Iterable[str], tokenizer: Tokenizer, max_tokens: int) -> list[str]:
     """The first documents that make at most ``max_tokens`` tokens; the last one is cut at a character."""
     if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens} must be at least 1")
+        raise UserError(f"max_tokens={max_tokens} must be at least 1")
     kept: list[str] = []
     left = max_tokens
     for text in documents:
@@ -176,15 +178,15 @@ def _check_settings(
     tokenizer: Tokenizer, documents: Sequence[str], seq_length: int, stride: int, batch_size: int, add_bos: bool
 ) -> None:
     if not documents:
-        raise ValueError("there is no document to evaluate")
+        raise UserError("there is no document to evaluate")
     if seq_length < 1:
-        raise ValueError(f"seq_length={seq_length} must be at least 1")
+        raise UserError(f"seq_length={seq_length} must be at least 1")
     if not 1 <= stride <= seq_length:
-        raise ValueError(f"stride={stride} is out of range; choose 1 to seq_length={seq_length}")
+        raise UserError(f"stride={stride} is out of range; choose 1 to seq_length={seq_length}")
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+        raise UserError(f"batch_size={batch_size} must be at least 1")
     if add_bos and tokenizer.bos is None:
-        raise ValueError("the tokenizer has no beginning-of-sequence token to start documents with")
+        raise UserError("the tokenizer has no beginning-of-sequence token to start documents with")
 
 
 def _streams(
@@ -192,7 +194,7 @@ def _streams(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """``(ids, labels)`` per stream, ``[stream]`` each; the first token of a stream is never predicted."""
     if mode not in ("packed", "document"):
-        raise ValueError(f"mode={mode!r} is not known; choose packed or document")
+        raise UserError(f"mode={mode!r} is not known; choose packed or document")
     ids: list[int] = []
     labels: list[int] = []
     for encoded in tokenizer.encode_batch(documents):

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_midus.errors import UserError
+
 INSTALL_HINT = "pip install 'megatron-midus[eval]'"
 
 
@@ -59,7 +61,7 @@ def lm_eval_tasks_directory() -> Path:
     try:
         import lm_eval.tasks
     except ImportError as error:
-        raise ValueError(f"--tasks needs lm-eval, which cannot be imported ({error}); {INSTALL_HINT}") from None
+        raise UserError(f"--tasks needs lm-eval, which cannot be imported ({error}); {INSTALL_HINT}") from None
     return Path(lm_eval.tasks.__file__).parent
 
 
@@ -70,7 +72,7 @@ def check_names(names: Iterable[str], known: Sequence[str], *, remedy: str = "")
             continue
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known[:12])}"
-        raise ValueError(f"task {name!r} is not known; {hint}{remedy}")
+        raise UserError(f"task {name!r} is not known; {hint}{remedy}")
 
 
 def mmlu_subjects() -> list[str]:
@@ -100,7 +102,7 @@ def find_task_files(data: str | Path, tasks: Sequence[str]) -> dict[str, Path]:
     """
     data = Path(data)
     if not data.is_dir():
-        raise ValueError(f"task data directory {data} does not exist")
+        raise UserError(f"task data directory {data} does not exist")
     check_local_names(tasks)
     subjects = mmlu_subjects()
     files: dict[str, Path] = {}
@@ -108,7 +110,7 @@ def find_task_files(data: str | Path, tasks: Sequence[str]) -> dict[str, Path]:
         if task == "mmlu":
             found = {s: data / "mmlu" / f"{s}.jsonl" for s in subjects if (data / "mmlu" / f"{s}.jsonl").is_file()}
             if not found:
-                raise ValueError(f"{data / 'mmlu'} holds no file of a subject, such as mmlu/{subjects[0]}.jsonl")
+                raise UserError(f"{data / 'mmlu'} holds no file of a subject, such as mmlu/{subjects[0]}.jsonl")
             files.update({_MMLU_PREFIX + subject: path for subject, path in found.items()})
         elif task in TASKS:
             files[task] = data / f"{task}.jsonl"
@@ -121,27 +123,27 @@ def find_task_files(data: str | Path, tasks: Sequence[str]) -> dict[str, Path]:
 
 def _check_file(path: Path, task: str, fields: Sequence[str]) -> None:
     if not path.is_file():
-        raise ValueError(f"there is no data of task {task}: {path} does not exist")
+        raise UserError(f"there is no data of task {task}: {path} does not exist")
     count = 0
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             item = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None
+            raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
         missing = [name for name in fields if not isinstance(item, dict) or name not in item]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{path}:{number}: task {task} needs the entry {missing[0]!r}; it reads {', '.join(fields)}"
             )
         count += 1
     if not count:
-        raise ValueError(f"{path} holds no item of task {task}")
+        raise UserError(f"{path} holds no item of task {task}")
 
 
 def write_task_yamls(directory: str | Path, files: dict[str, Path], *, cache: str | Path | None = None) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_midus.errors import UserError
 from megatron_midus.evaluation.scores import Score, influences_of, root_sum_of_squares
 from megatron_midus.evaluation.task_data import (
     LOCAL_TASKS,
@@ -63,9 +64,9 @@ def open_tasks(tasks: Sequence[str], data: str | Path | None = None) -> Iterator
         ValueError: lm-eval is missing, a task is not known, or local files are missing or wrong.
     """
     if not tasks:
-        raise ValueError("there is no task to run; name some, for example " + ",".join(LOCAL_TASKS))
+        raise UserError("there is no task to run; name some, for example " + ",".join(LOCAL_TASKS))
     if len(set(tasks)) < len(tasks):
-        raise ValueError(f"task {next(t for t in tasks if list(tasks).count(t) > 1)!r} is named twice")
+        raise UserError(f"task {next(t for t in tasks if list(tasks).count(t) > 1)!r} is named twice")
     lm_eval_tasks_directory()
     from lm_eval.tasks import TaskManager
 
@@ -91,7 +92,7 @@ def load_tasks(manager: Any, tasks: Sequence[str]) -> dict[str, Any]:
         # datasets and the Hub's client raise dozens of classes when there is no network, cache or such file.
         except Exception as error:
             reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-            raise ValueError(
+            raise UserError(
                 f"the data of task {name} cannot be had ({reason}); give local files with --task-data DIR"
             ) from error
     return loaded
@@ -125,9 +126,9 @@ def run_tasks(
     """
     for name, number in (("batch_size", batch_size), ("max_length", max_length), ("limit", limit)):
         if number is not None and number < 1:
-            raise ValueError(f"{name}={number} must be at least 1")
+            raise UserError(f"{name}={number} must be at least 1")
     if add_bos and tokenizer.bos_token_id is None:
-        raise ValueError("the tokenizer has no beginning-of-sequence token to start requests with")
+        raise UserError("the tokenizer has no beginning-of-sequence token to start requests with")
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -148,7 +149,7 @@ def run_tasks(
             # lm-eval cuts prompts, never answers, and asserts that they fit.
             if "max_length" not in (traceback.extract_tb(error.__traceback__)[-1].line or ""):
                 raise
-            raise ValueError(
+            raise UserError(
                 f"an answer is longer than max_length={max_length} tokens and cannot be scored; give a larger one"
             ) from error
     _check_likelihoods(output)
@@ -162,7 +163,7 @@ def _check_likelihoods(output: dict[str, Any]) -> None:
             for answer in item["filtered_resps"]:
                 number = answer[0] if isinstance(answer, (tuple, list)) else answer
                 if isinstance(number, float) and math.isnan(number):
-                    raise ValueError(
+                    raise UserError(
                         f"item {item['doc_id']} of task {task} has the likelihood NaN; the model overflows in this dtype, "
                         "give --dtype float32"
                     )

@@ -23,6 +23,7 @@ from megatron_midus.config.fields import field_docs
 from megatron_midus.config.model import MODEL_CONFIG_FILE
 from megatron_midus.config.optimizer import OptimizerSettings
 from megatron_midus.conversion.checkpoint_layout import ASSETS_DIRECTORY, LATEST_FILE, find_checkpoint
+from megatron_midus.errors import UserError
 from megatron_midus.model.builder import build_model, freeze
 from megatron_midus.model.config import check_transformer_config
 from megatron_midus.model.specs import get_midus_block_spec
@@ -65,7 +66,7 @@ def _upstream(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{name} cannot be imported ({error}); put a checkout of Megatron-LM on PYTHONPATH ({UPSTREAM})"
         ) from None
 
@@ -129,7 +130,7 @@ def find_upscaled(arguments: argparse.Namespace, *, required: bool = True) -> Up
         directory, _ = find_checkpoint(root)
         return Upscaled(ModelConfig.load(directory), UpscalePlan.load(directory), directory)
     if required:
-        raise ValueError("there is no up-scaled checkpoint to build the model of; give --midus-model DIR")
+        raise UserError("there is no up-scaled checkpoint to build the model of; give --midus-model DIR")
     return None
 
 
@@ -174,24 +175,24 @@ def _rope_factor(model: ModelConfig) -> float | None:
 def check_arguments(arguments: argparse.Namespace, upscaled: Upscaled) -> None:
     """Raises ``ValueError`` for arguments of upstream's that ask for another model than the checkpoint's."""
     if not hasattr(arguments, "midus_model"):
-        raise ValueError(
+        raise UserError(
             "the flags of megatron_midus are missing; pass extra_args_provider of "
             "megatron_midus.integrations.megatron_lm to pretrain()"
         )
     for name, value in architecture_arguments(upscaled.model, upscaled.plan).items():
         given = getattr(arguments, name, None)
         if (tuple(given) if isinstance(given, list) else given) != value:
-            raise ValueError(
+            raise UserError(
                 f"{name}={given} contradicts {upscaled.directory}, which has {name}={value}; leave the flag out"
             )
     for name in _UNSUPPORTED:
         if getattr(arguments, name, None):
-            raise ValueError(
+            raise UserError(
                 f"{name}={getattr(arguments, name)} is not supported by up-scaled models; leave the flag out"
             )
     rows = _vocabulary_rows(arguments, upscaled.model)
     if arguments.padded_vocab_size is not None and arguments.padded_vocab_size > rows:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer needs padded_vocab_size={arguments.padded_vocab_size} rows and the embedding has {rows}; "
             f"use the tokenizer of {upscaled.directory / ASSETS_DIRECTORY}"
         )
@@ -215,7 +216,7 @@ def _check_resumed_plan(arguments: argparse.Namespace, upscaled: Upscaled) -> No
         return
     difference = upscaled.plan.difference(UpscalePlan.load(directory))
     if difference is not None:
-        raise ValueError(f"the plan of {upscaled.directory} differs from that of --load {directory}: {difference}")
+        raise UserError(f"the plan of {upscaled.directory} differs from that of --load {directory}: {difference}")
 
 
 # -- model -----------------------------------------------------------------------------------------------------------
@@ -328,13 +329,11 @@ def _check_spec_arguments(arguments: argparse.Namespace, upscaled: Upscaled) -> 
     """What a spec alone cannot do in upstream's ``gpt_builder``."""
     instead = "use model_provider of megatron_midus.integrations.megatron_lm instead of --spec"
     if resolve_train(arguments.train, upscaled.plan) != "all":
-        raise ValueError(f"train=inserted freezes parameters, which --spec cannot; give --train all, or {instead}")
+        raise UserError(f"train=inserted freezes parameters, which --spec cannot; give --train all, or {instead}")
     if arguments.virtual_pipeline_model_parallel_size is not None:
-        raise ValueError(
-            f"virtual pipeline stages have specs of their own, which --spec does not tell apart; {instead}"
-        )
+        raise UserError(f"virtual pipeline stages have specs of their own, which --spec does not tell apart; {instead}")
     if _rope_factor(upscaled.model) not in (None, 8.0):
-        raise ValueError(f"upstream's gpt_builder knows rope_scaling_factor=8 only; {instead}")
+        raise UserError(f"upstream's gpt_builder knows rope_scaling_factor=8 only; {instead}")
 
 
 midus_block_spec = _BlockSpec()

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from megatron_midus.config import MemoryConfig
+from megatron_midus.errors import UserError
 from megatron_midus.memory.balance import BalanceLoss
 from megatron_midus.memory.latent import read_latent_bank
 from megatron_midus.ops import (
@@ -134,7 +135,7 @@ class HeadWiseMemory(MegatronModule):
         ):
             if heads % ranks:
                 divisors = [n for n in range(1, heads + 1) if heads % n == 0]
-                raise ValueError(
+                raise UserError(
                     f"{what}={heads} is not divisible by tensor_model_parallel_size={ranks}; choose one of {divisors}"
                 )
 
@@ -143,7 +144,7 @@ class HeadWiseMemory(MegatronModule):
         config, ranks = self.config, self.tp_group.size()
         axis = partition_axis(name, self.memory, self.value_placement)
         if name == "values" and axis is not None and shape[axis] % ranks:
-            raise ValueError(
+            raise UserError(
                 f"a value bank of {shape[axis]} columns cannot be split over tensor_model_parallel_size={ranks}; "
                 "choose --memory-value-placement replicated"
             )

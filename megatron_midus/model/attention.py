@@ -17,6 +17,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_midus.errors import UserError
+
 
 class SdpaAttention(MegatronModule):
     """Softmax attention with grouped key/value heads, causal masks, sliding windows and packed sequences.
@@ -48,12 +50,12 @@ class SdpaAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if config.context_parallel_size > 1:
-            raise ValueError(
+            raise UserError(
                 f"context_parallel_size={config.context_parallel_size} needs Transformer Engine's attention; "
                 "choose --transformer-impl transformer_engine or 1"
             )
         if config.softmax_type != "vanilla":
-            raise ValueError(f"softmax_type={config.softmax_type!r} needs Transformer Engine's attention; use vanilla")
+            raise UserError(f"softmax_type={config.softmax_type!r} needs Transformer Engine's attention; use vanilla")
         self.causal = attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -85,7 +87,7 @@ class SdpaAttention(MegatronModule):
             ``[s, b, a*d]``; packed ``[s, a*d]``.
         """
         if attention_bias is not None:
-            raise ValueError("attention_bias needs Transformer Engine's attention; choose --transformer-impl local "
+            raise UserError("attention_bias needs Transformer Engine's attention; choose --transformer-impl local "
                              "without it")  # fmt: skip
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params)

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_midus.config import LLAMA3_ROPE, ModelConfig, padded_vocab_size
+from megatron_midus.errors import UserError
 from megatron_midus.memory import ValuePlacement
 from megatron_midus.model.config import make_transformer_config
 from megatron_midus.model.layer import layer_index
@@ -63,7 +64,7 @@ def build_model(
     """
     ranks = config.tensor_model_parallel_size
     if config.sequence_parallel and sequence_length % ranks:
-        raise ValueError(
+        raise UserError(
             f"sequence_length={sequence_length} is not divisible by tensor_model_parallel_size={ranks}, which "
             "sequence_parallel needs; change the length or leave sequence_parallel out"
         )
@@ -126,14 +127,14 @@ def _rope_scaling(scaling: dict[str, Any] | None) -> dict[str, Any]:
     if scaling is None or kind == "default":
         return {}
     if kind != "llama3":
-        raise ValueError(f"rope scaling {kind!r} is not supported; only llama3 and none are")
+        raise UserError(f"rope scaling {kind!r} is not supported; only llama3 and none are")
     for name, built_in in LLAMA3_ROPE.items():
         if scaling.get(name, built_in) != built_in:
-            raise ValueError(
+            raise UserError(
                 f"rope scaling {name}={scaling[name]} is not supported; Megatron-Core has {built_in} built in"
             )
     if "factor" not in scaling:
-        raise ValueError("rope scaling llama3 has no factor")
+        raise UserError("rope scaling llama3 has no factor")
     return {"rope_scaling": True, "rope_scaling_factor": float(scaling["factor"])}
 
 
@@ -149,9 +150,9 @@ def freeze(model_chunks: Sequence[torch.nn.Module], plan: UpscalePlan, train: Li
         ValueError: ``inserted`` with a plan that inserts nothing.
     """
     if train not in ("inserted", "all"):
-        raise ValueError(f"train={train!r} is not known; choose inserted or all")
+        raise UserError(f"train={train!r} is not known; choose inserted or all")
     if train == "inserted" and not plan.inserted_indices:
-        raise ValueError(f"policy {plan.policy} inserts no block, so there is nothing to train; choose --train all")
+        raise UserError(f"policy {plan.policy} inserts no block, so there is nothing to train; choose --train all")
     trainable = 0
     for chunk in model_chunks:
         chunk.requires_grad_(train == "all")

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_midus.errors import UserError
 from megatron_midus.model.builder import unwrap
 
 # Every key of a model starts with one of these; optimizer state and the rest of a training checkpoint do not.
@@ -67,7 +68,7 @@ def load_weights(model_chunks: Sequence[torch.nn.Module], iteration_directory: s
         _check_shapes(shapes, stored, directory, unwrap(model_chunks[0]).unpadded_vocab_size)
         loaded = dist_checkpointing.load(wanted, directory)
     except (CheckpointingException, CheckpointException, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{directory} cannot be read as a Megatron checkpoint: {_one_line(error)}") from None
+        raise UserError(f"{directory} cannot be read as a Megatron checkpoint: {_one_line(error)}") from None
     for name, chunk in zip(wanted, model_chunks):
         missing = unwrap(chunk).load_state_dict(loaded[name], strict=False).missing_keys
         assert all(key.endswith("_extra_state") for key in missing), f"not loaded: {missing}"
@@ -92,12 +93,12 @@ def _check_shapes(
     """Raises ``ValueError`` with the first key in which a checkpoint and a model differ."""
     stored = {key: shape for key, shape in stored.items() if key.startswith(_MODEL_PREFIXES)}
     if missing := sorted(set(wanted) - set(stored)):
-        raise ValueError(
+        raise UserError(
             f"{directory} lacks {len(missing)} tensors of this model, first {missing[0]}; "
             "build the model from the plan and the architecture that lie beside the checkpoint"
         )
     if unexpected := sorted(set(stored) - set(wanted)):
-        raise ValueError(
+        raise UserError(
             f"{directory} holds {len(unexpected)} tensors that this model lacks, first {unexpected[0]}; "
             "build the model from the plan and the architecture that lie beside the checkpoint"
         )
@@ -105,11 +106,11 @@ def _check_shapes(
         there = stored[key]
         if key in _VOCABULARY_KEYS:
             if there[0] < vocab_size or there[1:] != shape[1:]:
-                raise ValueError(
+                raise UserError(
                     f"{key} in {directory} has shape {list(there)}; the model needs {[vocab_size, *shape[1:]]}"
                 )
         elif there != shape:
-            raise ValueError(f"{key} in {directory} has shape {list(there)}; the model needs {list(shape)}")
+            raise UserError(f"{key} in {directory} has shape {list(there)}; the model needs {list(shape)}")
 
 
 def _one_line(error: BaseException) -> str:

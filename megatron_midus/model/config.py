@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_midus.config import ModelConfig
+from megatron_midus.errors import UserError
 from megatron_midus.platform import is_cpu, transformer_engine_available
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.balance import parse_layout
@@ -65,7 +66,7 @@ def make_transformer_config(
         ValueError: sizes that do not divide, or a setting that an up-scaled model cannot have.
     """
     if model.num_layers != plan.num_layers:
-        raise ValueError(f"the model has {model.num_layers} layers and the plan {plan.num_layers}; they must be equal")
+        raise UserError(f"the model has {model.num_layers} layers and the plan {plan.num_layers}; they must be equal")
     if plan.memory is not None:
         plan.memory.check_model(
             hidden_size=model.hidden_size,
@@ -143,7 +144,7 @@ def _recompute_settings(granularity: str | None, method: str | None, num_layers:
     if granularity == "full":
         method, num_layers = method or "uniform", num_layers or 1
     elif method is not None or num_layers is not None:
-        raise ValueError(
+        raise UserError(
             f"recompute_method={method} and recompute_num_layers={num_layers} belong to recompute_granularity=full"
         )
     return {
@@ -157,7 +158,7 @@ def _deterministic_mode(deterministic: bool) -> bool:
     if not deterministic or is_cpu():
         return False
     if transformer_engine_available() and os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0") != "0":
-        raise ValueError(
+        raise UserError(
             "deterministic kernels are asked for and NVTE_ALLOW_NONDETERMINISTIC_ALGO="
             f"{os.environ['NVTE_ALLOW_NONDETERMINISTIC_ALGO']} in the environment; set it to 0 or unset it"
         )
@@ -173,7 +174,7 @@ def _check_divides(size_name: str, size: int, things: Iterable[tuple[str, int]])
     things = list(things)
     for name, number in things:
         if number % size:
-            raise ValueError(
+            raise UserError(
                 f"{name}={number} is not divisible by {size_name}={size}; choose one of "
                 f"{_divisors(*(n for _, n in things))}"
             )
@@ -188,12 +189,12 @@ def check_transformer_config(config: TransformerConfig, model: ModelConfig, plan
     _check_context_parallel(config.context_parallel_size)
     _check_overrides(values)
     if chunks is not None and (config.batch_p2p_comm or not config.overlap_p2p_comm):
-        raise ValueError(
+        raise UserError(
             "virtual pipeline stages train wrongly with batched transfers; overlap_p2p_comm must be on, "
             "batch_p2p_comm off"
         )
     if not config.hetereogenous_dist_checkpoint:
-        raise ValueError(
+        raise UserError(
             "hetereogenous_dist_checkpoint must be on: layers of two kinds cannot be stacked in a checkpoint"
         )
 
@@ -206,19 +207,19 @@ def _check_tensor_parallel(model: ModelConfig, plan: UpscalePlan, size: int, seq
     _check_divides("tensor_model_parallel_size", size, heads)
     groups = model.num_query_groups
     if groups % size and size % groups:
-        raise ValueError(
+        raise UserError(
             f"num_query_groups={groups} is neither a multiple nor a divisor of tensor_model_parallel_size={size}; "
             f"choose one of {[d for d in _divisors(model.num_attention_heads) if groups % d == 0 or d % groups == 0]}"
         )
     if sequence_parallel and size == 1:
-        raise ValueError(
+        raise UserError(
             "sequence_parallel needs tensor_model_parallel_size of at least 2; raise it or leave sequence_parallel out"
         )
 
 
 def _check_pipeline(plan: UpscalePlan, stages: int, chunks: int | None, overrides: dict[str, Any]) -> None:
     if chunks is not None and stages == 1:
-        raise ValueError(
+        raise UserError(
             f"virtual_pipeline_model_parallel_size={chunks} needs pipeline_model_parallel_size of at least 2"
         )
     uneven = (
@@ -233,7 +234,7 @@ def _check_pipeline(plan: UpscalePlan, stages: int, chunks: int | None, override
     parts = stages * (chunks or 1)
     if plan.num_layers % parts:
         added = f" ({plan.num_base_layers} base and {plan.num_layers - plan.num_base_layers} added ones)"
-        raise ValueError(
+        raise UserError(
             f"num_layers={plan.num_layers}{added} is not divisible by {parts} pipeline stages and chunks; choose one "
             f"of {_divisors(plan.num_layers)}, or say where they go with pipeline_model_parallel_layout"
         )
@@ -244,14 +245,14 @@ def _check_interleaving(chunks: int | None, overrides: dict[str, Any]) -> None:
     right = _pipeline_settings(2, chunks)
     for name in ("overlap_p2p_comm", "batch_p2p_comm"):
         if chunks is not None and overrides.get(name, right[name]) != right[name]:
-            raise ValueError(
+            raise UserError(
                 f"{name}={overrides[name]} trains wrongly with several model chunks per pipeline stage; leave it out"
             )
 
 
 def _check_context_parallel(size: int) -> None:
     if size > 1 and not transformer_engine_available():
-        raise ValueError(
+        raise UserError(
             f"context_parallel_size={size} needs Transformer Engine's attention on a GPU, which is not there; choose 1"
         )
 
@@ -259,14 +260,14 @@ def _check_context_parallel(size: int) -> None:
 def _check_overrides(overrides: dict[str, Any]) -> None:
     unknown = sorted(set(overrides) - set(TransformerConfig.__dataclass_fields__))
     if unknown:
-        raise ValueError(f"{', '.join(unknown)} is not a field of Megatron's TransformerConfig; check the spelling")
+        raise UserError(f"{', '.join(unknown)} is not a field of Megatron's TransformerConfig; check the spelling")
     for name in _DEPTH_DEPENDENT:
         if name in overrides and overrides[name] != TransformerConfig.__dataclass_fields__[name].default:
-            raise ValueError(
+            raise UserError(
                 f"{name}={overrides[name]} depends on layer numbers, which inserted blocks shift; leave it out"
             )
     for name in _UNSUPPORTED:
         if overrides.get(name):
-            raise ValueError(f"{name}={overrides[name]} is not supported by up-scaled models; leave it out")
+            raise UserError(f"{name}={overrides[name]} is not supported by up-scaled models; leave it out")
     if "layernorm" in (overrides.get("recompute_modules") or ()) and not transformer_engine_available():
-        raise ValueError("recompute_modules 'layernorm' needs Transformer Engine, which is not there; leave it out")
+        raise UserError("recompute_modules 'layernorm' needs Transformer Engine, which is not there; leave it out")

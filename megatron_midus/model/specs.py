@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_midus.config import MemoryConfig
+from megatron_midus.errors import UserError
 from megatron_midus.memory import HeadWiseMemory, ValuePlacement
 from megatron_midus.model.attention import SdpaAttention
 from megatron_midus.model.layer import MIDUSMemoryLayer
@@ -47,9 +48,7 @@ def get_backend(transformer_impl: TransformerImpl = "auto") -> BackendSpecProvid
         ValueError: an unknown name, or Transformer Engine where it cannot run.
     """
     if transformer_impl not in ("auto", "local", "transformer_engine"):
-        raise ValueError(
-            f"transformer_impl={transformer_impl!r} is not known; choose auto, local or transformer_engine"
-        )
+        raise UserError(f"transformer_impl={transformer_impl!r} is not known; choose auto, local or transformer_engine")
     if transformer_impl == "local" or (transformer_impl == "auto" and not transformer_engine_available()):
         return SdpaSpecProvider()
     require_transformer_engine()
@@ -90,7 +89,7 @@ def get_midus_layer_spec(
             TransformerLayer, backend, config, backend.row_parallel_linear(), get_mlp_module_spec_for_backend(backend)
         )
     if memory is None:
-        raise ValueError(f"block {index} is a Memory block; give its memory settings")
+        raise UserError(f"block {index} is a Memory block; give its memory settings")
     params = {
         "memory": memory,
         "layer_index": index,

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from megatron_midus.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 # Called with a look-up's ``(indices int32 [T, H, K], weights [T, H, K])``, without gradient. They are the operator's own
@@ -128,7 +130,7 @@ def weigh_slots(
         ValueError: as ``head_wise_memory``.
     """
     if score_activation not in SCORE_ACTIVATIONS:
-        raise ValueError(f"score_activation={score_activation!r} is not known; choose one of {list(SCORE_ACTIVATIONS)}")
+        raise UserError(f"score_activation={score_activation!r} is not known; choose one of {list(SCORE_ACTIVATIONS)}")
     check_keys(query_THD, row_keys_HND, col_keys_HND, topk=topk)
     module = _module(choose_backend(backend, query_THD, row_keys_HND, col_keys_HND, topk=topk, variant="block"))
     with torch.autocast(query_THD.device.type, enabled=False):
@@ -156,7 +158,7 @@ def aggregate_values(
         ValueError: shapes that do not fit, or a backend that was named and cannot run.
     """
     if values_SW.dim() != 2 or index_BJ.dim() != 2 or index_BJ.shape != weights_BJ.shape:
-        raise ValueError(
+        raise UserError(
             f"values {list(values_SW.shape)}, indices {list(index_BJ.shape)} and weights {list(weights_BJ.shape)} do "
             "not fit; give [slots, width] and twice [bags, entries]"
         )
@@ -183,7 +185,7 @@ def choose_backend(backend: str, *tensors: torch.Tensor | None, **settings: Any)
     if backend != "auto":
         reason = unsupported_reason(backend, *tensors, **settings)
         if reason is not None:
-            raise ValueError(f"memory backend {backend!r} cannot run: {reason}")
+            raise UserError(f"memory backend {backend!r} cannot run: {reason}")
         return backend
     rejected: list[str] = []
     for name in BACKENDS:
@@ -192,7 +194,7 @@ def choose_backend(backend: str, *tensors: torch.Tensor | None, **settings: Any)
             _log_once(name, "; ".join(rejected))
             return name
         rejected.append(f"not {name}: {reason}")
-    raise ValueError(f"no memory backend can run: {'; '.join(rejected)}")
+    raise UserError(f"no memory backend can run: {'; '.join(rejected)}")
 
 
 @functools.cache
@@ -208,22 +210,22 @@ def _module(backend: str) -> Any:
 def check_keys(query_THD: torch.Tensor, row_keys_HND: torch.Tensor, col_keys_HND: torch.Tensor, *, topk: int) -> None:
     """Raises ``ValueError`` where queries and sub-keys do not fit together."""
     if query_THD.dim() != 3:
-        raise ValueError(f"query has shape {list(query_THD.shape)}; give [tokens, heads, channels]")
+        raise UserError(f"query has shape {list(query_THD.shape)}; give [tokens, heads, channels]")
     _, heads, channels = query_THD.shape
     if channels < 2 or channels % 2:
-        raise ValueError(f"query has {channels} channels per head; product keys need an even number of at least 2")
+        raise UserError(f"query has {channels} channels per head; product keys need an even number of at least 2")
     for name, keys in (("row_keys", row_keys_HND), ("col_keys", col_keys_HND)):
         if keys.dim() != 3 or (keys.shape[0], keys.shape[2]) != (heads, channels // 2):
-            raise ValueError(
+            raise UserError(
                 f"{name} has shape {list(keys.shape)}; the query wants [{heads}, sub-keys, {channels // 2}]"
             )
     num_keys = row_keys_HND.shape[1]
     if col_keys_HND.shape[1] != num_keys:
-        raise ValueError(f"row_keys has {num_keys} sub-keys and col_keys {col_keys_HND.shape[1]}; they must be equal")
+        raise UserError(f"row_keys has {num_keys} sub-keys and col_keys {col_keys_HND.shape[1]}; they must be equal")
     if num_keys**2 > 2**31 - 1:
-        raise ValueError(f"{num_keys} sub-keys make more slots than int32 indices reach; choose at most 46340")
+        raise UserError(f"{num_keys} sub-keys make more slots than int32 indices reach; choose at most 46340")
     if not 1 <= topk <= num_keys:
-        raise ValueError(f"topk={topk} is out of range; choose 1 to the number of sub-keys, {num_keys}")
+        raise UserError(f"topk={topk} is out of range; choose 1 to the number of sub-keys, {num_keys}")
     _check_placement({"query": query_THD, "row_keys": row_keys_HND, "col_keys": col_keys_HND})
 
 
@@ -240,19 +242,19 @@ def check_arguments(
 ) -> None:
     """Raises ``ValueError`` where the arguments of ``head_wise_memory`` do not fit together."""
     if variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r} is not known; choose one of {list(VARIANTS)}")
+        raise UserError(f"variant={variant!r} is not known; choose one of {list(VARIANTS)}")
     if score_activation not in SCORE_ACTIVATIONS:
-        raise ValueError(f"score_activation={score_activation!r} is not known; choose one of {list(SCORE_ACTIVATIONS)}")
+        raise UserError(f"score_activation={score_activation!r} is not known; choose one of {list(SCORE_ACTIVATIONS)}")
     check_keys(query_THD, row_keys_HND, col_keys_HND, topk=topk)
     heads, slots = query_THD.shape[1], row_keys_HND.shape[1] ** 2
     leading = (heads, slots) if variant == "full" else (slots,)
     if values.dim() != len(leading) + 1 or values.shape[:-1] != leading:
         wanted = ", ".join(map(str, (*leading, "width")))
-        raise ValueError(f"values has shape {list(values.shape)}; variant {variant} wants [{wanted}]")
+        raise UserError(f"values has shape {list(values.shape)}; variant {variant} wants [{wanted}]")
     if (head_proj is None) == (variant == "hive"):
-        raise ValueError(f"head_proj belongs to variant hive alone; variant={variant} got {_shape(head_proj)}")
+        raise UserError(f"head_proj belongs to variant hive alone; variant={variant} got {_shape(head_proj)}")
     if head_proj is not None and (head_proj.dim() != 3 or head_proj.shape[:2] != (heads, values.shape[1])):
-        raise ValueError(f"head_proj has shape {_shape(head_proj)}; wanted [{heads}, {values.shape[1]}, width]")
+        raise UserError(f"head_proj has shape {_shape(head_proj)}; wanted [{heads}, {values.shape[1]}, width]")
     _check_placement({"query": query_THD, "values": values, "head_proj": head_proj})
 
 
@@ -262,10 +264,10 @@ def _check_placement(tensors: dict[str, torch.Tensor | None]) -> None:
         if tensor is None:
             continue
         if not tensor.is_floating_point():
-            raise ValueError(f"{name} has dtype {tensor.dtype}; give a floating-point tensor")
+            raise UserError(f"{name} has dtype {tensor.dtype}; give a floating-point tensor")
         device = device or tensor.device
         if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} and query on {device}; move them to one device")
+            raise UserError(f"{name} is on {tensor.device} and query on {device}; move them to one device")
 
 
 def _shape(tensor: torch.Tensor | None) -> str:

@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from megatron_midus.errors import UserError
+
 KEY_INITS = ("uniform", "normal", "calibrated")
 KEYS = ("row_keys", "col_keys")
 ZERO = ("values", "mixer", "log_temperature")
@@ -42,7 +44,7 @@ def initialize_parameter(
         ValueError: an unknown name or ``key_init``.
     """
     if key_init not in KEY_INITS:
-        raise ValueError(f"key_init={key_init!r} is not known; choose one of {list(KEY_INITS)}")
+        raise UserError(f"key_init={key_init!r} is not known; choose one of {list(KEY_INITS)}")
     if name in ZERO:
         return torch.zeros(shape, dtype=dtype)
     if name == "query_norm":
@@ -55,7 +57,7 @@ def initialize_parameter(
     if name in FAN_IN_AXIS:
         return (torch.randn(shape, generator=generator) / math.sqrt(shape[FAN_IN_AXIS[name]])).to(dtype)
     known = [*KEYS, *ZERO, "query_norm", *FAN_IN_AXIS]
-    raise ValueError(f"memory parameter {name!r} is not known; choose one of {known}")
+    raise UserError(f"memory parameter {name!r} is not known; choose one of {known}")
 
 
 def calibrated_keys(
@@ -85,7 +87,7 @@ def calibrated_keys(
     query = query_THD.detach().to("cpu", torch.float32)
     query = query[query.isfinite().all(-1).all(-1)]
     if not len(query):
-        raise ValueError(f"none of the {query_THD.shape[0]} calibration queries is finite; check the base model")
+        raise UserError(f"none of the {query_THD.shape[0]} calibration queries is finite; check the base model")
     halves = query.permute(1, 0, 2).chunk(2, dim=-1)  # 2 x [H, T, D/2]
     directions = [
         torch.stack([_key_directions(part, num_keys, _generator(seed, head, name)) for head, part in enumerate(half)])
@@ -103,11 +105,11 @@ def calibrated_keys(
 
 def _check_calibration(query_THD: torch.Tensor, num_keys: int, topk: int, target_entropy: float) -> None:
     if query_THD.dim() != 3 or query_THD.shape[-1] % 2 or not query_THD.numel():
-        raise ValueError(f"query has shape {list(query_THD.shape)}; give [tokens, heads, channels], channels even")
+        raise UserError(f"query has shape {list(query_THD.shape)}; give [tokens, heads, channels], channels even")
     if not 1 <= topk <= num_keys:
-        raise ValueError(f"topk={topk} is out of range; choose 1 to num_keys={num_keys}")
+        raise UserError(f"topk={topk} is out of range; choose 1 to num_keys={num_keys}")
     if not 0 < target_entropy < 1:
-        raise ValueError(f"target_entropy={target_entropy} is out of range; choose a share of log(topk) in (0, 1)")
+        raise UserError(f"target_entropy={target_entropy} is out of range; choose a share of log(topk) in (0, 1)")
 
 
 def _key_directions(query_TD: torch.Tensor, num_keys: int, generator: torch.Generator) -> torch.Tensor:

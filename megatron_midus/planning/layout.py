@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from megatron_midus.errors import UserError
 from megatron_midus.upscaling.cost import Train
 from megatron_midus.upscaling.plan import UpscalePlan
 
@@ -40,7 +41,7 @@ class Workload:
         """
         one = self.micro_batch_size * data_parallel
         if self.global_batch_size % one:
-            raise ValueError(
+            raise UserError(
                 f"global_batch_size={self.global_batch_size} is not divisible by micro_batch_size="
                 f"{self.micro_batch_size} times {data_parallel} replicas"
             )

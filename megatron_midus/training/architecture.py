@@ -10,6 +10,7 @@ from megatron_midus.config import ModelConfig
 from megatron_midus.config.checkpoint import CheckpointConfig
 from megatron_midus.conversion.checkpoint_layout import ASSETS_DIRECTORY, find_checkpoint, read_latest_iteration
 from megatron_midus.data.tokenizer import Tokenizer, build_tokenizer, check_tokenizer_fits
+from megatron_midus.errors import UserError
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.source import Source
 from megatron_midus.upscaling import UpscalePlan, make_plan
@@ -51,7 +52,7 @@ def resolve_architecture(arguments: Arguments, source: Source, *, tokenizer_voca
         return _from_flags(arguments, tokenizer_vocab_size)
     model, plan = ModelConfig.load(source.directory), UpscalePlan.load(source.directory)
     if model.num_layers != plan.num_layers:
-        raise ValueError(
+        raise UserError(
             f"{source.directory}: the plan has {plan.num_layers} blocks and model_config.json says "
             f"num_layers={model.num_layers}; they do not belong together"
         )
@@ -65,9 +66,9 @@ def resolve_architecture(arguments: Arguments, source: Source, *, tokenizer_voca
 def _check_flags(given: dict[str, Any], stored: dict[str, Any], directory: Path) -> None:
     for name, value in given.items():
         if name not in stored:
-            raise ValueError(f"{name}={value} was given, but {directory} has no Memory blocks; leave the flag out")
+            raise UserError(f"{name}={value} was given, but {directory} has no Memory blocks; leave the flag out")
         if value != stored[name]:
-            raise ValueError(
+            raise UserError(
                 f"{name}={value} contradicts {directory}, which has {name}={stored[name]}; leave the flag out"
             )
 
@@ -82,7 +83,7 @@ def _check_other_plans(checkpoint: CheckpointConfig, plan: UpscalePlan, director
         other = find_checkpoint(root)[0]
         difference = plan.difference(UpscalePlan.load(other))
         if difference is not None:
-            raise ValueError(
+            raise UserError(
                 f"the plan of {directory} differs from that of {flag} {other}: {difference}; choose another directory"
             )
 
@@ -92,7 +93,7 @@ def resolve_train(train: Literal["inserted", "all"] | None, plan: UpscalePlan) -
     if train is None:
         return "inserted" if plan.policy in _FROZEN_BASE_POLICIES and plan.inserted_indices else "all"
     if train == "inserted" and not plan.inserted_indices:
-        raise ValueError(f"train=inserted, but policy {plan.policy} inserted no block; use --train all")
+        raise UserError(f"train=inserted, but policy {plan.policy} inserted no block; use --train all")
     return train
 
 
@@ -118,15 +119,15 @@ def _check_flags_from_scratch(arguments: Arguments) -> None:
     missing = [n for n in ("num_layers", "hidden_size", "num_attention_heads") if n not in given]
     if missing:
         flags = ", ".join("--" + name.replace("_", "-") for name in missing)
-        raise ValueError(
+        raise UserError(
             f"there is no checkpoint to load, and {flags} is missing to train from scratch; give it, or --load DIR"
         )
     if arguments.memory:
         flags = ", ".join(f"{name}={value}" for name, value in arguments.memory.items())
-        raise ValueError(f"{flags}: a model from scratch has no Memory blocks; train it, then use tools/upscale.py")
+        raise UserError(f"{flags}: a model from scratch has no Memory blocks; train it, then use tools/upscale.py")
     hidden_size, heads = given["hidden_size"], given["num_attention_heads"]
     if heads < 1 or (hidden_size % heads and "kv_channels" not in given):
-        raise ValueError(
+        raise UserError(
             f"hidden_size={hidden_size} is not divisible by num_attention_heads={heads}; give --kv-channels"
         )
 

@@ -19,6 +19,7 @@ from megatron_midus.config.parallel import ParallelConfig
 from megatron_midus.config.run_file import parse_arguments_with_file, write_run_file
 from megatron_midus.config.telemetry import LoggingConfig
 from megatron_midus.config.training import TrainingConfig
+from megatron_midus.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     architecture = _given(ModelConfig, namespace)
     if groups["compatibility"].untie_embeddings_and_output_weights:
         if architecture.get("tie_word_embeddings"):
-            raise ValueError(
+            raise UserError(
                 "--untie-embeddings-and-output-weights and --tie-word-embeddings contradict each other; give one"
             )
         architecture["tie_word_embeddings"] = False
@@ -117,32 +118,32 @@ def _check(arguments: Arguments) -> None:
     """What no single group can check. The checks that need the number of processes are in ``checks.py``."""
     training, optimizer, parallel = arguments.training, arguments.optimizer, arguments.parallel
     if not training.skip_train and optimizer.lr is None:
-        raise ValueError("no learning rate was given; give --lr")
+        raise UserError("no learning rate was given; give --lr")
     if training.skip_train and not (arguments.checkpoint.load or arguments.checkpoint.pretrained_checkpoint):
-        raise ValueError("skip_train evaluates a checkpoint; give --load DIR")
+        raise UserError("skip_train evaluates a checkpoint; give --load DIR")
     if training.train_samples is not None and (optimizer.lr_decay_iters or optimizer.lr_warmup_iters):
-        raise ValueError(
+        raise UserError(
             "--train-samples counts samples; give --lr-decay-samples and --lr-warmup-samples, not the -iters flags"
         )
     if training.train_iters is not None and (optimizer.lr_decay_samples or optimizer.lr_warmup_samples):
-        raise ValueError(
+        raise UserError(
             "--train-iters counts steps; give --lr-decay-iters and --lr-warmup-iters, not the -samples flags"
         )
     if optimizer.lr_decay_style == "WSD":
         unit = "iters" if training.train_iters is not None else "samples"
         if getattr(optimizer, f"lr_wsd_decay_{unit}") is None:
-            raise ValueError(f"lr_decay_style=WSD needs --lr-wsd-decay-{unit}, the length of its last phase")
+            raise UserError(f"lr_decay_style=WSD needs --lr-wsd-decay-{unit}, the length of its last phase")
     if not arguments.data.has_data:
-        raise ValueError("no data were named; give --data-path, --train-data-path or --mock-data")
+        raise UserError("no data were named; give --data-path, --train-data-path or --mock-data")
     if arguments.logging.profile and not (arguments.logging.profile_dir or arguments.checkpoint.save):
-        raise ValueError("profile writes traces; give --profile-dir DIR, or --save DIR for DIR/profile")
+        raise UserError("profile writes traces; give --profile-dir DIR, or --save DIR for DIR/profile")
     if arguments.data.reset_attention_mask and (
         parallel.transformer_impl == "transformer_engine" or parallel.context_parallel_size > 1
     ):
         # Its causal attention takes no other mask and would leave this one out without a word.
-        raise ValueError(
+        raise UserError(
             "reset_attention_mask needs the local layers, because Transformer Engine's causal attention ignores the mask "
             "between documents; give --transformer-impl local and no context parallelism"
         )
     if training.fp16 and parallel.distributed_backend == "gloo":
-        raise ValueError("fp16 needs a GPU; use --bf16 or neither with --distributed-backend gloo")
+        raise UserError("fp16 needs a GPU; use --bf16 or neither with --distributed-backend gloo")

@@ -23,6 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_midus.config.optimizer import OptimizerSettings
+from megatron_midus.errors import UserError
 from megatron_midus.model.checkpoint import sharded_state_dict
 from megatron_midus.training.messages import warn_rank_0
 from megatron_midus.training.optimizer_state import load_optimizer_state, optimizer_metadata, stored_groups
@@ -172,7 +173,7 @@ def readable(directory: Path) -> Iterator[None]:
         UnicodeDecodeError,
     ) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise UserError(
             f"{directory} cannot be read as a checkpoint ({reason}); choose another by --ckpt-step"
         ) from None
 
@@ -230,7 +231,7 @@ def _has_matching_optimizer(stored: dict[str, Any], train: str, directory: Path)
         )
         return False
     if not stored["has_optimizer"]:
-        raise ValueError(
+        raise UserError(
             f"{directory} holds no optimizer state (it was saved with --no-save-optim); give --no-load-optim to go on "
             "with fresh moments, or --finetune to begin a new run"
         )
@@ -269,7 +270,7 @@ def _check_groups(common: dict[str, Any], optimizer: MegatronOptimizer, director
         theirs = {g[name] for g in stored_groups(common)}
         ours = {g[name] for g in optimizer.param_groups}
         if theirs != ours:
-            raise ValueError(
+            raise UserError(
                 f"{flag}: the optimizer of {directory} has groups of {name} {sorted(theirs)}, this run {sorted(ours)}; "
                 f"give the {flag} of that run, or --no-load-optim"
             )
@@ -288,7 +289,7 @@ def _load_schedule(
         mine = scheduler.state_dict()
         for name in sorted(set(mine) - {"num_steps"}):
             if name in stored and mine[name] != stored[name]:
-                raise ValueError(
+                raise UserError(
                     f"the schedule of {directory} has {name}={stored[name]}, the flags say {mine[name]}; give the same "
                     "flags, --override-opt_param-scheduler (flags win) or --use-checkpoint-opt_param-scheduler"
                 )

@@ -7,6 +7,7 @@ import importlib.util
 
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.parallel import ParallelConfig
+from megatron_midus.errors import UserError
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.balance import balanced_layout, format_layout, parse_layout
@@ -41,14 +42,14 @@ def num_virtual_stages(parallel: ParallelConfig, num_layers: int) -> int | None:
     chunks, per_chunk = parallel.num_virtual_stages_per_pipeline_rank, parallel.num_layers_per_virtual_pipeline_stage
     if per_chunk is not None:
         if num_layers % (stages * per_chunk):
-            raise ValueError(
+            raise UserError(
                 f"num_layers={num_layers} does not divide into {stages} pipeline stages of chunks of "
                 f"num_layers_per_virtual_pipeline_stage={per_chunk} layers; give "
                 "--num-virtual-stages-per-pipeline-rank and --pipeline-model-parallel-layout auto"
             )
         chunks = num_layers // (stages * per_chunk)
         if chunks < 2:
-            raise ValueError(
+            raise UserError(
                 f"num_layers_per_virtual_pipeline_stage={per_chunk} leaves one chunk per stage, which is the schedule "
                 "without it; leave the flag out or give fewer layers"
             )
@@ -71,7 +72,7 @@ def resolve_pipeline(
     elif layout is not None:
         asked = parallel.num_virtual_stages_per_pipeline_rank
         if asked not in (None, chunks):
-            raise ValueError(
+            raise UserError(
                 f"num_virtual_stages_per_pipeline_rank={asked} contradicts pipeline_model_parallel_layout={layout}, "
                 f"which has {chunks}; leave one out"
             )
@@ -79,7 +80,7 @@ def resolve_pipeline(
     elif parallel.decoder_first_pipeline_num_layers or parallel.decoder_last_pipeline_num_layers:
         layout = format_layout(_sizes_with_given_ends(parallel, num_layers))
     elif num_layers % (stages * chunks):
-        raise ValueError(
+        raise UserError(
             f"num_layers={num_layers} ({plan.num_base_layers} of the base) do not divide evenly into {stages} pipeline "
             f"stages of {chunks} chunks; give --pipeline-model-parallel-layout auto, or a layout string"
         )
@@ -97,7 +98,7 @@ def _sizes_with_given_ends(parallel: ParallelConfig, num_layers: int) -> list[in
     between = stages - (first is not None) - (last is not None)
     rest = num_layers - (first or 0) - (last or 0)
     if rest < between or (rest % between if between else rest):
-        raise ValueError(
+        raise UserError(
             f"decoder_first_pipeline_num_layers={first} and decoder_last_pipeline_num_layers={last} leave {rest} of "
             f"num_layers={num_layers} for {between} pipeline stages, which cannot share them evenly; give "
             "--pipeline-model-parallel-layout"
@@ -116,7 +117,7 @@ def resolve_layout(arguments: Arguments, world_size: int) -> Layout:
     }
     replica = sizes["tensor"] * sizes["pipeline"] * sizes["context"]
     if world_size % replica:
-        raise ValueError(
+        raise UserError(
             f"{world_size} processes do not divide into replicas of tensor {sizes['tensor']} * pipeline "
             f"{sizes['pipeline']} * context {sizes['context']} = {replica}; start a multiple of {replica}"
         )
@@ -125,12 +126,12 @@ def resolve_layout(arguments: Arguments, world_size: int) -> Layout:
     global_batch_size = training.global_batch_size or step
     if training.decrease_batch_size_if_needed:
         if global_batch_size < step:
-            raise ValueError(
+            raise UserError(
                 f"global_batch_size={global_batch_size} is below micro_batch_size={training.micro_batch_size} * "
                 f"data-parallel size {data_parallel_size} = {step}; raise it"
             )
     elif global_batch_size % step:
-        raise ValueError(
+        raise UserError(
             f"global_batch_size={global_batch_size} is not divisible by micro_batch_size={training.micro_batch_size} "
             f"* data-parallel size {data_parallel_size} = {step}; change it or give --decrease-batch-size-if-needed"
         )
@@ -143,7 +144,7 @@ def _check_rampup(arguments: Arguments, step: int) -> None:
     if rampup is None or arguments.training.decrease_batch_size_if_needed:
         return
     if rampup[0] % step or rampup[1] % step:
-        raise ValueError(
+        raise UserError(
             f"rampup_batch_size={rampup}: start and increment must be multiples of micro-batch size * data-parallel "
             f"size = {step}; change them or give --decrease-batch-size-if-needed"
         )
@@ -157,18 +158,18 @@ def check_schedule(arguments: Arguments, layout: Layout, num_layers: int) -> Non
         return
     if not parallel.overlap_p2p_comm:
         # Batched transfers mix up the messages of the chunks of two stages and the loss is wrong without a word.
-        raise ValueError(
+        raise UserError(
             "several model chunks per pipeline stage train wrongly without overlapped transfers; "
             "leave --no-overlap-p2p-comm out"
         )
     num_microbatches = layout.global_batch_size // (training.micro_batch_size * layout.data_parallel_size)
     if num_microbatches % stages:
-        raise ValueError(
+        raise UserError(
             f"the interleaved schedule needs micro-batches ({num_microbatches}) to be a multiple of "
             f"pipeline_model_parallel_size={stages}; change --global-batch-size"
         )
     if training.rampup_batch_size:
-        raise ValueError("rampup_batch_size does not go with several model chunks per pipeline stage; drop either")
+        raise UserError("rampup_batch_size does not go with several model chunks per pipeline stage; drop either")
 
 
 def check_memory_settings(arguments: Arguments, plan: UpscalePlan) -> None:
@@ -178,15 +179,15 @@ def check_memory_settings(arguments: Arguments, plan: UpscalePlan) -> None:
     for name in ("memory_revive_interval", "memory_balance_loss_coeff"):
         value = getattr(arguments.memory_telemetry, name)
         if value:
-            raise ValueError(f"{name}={value} is about Memory blocks and policy {plan.policy} has none; leave it out")
+            raise UserError(f"{name}={value} is about Memory blocks and policy {plan.policy} has none; leave it out")
 
 
 def check_environment(arguments: Arguments) -> None:
     """Packages without which a run would fail or hang late."""
     if arguments.checkpoint.save is not None and importlib.util.find_spec("psutil") is None:
         # Megatron-Core's writer processes die on the import, and the save waits for them for ever.
-        raise ValueError("saving checkpoints needs psutil, which is not installed; pip install psutil")
+        raise UserError("saving checkpoints needs psutil, which is not installed; pip install psutil")
     if arguments.logging.tensorboard_dir is not None and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("--tensorboard-dir needs tensorboard, which is not installed; pip install tensorboard")
+        raise UserError("--tensorboard-dir needs tensorboard, which is not installed; pip install tensorboard")
     if arguments.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        raise ValueError("--wandb-project needs wandb, which is not installed; pip install wandb")
+        raise UserError("--wandb-project needs wandb, which is not installed; pip install wandb")

@@ -19,6 +19,7 @@ from megatron.core.timers import Timers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_midus.data.samplers import sample_indices
+from megatron_midus.errors import UserError
 from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.build import build_iterators
@@ -250,7 +251,7 @@ class Trainer:
                 empty_cache_level=training.empty_unused_memory_level,
             )
         except DivergedError as error:
-            raise ValueError(f"{error}. {self._describe_batch(samples)}") from None
+            raise UserError(f"{error}. {self._describe_batch(samples)}") from None
         return result, samples
 
     def _describe_batch(self, samples: int) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from megatron.core import parallel_state
 
+from megatron_midus.errors import UserError
+
 
 def check_replicas(model_chunks: Sequence[torch.nn.Module], iteration: int) -> None:
     """Compares hashes of all parameters. Collective; copies every weight to the CPU, so not for every step.
@@ -37,7 +39,7 @@ def check_replicas(model_chunks: Sequence[torch.nn.Module], iteration: int) -> N
     torch.distributed.all_gather_object(of_all, different)
     found = [f"rank {rank}: {name}" for rank, names in enumerate(of_all) for name in names]
     if found:
-        raise ValueError(
+        raise UserError(
             f"after iteration {iteration} weights differ between replicas ({len(found)} in all: "
             f"{'; '.join(found[:4])}); go on from the last checkpoint, and look at the devices if it happens again"
         )

@@ -6,6 +6,7 @@ import dataclasses
 
 from megatron_midus.config.optimizer import OptimizerSettings
 from megatron_midus.config.training import TrainingConfig
+from megatron_midus.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +39,12 @@ def schedule_lengths(settings: OptimizerSettings, training: TrainingConfig, glob
     if settings.lr_warmup_fraction is not None:
         warmup = int(settings.lr_warmup_fraction * decay)
     if warmup >= decay:
-        raise ValueError(
+        raise UserError(
             f"lr_warmup_{name}={warmup} is not shorter than the decay of {decay} {name}; shorten the warm-up or "
             f"raise --lr-decay-{name}"
         )
     if settings.lr_decay_style != "WSD":
         wsd_decay = None
     elif wsd_decay is not None and not 0 < wsd_decay <= decay - warmup:
-        raise ValueError(f"lr_wsd_decay_{name}={wsd_decay} does not fit between warm-up {warmup} and end {decay}")
+        raise UserError(f"lr_wsd_decay_{name}={wsd_decay} does not fit between warm-up {warmup} and end {decay}")
     return ScheduleLengths(warmup * unit, decay * unit, None if wsd_decay is None else wsd_decay * unit, total * unit)

@@ -17,6 +17,7 @@ from megatron_midus.conversion.checkpoint_layout import (
     read_latest_iteration,
 )
 from megatron_midus.conversion.checksums import CHECKSUMS_FILE, DamagedError, check_files, read_checksums
+from megatron_midus.errors import UserError
 from megatron_midus.training.messages import warn_rank_0
 
 # The configuration of the run that writes into a checkpoint directory, there before its first checkpoint.
@@ -80,7 +81,7 @@ def _holds_checkpoint(checkpoint: CheckpointConfig) -> bool:
     if not root.exists():
         same = checkpoint.save is not None and Path(checkpoint.save).absolute() == root.absolute()
         if must_exist or not (same or checkpoint.pretrained_checkpoint):
-            raise ValueError(
+            raise UserError(
                 f"checkpoint directory {root} does not exist; give an existing one to --load, or the directory of "
                 "--save to begin a run there"
             )
@@ -112,7 +113,7 @@ def _newest_whole(checkpoint: CheckpointConfig, damaged: dict[int, str]) -> Sour
         if complaint or damaged:
             warn_rank_0(f"going on from iteration {iteration} of {root} instead")
         return Source(directory, iteration, resume=not checkpoint.finetune, damaged=damaged)
-    raise ValueError(
+    raise UserError(
         f"{complaint + '; ' if complaint else ''}no checkpoint of {root} is whole ({'; '.join(damaged.values())}); "
         "give --no-verify-checkpoint to load one nevertheless, or another directory"
     )

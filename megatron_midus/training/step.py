@@ -22,12 +22,13 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron_midus import platform
 from megatron_midus.config.optimizer import OptimizerSettings
 from megatron_midus.data import get_batch
+from megatron_midus.errors import UserError
 from megatron_midus.training.optimizer import optimizer_step
 
 DataIterator = RerunDataIterator | list[RerunDataIterator | None] | None
 
 
-class DivergedError(ValueError):
+class DivergedError(UserError):
     """A loss that is NaN or infinite, where no step can be computed again."""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_midus.config.telemetry import LoggingConfig
+from megatron_midus.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_midus.training.memory_figures import Histogram
@@ -257,7 +258,7 @@ def _tensorboard(config: LoggingConfig) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError(f"--tensorboard-dir needs tensorboard ({error}); pip install tensorboard") from None
+        raise UserError(f"--tensorboard-dir needs tensorboard ({error}); pip install tensorboard") from None
     return SummaryWriter(log_dir=config.tensorboard_dir, max_queue=config.tensorboard_queue_size)
 
 
@@ -267,7 +268,7 @@ def _wandb(config: LoggingConfig, settings: dict[str, Any], save_directory: str 
     try:
         import wandb
     except ImportError as error:
-        raise ValueError(f"--wandb-project needs wandb ({error}); pip install wandb") from None
+        raise UserError(f"--wandb-project needs wandb ({error}); pip install wandb") from None
     directory = config.wandb_save_dir or str(Path(save_directory or ".") / "wandb")
     Path(directory).mkdir(parents=True, exist_ok=True)
     return wandb.init(dir=directory, name=config.wandb_exp_name, project=config.wandb_project, config=settings)

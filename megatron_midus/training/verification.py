@@ -8,6 +8,7 @@ import torch
 
 from megatron_midus.config.checkpoint import CheckpointConfig
 from megatron_midus.conversion.checksums import CHECKSUMS_FILE, DamagedError
+from megatron_midus.errors import UserError
 from megatron_midus.training.messages import print_rank_0, rank, warn_rank_0
 from megatron_midus.training.source import Source, check_share, find_source, is_chosen
 
@@ -28,13 +29,13 @@ def agree_on_source(checkpoint: CheckpointConfig, source: Source) -> Source:
         if all(reasons == everyones and iteration not in everyones for _, iteration, reasons in found):
             break
         if is_chosen(checkpoint) or not (source.resume or checkpoint.finetune):
-            raise ValueError(f"{next(iter(everyones.values()))}; choose another checkpoint, or --no-verify-checkpoint")
+            raise UserError(f"{next(iter(everyones.values()))}; choose another checkpoint, or --no-verify-checkpoint")
         for iteration in sorted(set(everyones) - set(source.damaged)):
             warn_rank_0(f"{everyones[iteration]}. Iteration {iteration} is NOT USED")
         source = find_source(checkpoint, damaged=everyones)
     directories = sorted({directory for directory, *_ in found})
     if len(directories) > 1:
-        raise ValueError(
+        raise UserError(
             f"ranks see different checkpoints: {', '.join(directories)}; --load must be the same directory on all nodes"
         )
     if not has_checksums:

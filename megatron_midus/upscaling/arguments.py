@@ -7,6 +7,7 @@ import dataclasses
 
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.config.fields import add_arguments, from_namespace
+from megatron_midus.errors import UserError
 from megatron_midus.upscaling.plan import UpscalePlan
 from megatron_midus.upscaling.policies import POLICIES, make_plan
 
@@ -59,7 +60,7 @@ def _memory_config(args: argparse.Namespace) -> MemoryConfig | None:
     if args.policy == "interleave":
         return from_namespace(MemoryConfig, args)
     if given:
-        raise ValueError(
+        raise UserError(
             f"--{given[0].replace('_', '-')} is a setting of Memory blocks and policy {args.policy} inserts none; "
             "leave it out or choose --policy interleave"
         )

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from megatron_midus.config import ModelConfig
+from megatron_midus.errors import UserError
 from megatron_midus.upscaling.cost import BlockFlops, Train, block_flops
 from megatron_midus.upscaling.plan import UpscalePlan
 
@@ -132,10 +133,10 @@ def partition_blocks(
         ValueError: more parts than blocks can fill, or a cost that is negative or not finite.
     """
     if not all(math.isfinite(c) and c >= 0 for c in (*costs, embedding_cost, logits_cost)):
-        raise ValueError(f"costs {list(costs)}, {embedding_cost} and {logits_cost} must be finite and not negative")
+        raise UserError(f"costs {list(costs)}, {embedding_cost} and {logits_cost} must be finite and not negative")
     needed = max(1, num_parts - 1)
     if num_parts < 1 or len(costs) < needed:
-        raise ValueError(f"{len(costs)} blocks cannot be split into {num_parts} parts; choose 1 to {len(costs) + 1}")
+        raise UserError(f"{len(costs)} blocks cannot be split into {num_parts} parts; choose 1 to {len(costs) + 1}")
     split = _Split([0.0, *itertools.accumulate(costs)], num_parts, embedding_cost, logits_cost)
     bound = split.best(lambda so_far, cost: max(so_far, cost), limit=math.inf)[0]
     # Sums of the same numbers in another order differ in the last bits.
@@ -204,23 +205,23 @@ def parse_layout(text: str, *, num_layers: int, num_stages: int) -> list[int]:
     for pattern in (r"\(([^()]+)\)\*(\d+)", r"(.)\*(\d+)"):
         expanded = re.sub(pattern, lambda match: match.group(1) * int(match.group(2)), expanded)
     if not re.fullmatch(r"E[t|]*L", expanded):
-        raise ValueError(
+        raise UserError(
             f"pipeline_model_parallel_layout={text!r} reads {expanded!r}; it begins with E (embedding), ends with L "
             "(loss), and has one t for each block and | between stages, like 'Ettt|tttL'"
         )
     sizes = [part.count("t") for part in expanded.split("|")]
     if sum(sizes) != num_layers:
-        raise ValueError(
+        raise UserError(
             f"pipeline_model_parallel_layout={text!r} places {sum(sizes)} blocks and the model has {num_layers}, "
             "inserted ones counted; change it or give auto"
         )
     if len(sizes) % num_stages:
-        raise ValueError(
+        raise UserError(
             f"pipeline_model_parallel_layout={text!r} has {len(sizes)} parts, which is no multiple of "
             f"pipeline_model_parallel_size={num_stages}; change either"
         )
     if 0 in sizes[:-1]:
-        raise ValueError(
+        raise UserError(
             f"pipeline_model_parallel_layout={text!r} leaves part {sizes.index(0)} without a block; only the last one "
             "may be, with L alone"
         )

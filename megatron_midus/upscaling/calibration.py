@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_midus.errors import UserError
 from megatron_midus.ops import calibrated_keys
 from megatron_midus.upscaling.plan import UpscalePlan
 from megatron_midus.upscaling.tensors import layer_name
@@ -30,13 +31,13 @@ def calibration_tokens(path: str | Path, tokenizer: Any, *, num_tokens: int, seq
         if len(ids) >= num_tokens:
             break
     if not ids:
-        raise ValueError(f"{path} holds no text to calibrate with; give a text file or .jsonl with a 'text' entry")
+        raise UserError(f"{path} holds no text to calibrate with; give a text file or .jsonl with a 'text' entry")
     return list(torch.tensor(ids[:num_tokens])[None].split(seq_length, dim=1))
 
 
 def _texts(path: Path) -> Iterator[str]:
     if not path.is_file():
-        raise ValueError(f"calibration data {path} does not exist")
+        raise UserError(f"calibration data {path} does not exist")
     with open(path, encoding="utf-8", errors="replace") as stream:
         if path.suffix != ".jsonl":
             yield stream.read(_MAX_BYTES)
@@ -46,7 +47,7 @@ def _texts(path: Path) -> Iterator[str]:
                 if line.strip():
                     yield str(json.loads(line)["text"])
             except (json.JSONDecodeError, KeyError, TypeError):
-                raise ValueError(f"{path} line {number} is no JSON object with a 'text' entry") from None
+                raise UserError(f"{path} line {number} is no JSON object with a 'text' entry") from None
 
 
 def collect_queries(model: Any, sequences: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from megatron_midus.config import ModelConfig
+from megatron_midus.errors import UserError
 from megatron_midus.ops import initialize_parameter
 from megatron_midus.upscaling.plan import Block, UpscalePlan
 from megatron_midus.upscaling.tensors import (
@@ -28,7 +29,7 @@ def parse_dtype(name: str) -> torch.dtype | None:
     if name == "keep":
         return None
     if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not known; choose one of keep, {', '.join(DTYPES)}")
+        raise UserError(f"dtype {name!r} is not known; choose one of keep, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -57,7 +58,7 @@ class UpscaledTensors:
         calibrated: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         if model.num_layers != plan.num_base_layers:
-            raise ValueError(
+            raise UserError(
                 f"the plan is for a base of {plan.num_base_layers} layers, this one has {model.num_layers}; "
                 "make a plan for it"
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_midus.config import MemoryConfig
+from megatron_midus.errors import UserError
 
 PLAN_FILE = "midus_plan.json"
 SCHEMA_VERSION = 1
@@ -100,23 +101,21 @@ class UpscalePlan:
         for index, block in enumerate(self.blocks):
             wanted = 2 if block.kind == "blend" else 1
             if len(block.source) != wanted:
-                raise ValueError(f"block {index}: {block.kind} has {len(block.source)} sources, needs {wanted}")
+                raise UserError(f"block {index}: {block.kind} has {len(block.source)} sources, needs {wanted}")
             for source in block.source:
                 if not 0 <= source < self.num_base_layers:
-                    raise ValueError(
+                    raise UserError(
                         f"block {index}: source layer {source} does not exist; the base has layers "
                         f"0 to {self.num_base_layers - 1}"
                     )
             if block.kind not in INITS:
-                raise ValueError(f"block {index}: unknown kind {block.kind!r}; choose one of {sorted(INITS)}")
+                raise UserError(f"block {index}: unknown kind {block.kind!r}; choose one of {sorted(INITS)}")
             if block.init not in INITS[block.kind]:
-                raise ValueError(
+                raise UserError(
                     f"block {index}: init {block.init!r} does not fit {block.kind}; choose one of {INITS[block.kind]}"
                 )
         if self.memory_indices and self.memory is None:
-            raise ValueError(
-                f"blocks {list(self.memory_indices)} are Memory blocks but the plan has no memory settings"
-            )
+            raise UserError(f"blocks {list(self.memory_indices)} are Memory blocks but the plan has no memory settings")
 
     # -- what a model built from this plan looks like ------------------------------------------------------------
     @property
@@ -180,17 +179,17 @@ class UpscalePlan:
     def from_dict(cls, values: dict[str, Any]) -> UpscalePlan:
         """Inverse of ``to_dict``; raises ``ValueError`` on another schema or on entries that do not fit."""
         if not isinstance(values, dict):
-            raise ValueError("the plan is no JSON object")
+            raise UserError("the plan is no JSON object")
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise ValueError(f"plan schema version {version} is not known; this version reads {SCHEMA_VERSION}")
+            raise UserError(f"plan schema version {version} is not known; this version reads {SCHEMA_VERSION}")
         try:
             blocks = tuple(Block(**{**block, "source": tuple(block["source"])}) for block in values["blocks"])
             memory = MemoryConfig(**values["memory"]) if values.get("memory") else None
             rest = {k: v for k, v in values.items() if k not in ("blocks", "memory", "notes")}
             return cls(blocks=blocks, memory=memory, notes=tuple(values.get("notes", ())), **rest)
         except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"the plan does not have the expected entries: {error}") from None
+            raise UserError(f"the plan does not have the expected entries: {error}") from None
 
     def save(self, directory: str | Path) -> None:
         """Writes ``midus_plan.json`` into ``directory``."""
@@ -203,8 +202,8 @@ class UpscalePlan:
         try:
             return cls.from_dict(json.loads(path.read_text()))
         except FileNotFoundError:
-            raise ValueError(f"{path} does not exist; every checkpoint of this project carries one") from None
+            raise UserError(f"{path} does not exist; every checkpoint of this project carries one") from None
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
+            raise UserError(f"{path} is not valid JSON: {error}") from None
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {error}") from None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_midus.config import MemoryConfig
+from megatron_midus.errors import UserError
 from megatron_midus.upscaling.plan import Block, UpscalePlan
 
 
@@ -18,7 +19,7 @@ def insertion_points(*, num_layers: int, num_blocks: int) -> tuple[tuple[int, ..
         the last insertion always follows the last layer.
     """
     if not 1 <= num_blocks <= num_layers:
-        raise ValueError(
+        raise UserError(
             f"num_blocks={num_blocks} cannot be inserted between {num_layers} layers one at a time; "
             f"choose 1 to {num_layers}"
         )
@@ -49,15 +50,15 @@ def _insert(num_layers: int, after: Sequence[int], new_block: Callable[[int], Bl
 def _check_points(num_layers: int, after: Sequence[int]) -> None:
     for index in after:
         if not 0 <= index < num_layers:
-            raise ValueError(f"cannot insert after layer {index}; the base has layers 0 to {num_layers - 1}")
+            raise UserError(f"cannot insert after layer {index}; the base has layers 0 to {num_layers - 1}")
     duplicates = sorted({i for i in after if list(after).count(i) > 1})
     if duplicates:
-        raise ValueError(f"layers {duplicates} are named more than once; a block is inserted once after a layer")
+        raise UserError(f"layers {duplicates} are named more than once; a block is inserted once after a layer")
 
 
 def _points(num_layers: int, num_blocks: int | None, insert_after: Sequence[int] | None, policy: str):
     if (num_blocks is None) == (insert_after is None):
-        raise ValueError(f"policy {policy} needs either num_blocks or insert_after, not both")
+        raise UserError(f"policy {policy} needs either num_blocks or insert_after, not both")
     if insert_after is not None:
         return tuple(insert_after), ()
     assert num_blocks is not None
@@ -107,7 +108,7 @@ def solar(*, num_layers: int, num_blocks: int) -> UpscalePlan:
     ``num_blocks = L - 2m`` is the number of layers added. The first occurrence of a layer is the base's own.
     """
     if not 1 <= num_blocks <= num_layers:
-        raise ValueError(f"solar adds L - 2m layers; num_blocks={num_blocks} is not within 1 to {num_layers}")
+        raise UserError(f"solar adds L - 2m layers; num_blocks={num_blocks} is not within 1 to {num_layers}")
     notes: tuple[str, ...] = ()
     overlap = num_layers - num_blocks
     first_end = num_layers - overlap // 2
@@ -125,7 +126,7 @@ def solar(*, num_layers: int, num_blocks: int) -> UpscalePlan:
 def stack(*, num_layers: int, num_blocks: int) -> UpscalePlan:
     """The base repeated, ``[0, L) x g`` (G_stack, Du et al. 2024, arXiv 2405.15319), cut to ``L + num_blocks``."""
     if num_blocks < 1:
-        raise ValueError(f"stack needs num_blocks of at least 1, not {num_blocks}")
+        raise UserError(f"stack needs num_blocks of at least 1, not {num_blocks}")
     notes: tuple[str, ...] = ()
     if num_blocks % num_layers:
         whole, rest = divmod(num_blocks, num_layers)
@@ -163,7 +164,7 @@ def _between(
 ) -> UpscalePlan:
     """A plan with ``new_block(i, i + 1)`` between chosen neighbours."""
     if num_layers < 2:
-        raise ValueError(f"{policy} needs two neighbouring layers; the base has {num_layers}")
+        raise UserError(f"{policy} needs two neighbouring layers; the base has {num_layers}")
     notes: tuple[str, ...] = ()
     if insert_after is None and num_blocks is not None:
         # The last layer has no successor, so the points are spread over the L - 1 gaps.
@@ -172,7 +173,7 @@ def _between(
     else:
         points, _ = _points(num_layers, num_blocks, insert_after, policy)
     if num_layers - 1 in points:
-        raise ValueError(f"{policy} cannot insert after layer {num_layers - 1}, which has no next layer")
+        raise UserError(f"{policy} cannot insert after layer {num_layers - 1}, which has no next layer")
     return _insert(num_layers, points, lambda i: new_block(i, i + 1), policy=policy, notes=notes)
 
 
@@ -200,16 +201,16 @@ def make_plan(
     """
     if policy == "none":
         if num_blocks or insert_after:
-            raise ValueError("policy none inserts nothing; leave num_blocks and insert_after out")
+            raise UserError("policy none inserts nothing; leave num_blocks and insert_after out")
         return none(num_layers=num_layers)
     if policy == "interleave":
         if memory is None:
-            raise ValueError("policy interleave needs memory settings")
+            raise UserError("policy interleave needs memory settings")
         return interleave(num_layers=num_layers, memory=memory, num_blocks=num_blocks, insert_after=insert_after)
     if policy in _BEHIND_A_LAYER:
         return _BEHIND_A_LAYER[policy](num_layers=num_layers, num_blocks=num_blocks, insert_after=insert_after)
     if policy in ("solar", "stack"):
         if insert_after is not None or num_blocks is None:
-            raise ValueError(f"policy {policy} places its blocks itself; give num_blocks and no insert_after")
+            raise UserError(f"policy {policy} places its blocks itself; give num_blocks and no insert_after")
         return (solar if policy == "solar" else stack)(num_layers=num_layers, num_blocks=num_blocks)
-    raise ValueError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    raise UserError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from megatron_midus.config import MemoryConfig
+from megatron_midus.errors import UserError
 
 Placement = Literal["replicated", "latent"]
 
@@ -72,7 +73,7 @@ def resolve_value_placement(
     reason = _only_replicated(memory, hidden_size, ranks)
     if reason is not None:
         if wanted == "latent" and memory is not None and ranks > 1:
-            raise ValueError(f"memory_value_placement=latent: {reason}; choose replicated or auto")
+            raise UserError(f"memory_value_placement=latent: {reason}; choose replicated or auto")
         return "replicated", reason
     if wanted != "auto":
         return wanted, "as asked for"

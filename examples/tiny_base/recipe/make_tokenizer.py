@@ -15,6 +15,7 @@ import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from megatron_midus.cli import run
+from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
@@ -88,9 +89,9 @@ def main() -> int:
     for text in [*read_texts(args.corpus_dir / "heldout.jsonl"), "café ☃ \t\n\n  x\u0000 日本"]:
         ids = processor.encode(text)
         if ids != tokenizer.encode(text, add_special_tokens=False).ids:
-            raise ValueError(f"the two tokenizers disagree on a text that begins with {text[:60]!r}")
+            raise UserError(f"the two tokenizers disagree on a text that begins with {text[:60]!r}")
         if tokenizer.decode(ids) != text:
-            raise ValueError(f"a text that begins with {text[:60]!r} does not survive the round trip")
+            raise UserError(f"a text that begins with {text[:60]!r} does not survive the round trip")
         characters, tokens = characters + len(text.encode()), tokens + len(ids)
 
     args.output_dir.mkdir(parents=True, exist_ok=True)

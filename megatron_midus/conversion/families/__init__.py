@@ -9,6 +9,7 @@ from typing import Any
 from megatron_midus.config import ModelConfig
 from megatron_midus.conversion.families import llama, midus, mistral, qwen2, qwen3
 from megatron_midus.conversion.families.common import Family, model_config_from
+from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan
 
 FAMILIES: dict[str, Family] = {
@@ -34,7 +35,7 @@ def family_of(config: dict[str, Any]) -> Family:
         if family.architecture in architectures or (not architectures and config.get("model_type") == family.name):
             return family
     named = ", ".join(architectures) or config.get("model_type") or "(none named)"
-    raise ValueError(
+    raise UserError(
         f"architecture {named} is not supported; supported are "
         f"{', '.join(family.architecture for family in FAMILIES.values())}"
     )
@@ -105,7 +106,7 @@ def fresh_config(model: ModelConfig, special_tokens: dict[str, int]) -> dict[str
         **special_tokens,
     }
     if dataclasses.replace(from_hf_config(config), family=model.family) != model:
-        raise ValueError(
+        raise UserError(
             f"a model with qk_layernorm={model.qk_layernorm}, add_qkv_bias={model.add_qkv_bias} and "
             f"sliding_window={model.sliding_window} is none of {', '.join(FAMILIES)}; Hugging Face has no class for it here"
         )
@@ -115,13 +116,13 @@ def fresh_config(model: ModelConfig, special_tokens: dict[str, int]) -> dict[str
 def check_plan(config: dict[str, Any], plan: UpscalePlan) -> None:
     """Raises ``ValueError`` when a ``config.json`` and the plan beside it describe different models."""
     if config.get("num_hidden_layers") != plan.num_layers:
-        raise ValueError(
+        raise UserError(
             f"config.json has num_hidden_layers={config.get('num_hidden_layers')}, midus_plan.json {plan.num_layers} "
             "blocks; they must be of one model"
         )
     is_midus = family_of(config) is midus.FAMILY
     if is_midus != bool(plan.memory_indices):
-        raise ValueError(
+        raise UserError(
             "one of config.json and midus_plan.json has Memory blocks, the other none; they must be of one model"
         )
     if is_midus:
@@ -134,17 +135,17 @@ def check_model(config: dict[str, Any], model: ModelConfig, plan: UpscalePlan) -
     The config.json may be the base's or that of the up-scaled model.
     """
     if model.num_layers != plan.num_layers:
-        raise ValueError(
+        raise UserError(
             f"model_config.json has num_layers={model.num_layers}, midus_plan.json {plan.num_layers} blocks; "
             "they must be of one checkpoint"
         )
     theirs = from_hf_config(config)
     if theirs.num_layers not in (plan.num_base_layers, plan.num_layers):
-        raise ValueError(
+        raise UserError(
             f"config.json has num_hidden_layers={theirs.num_layers}, midus_plan.json goes from {plan.num_base_layers} "
             f"to {plan.num_layers} layers; they must be of one model"
         )
     for field in dataclasses.fields(ModelConfig):
         mine, other = getattr(model, field.name), getattr(theirs, field.name)
         if field.name not in ("num_layers", "hf_dtype", "family", "init_method_std") and mine != other:
-            raise ValueError(f"{field.name} is {mine} in model_config.json and {other} in config.json; they must agree")
+            raise UserError(f"{field.name} is {mine} in model_config.json and {other} in config.json; they must agree")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_midus.config import LLAMA3_ROPE, ModelConfig
+from megatron_midus.errors import UserError
 
 _SIZES = (
     "num_hidden_layers",
@@ -43,9 +44,7 @@ def model_config_from(config: dict[str, Any], family: Family) -> ModelConfig:
     full = {**family.defaults, **config}
     for name, wanted in family.required.items():
         if full.get(name, wanted) != wanted:
-            raise ValueError(
-                f"{family.architecture} with {name}={full[name]} is not supported; only {name}={wanted} is"
-            )
+            raise UserError(f"{family.architecture} with {name}={full[name]} is not supported; only {name}={wanted} is")
     _check_numbers(full)
     heads = full["num_attention_heads"]
     rotary_base, rope_scaling = read_rope(full)
@@ -76,33 +75,33 @@ def _check_numbers(config: dict[str, Any]) -> None:
     """Raises ``ValueError`` for sizes that are missing or no positive whole number."""
     missing = [name for name in _SIZES if name not in config]
     if missing:
-        raise ValueError(f"config.json has no entry {', '.join(missing)}")
+        raise UserError(f"config.json has no entry {', '.join(missing)}")
     for name in (*_SIZES, *_OPTIONAL_SIZES):
         value = config.get(name)
         if value is None and name in _OPTIONAL_SIZES:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"config.json has {name}={value!r}, which is no positive whole number")
+            raise UserError(f"config.json has {name}={value!r}, which is no positive whole number")
 
 
 def read_rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """Base and scaling of the rotary embedding: ``rope_parameters`` (transformers 5) or ``rope_theta`` (4)."""
     parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     if any(isinstance(value, dict) for value in parameters.values()):
-        raise ValueError("rope_parameters that differ between layer types are not supported; only one set is")
+        raise UserError("rope_parameters that differ between layer types are not supported; only one set is")
     base = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
     if (parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor other than 1 is not supported")
+        raise UserError("partial_rotary_factor other than 1 is not supported")
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
         return base, None
     if kind != "llama3":
-        raise ValueError(f"rope scaling {kind!r} is not supported; only 'default' and 'llama3' are")
+        raise UserError(f"rope scaling {kind!r} is not supported; only 'default' and 'llama3' are")
     if not isinstance(parameters.get("factor"), (int, float)):
-        raise ValueError("rope scaling 'llama3' has no numeric factor")
+        raise UserError("rope scaling 'llama3' has no numeric factor")
     for name, wanted in LLAMA3_ROPE.items():
         if parameters.get(name) != wanted:
-            raise ValueError(f"rope scaling 'llama3' with {name}={parameters.get(name)} is not supported; only {wanted} is")  # fmt: skip
+            raise UserError(f"rope scaling 'llama3' with {name}={parameters.get(name)} is not supported; only {wanted} is")  # fmt: skip
     return base, {key: value for key, value in parameters.items() if key != "rope_theta"}
 
 
@@ -115,14 +114,14 @@ def check_full_attention(config: dict[str, Any]) -> None:
     """Raises ``ValueError`` when ``layer_types`` gives some layer another attention than the full one."""
     types = sorted(set(config.get("layer_types") or ()))
     if types not in ([], ["full_attention"]):
-        raise ValueError(f"layer_types has {', '.join(types)}; only full_attention for all layers is supported")
+        raise UserError(f"layer_types has {', '.join(types)}; only full_attention for all layers is supported")
 
 
 def uniform_sliding_window(config: dict[str, Any]) -> int | None:
     """The window of models whose layers all have the same attention; ``ValueError`` for a mixture."""
     types = set(config.get("layer_types") or ())
     if len(types) > 1:
-        raise ValueError(f"layer_types mixes {', '.join(sorted(types))}; only one kind for all layers is supported")
+        raise UserError(f"layer_types mixes {', '.join(sorted(types))}; only one kind for all layers is supported")
     if types:
         return config.get("sliding_window") if types == {"sliding_attention"} else None
     return config.get("sliding_window")

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_midus.config import ModelConfig
 from megatron_midus.conversion.families.common import Family
+from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan
 
 ARCHITECTURE = "MidusForCausalLM"
@@ -80,9 +81,9 @@ def midus_config(base: dict[str, Any], model: ModelConfig, plan: UpscalePlan) ->
 def check_plan(config: dict[str, Any], plan: UpscalePlan) -> None:
     """Raises ``ValueError`` when a MIDUS ``config.json`` and a plan describe different models."""
     if list(config.get("block_types") or ()) != list(plan.block_types):
-        raise ValueError(
+        raise UserError(
             "block_types of config.json and the blocks of midus_plan.json differ; they must be of one model"
         )
     for name, value in (plan.memory.to_dict() if plan.memory else {}).items():
         if name in config and config[name] != value:
-            raise ValueError(f"{name} is {config[name]} in config.json and {value} in midus_plan.json; they must agree")
+            raise UserError(f"{name} is {config[name]} in config.json and {value} in midus_plan.json; they must agree")

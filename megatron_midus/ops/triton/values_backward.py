@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_midus.errors import UserError
 from megatron_midus.ops.triton.projection_backward import projection_backward
 
 CHUNK = 64  # sorted selections that are summed one after the other
@@ -84,7 +85,7 @@ def values_backward(
 
 def _check_buffer(buffer: torch.Tensor, values: torch.Tensor) -> None:
     if buffer.shape != values.shape or buffer.dtype != torch.float32 or not buffer.is_contiguous():
-        raise ValueError(
+        raise UserError(
             f"accumulate_into is {list(buffer.shape)} of {buffer.dtype}; give a contiguous torch.float32 tensor of the"
             f" values' shape {list(values.shape)}"
         )
