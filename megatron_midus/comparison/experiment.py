@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_midus.comparison.schema import build, check_keys
 from megatron_midus.config.run_file import read_yaml
+from megatron_midus.config.schema import build, check_keys
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling import POLICIES
 

@@ -63,6 +63,27 @@ def default_of(field: dataclasses.Field) -> Any:
     return None
 
 
+def has_default(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def part(cls: type, *, title: str | None = None, given_only: bool = False) -> Any:
+    """A field that holds another dataclass, whose fields become flags of their own under ``title``.
+
+    With ``given_only`` the field is a dict of what was given and no defaults, because something else (a checkpoint)
+    says the rest.
+    """
+    return dataclasses.field(
+        default_factory=dict if given_only else cls,
+        metadata={"part": cls, "title": title, "given_only": given_only},
+    )
+
+
+def parts_of(cls: type) -> list[dataclasses.Field]:
+    """The fields of ``cls`` made by ``part``."""
+    return [field for field in dataclasses.fields(cls) if "part" in field.metadata]
+
+
 def add_arguments(
     parser: argparse.ArgumentParser,
     cls: type,
@@ -71,33 +92,74 @@ def add_arguments(
     exclude: tuple[str, ...] = (),
     suppress_defaults: bool = False,
 ) -> None:
-    """Adds one argument group with a flag per field of dataclass ``cls``.
+    """Adds one argument group with a flag per field of dataclass ``cls``, and a group for each of its parts.
+
+    A field without a default must be given. ``metadata`` of a field: ``flag=False`` (no flag), ``aliases`` (other
+    names of the flag), ``metavar``, ``positional=True`` (no dashes), ``const`` (the flag alone means this value),
+    ``append=True`` (a list flag that is given twice adds).
 
     Args:
         parser: receives the group.
         cls: a dataclass whose fields carry docstrings.
         title: heading in ``--help``; the first line of the class docstring when absent.
-        exclude: field names that get no flag (``metadata={"flag": False}`` on the field does the same).
+        exclude: field names that get no flag.
         suppress_defaults: leave flags that were not given out of the namespace, so that a caller can tell.
     """
-    group = parser.add_argument_group(title or inspect.cleandoc(cls.__doc__ or cls.__name__).splitlines()[0])
-    docs = field_docs(cls)
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if field.name in exclude or not field.metadata.get("flag", True):
-            continue
-        default = default_of(field)
-        kwargs = _argparse_kwargs(hints[field.name])
-        text = " ".join(docs.get(field.name, "").split()).replace("%", "%%")
-        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
-        kwargs["help"] = text + ("" if default is None or default == [] else f" (default: {shown})")
-        kwargs["default"] = argparse.SUPPRESS if suppress_defaults else default
-        # An alias that begins with "--" is taken literally: Megatron spells some flags with both dashes and underscores.
-        aliases = [a if a.startswith("--") else flag_name(a) for a in field.metadata.get("aliases", ())]
-        group.add_argument(flag_name(field.name), *aliases, dest=field.name, **kwargs)
+    own = [f for f in dataclasses.fields(cls) if "part" not in f.metadata]
+    own = [f for f in own if f.name not in exclude and f.metadata.get("flag", True)]
+    if own:
+        group = parser.add_argument_group(title or heading_of(cls))
+        docs, hints = field_docs(cls), typing.get_type_hints(cls)
+        for field in own:
+            _add_flag(group, field, hints[field.name], docs.get(field.name, ""), suppress_defaults)
+    for field in parts_of(cls):
+        inner, given_only = field.metadata["part"], field.metadata["given_only"]
+        add_arguments(parser, inner, title=field.metadata["title"], suppress_defaults=given_only or suppress_defaults)
+
+
+def heading_of(cls: type) -> str:
+    """The first line of a class's docstring, which heads its flags."""
+    return inspect.cleandoc(cls.__doc__ or cls.__name__).splitlines()[0]
+
+
+def _add_flag(group: Any, field: dataclasses.Field, hint: Any, doc: str, suppress_defaults: bool) -> None:
+    metadata, default = field.metadata, default_of(field)
+    kwargs = _argparse_kwargs(hint)
+    text = " ".join(doc.split()).replace("%", "%%")
+    shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
+    kwargs["help"] = text + ("" if default is None or default in ([], "") else f" (default: {shown})")
+    if "metavar" in metadata:
+        kwargs["metavar"] = metadata["metavar"]
+    if metadata.get("positional"):
+        group.add_argument(field.name, **kwargs)
+        return
+    if "const" in metadata:
+        kwargs |= {"nargs": "?", "const": metadata["const"]}
+    if metadata.get("append"):
+        kwargs["action"] = "extend"
+    is_required = not has_default(field) and not suppress_defaults
+    # A flag that adds must begin with what was given, not with its default.
+    kwargs["default"] = argparse.SUPPRESS if suppress_defaults or metadata.get("append") else default
+    # An alias that begins with "--" is taken literally: Megatron spells some flags with both dashes and underscores.
+    aliases = [a if a.startswith("--") else flag_name(a) for a in metadata.get("aliases", ())]
+    group.add_argument(flag_name(field.name), *aliases, dest=field.name, required=is_required, **kwargs)
 
 
 def from_namespace(cls: type[Config], namespace: argparse.Namespace) -> Config:
     """Builds ``cls`` from the attributes of ``namespace`` that bear its field names; its own defaults for the rest."""
-    known = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls) if hasattr(namespace, f.name)}  # type: ignore[arg-type]
-    return cls(**known)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if "part" not in field.metadata:
+            if hasattr(namespace, field.name):
+                values[field.name] = getattr(namespace, field.name)
+        elif field.metadata["given_only"]:
+            values[field.name] = given(field.metadata["part"], namespace)
+        else:
+            values[field.name] = from_namespace(field.metadata["part"], namespace)
+    return cls(**values)
+
+
+def given(cls: type, namespace: argparse.Namespace) -> dict[str, Any]:
+    """The flags of ``cls`` that stand in ``namespace``, as a dict."""
+    names = [field.name for field in dataclasses.fields(cls) if field.metadata.get("flag", True)]
+    return {name: getattr(namespace, name) for name in names if hasattr(namespace, name)}

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from megatron_midus.comparison.schema import build, check_keys, parse_number
+from megatron_midus.config.schema import build, check_keys, parse_number
 
 
 @dataclasses.dataclass

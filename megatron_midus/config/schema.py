@@ -1,4 +1,4 @@
-"""Mappings read from YAML into dataclasses: strict about keys and types, every mistake one line that says where."""
+"""Mappings (YAML, keywords of a call) into dataclasses: strict about keys and types, every mistake one line that says where."""
 
 from __future__ import annotations
 
