@@ -32,7 +32,7 @@ _ITERATION = re.compile(r"iter_(\d{7,})")
 
 # Weights and their indices are converted, never copied; everything else of a Hugging Face directory is an asset.
 _NOT_ASSETS = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|gguf|onnx)(\.index\.json)?|modeling_.*\.py|configuration_.*\.py|midus_plan\.json|README\.md|\..*"
+    r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|gguf|onnx)(\.index(\.\w+)?\.json)?|modeling_.*\.py|configuration_.*\.py|midus_plan\.json|README\.md|\..*"
 )
 # transformers 5 keeps chat templates other than the default in a folder.
 _ASSET_DIRECTORIES = ("additional_chat_templates",)

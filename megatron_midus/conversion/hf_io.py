@@ -20,10 +20,9 @@ from megatron_midus.config import ModelConfig
 from megatron_midus.conversion.streaming import in_parallel, num_bytes, read_finite, tensor_bytes
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling.tensors import EMBEDDING, OUTPUT_LAYER, Shape, TensorSource, split_name
+from megatron_midus.weight_files import INDEX_FILE, WEIGHTS_FILE, find_weight_files
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 _DTYPES = {
     "F64": torch.float64,
@@ -72,7 +71,8 @@ class SafetensorsReader:
     """The tensors of a Hugging Face directory, one or many files, read when they are asked for, by any thread.
 
     Args:
-        directory: holds ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
+        directory: holds ``model.safetensors``, or ``model.safetensors.index.json`` and its shards; of several the one
+            that transformers takes.
 
     Raises:
         ValueError: no weights, ``.bin`` weights alone, a missing, truncated or corrupt file, a tensor that the index
@@ -84,33 +84,32 @@ class SafetensorsReader:
         self._where: dict[str, str] = {}
         self._offsets: dict[str, int] = {}
         self._specs: dict[str, tuple[Shape, torch.dtype]] = {}
-        for file_name in self._weight_files():
+        files = find_weight_files(self.directory)
+        if not files.names:
+            raise self._missing()
+        for file_name in files.names:
             self._open(file_name)
-        self._check_index()
+        for name, file_name in files.placed.items():
+            if self._where.get(name) != file_name:
+                raise UserError(f"tensor {name} is missing: {files.index} places it in {file_name}, which lacks it")
 
-    def _weight_files(self) -> list[str]:
-        index = self.directory / INDEX_FILE
-        if index.is_file():
-            return sorted(set(_weight_map(index).values()))
-        if (self.directory / WEIGHTS_FILE).is_file():
-            return [WEIGHTS_FILE]
+    def _missing(self) -> UserError:
+        """Why there is nothing to read."""
         shards = sorted(path.name for path in self.directory.glob("*.safetensors"))
         if shards:
-            raise UserError(
+            return UserError(
                 f"{self.directory} holds {', '.join(shards[:3])} but no {INDEX_FILE} and no {WEIGHTS_FILE}; "
                 "fetch the missing file"
             )
         if list(self.directory.glob("*.bin")) or list(self.directory.glob("*.pth")):
-            raise UserError(
+            return UserError(
                 f"{self.directory} has PyTorch .bin weights alone; convert them with "
                 "model.save_pretrained(DIR, safe_serialization=True)"
             )
-        raise UserError(f"{self.directory} holds no weights ({WEIGHTS_FILE})")
+        return UserError(f"{self.directory} holds no weights ({WEIGHTS_FILE})")
 
     def _open(self, file_name: str) -> None:
         path = self.directory / file_name
-        if not path.is_file():
-            raise UserError(f"{path} is named by {INDEX_FILE} and does not exist; fetch the missing shard")
         start, header = _read_header(path)
         for name, entry in header.items():
             if name in self._where:
@@ -122,14 +121,6 @@ class SafetensorsReader:
             self._where[name] = file_name
             self._offsets[name] = start + entry["data_offsets"][0]
             self._specs[name] = (tuple(entry["shape"]), _DTYPES[entry["dtype"]])
-
-    def _check_index(self) -> None:
-        index = self.directory / INDEX_FILE
-        if not index.is_file():
-            return
-        for name, file_name in _weight_map(index).items():
-            if self._where.get(name) != file_name:
-                raise UserError(f"tensor {name} is missing: {INDEX_FILE} places it in {file_name}, which lacks it")
 
     def drop(self, name: str) -> None:
         """Forgets a tensor that is in the files and is not wanted."""
@@ -172,14 +163,6 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
         raise UserError(f"{path} is corrupt or truncated ({error}); fetch it again") from None
     header.pop("__metadata__", None)
     return 8 + length, header
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file_name) for name, file_name in weight_map.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is no safetensors index ({type(error).__name__}: {error}); fetch it again") from None
 
 
 def open_hf_weights(directory: str | Path, model: ModelConfig, expected: dict[str, Shape]) -> SafetensorsReader:

@@ -12,9 +12,9 @@ from typing import Any
 
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling import PLAN_FILE, UpscalePlan
+from megatron_midus.weight_files import find_weight_files
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,30 +72,16 @@ def check_safetensors(directory: str | Path) -> None:
 
 
 def read_safetensors_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
-    """``{name: shape}`` over all shards, by their headers; empty when there are no safetensors.
+    """``{name: shape}`` over the files that transformers reads, by their headers; empty when there are no safetensors.
 
     Raises:
         ValueError: a shard of the index is missing, is cut off, or its header is not readable.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in _shards(Path(directory)):
-        header = _read_header(path)
+    for name in find_weight_files(directory).names:
+        header = _read_header(Path(directory) / name)
         shapes.update({name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"})
     return shapes
-
-
-def _shards(directory: Path) -> list[Path]:
-    index = directory / _INDEX_FILE
-    if not index.is_file():
-        return sorted(directory.glob("model*.safetensors"))
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index} is not a safetensors index: {type(error).__name__} {error}") from None
-    for name in names:
-        if not (directory / name).is_file():
-            raise UserError(f"{directory / name} does not exist, although {_INDEX_FILE} lists it; copy the model again")
-    return [directory / name for name in names]
 
 
 def _read_header(path: Path) -> dict[str, Any]:

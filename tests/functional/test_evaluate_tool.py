@@ -210,13 +210,15 @@ def edit_json(name, **changes):
     return edit
 
 
+def only_index(directory):
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "absent.safetensors"}}')
+
+
 BROKEN = {
     "NaN": (edit_tensors(lambda t: t["model.norm.weight"].fill_(float("nan"))), "model.norm.weight .* holds NaN"),
     "missing tensor": (edit_tensors(lambda t: t.pop("model.norm.weight")), "lack 1 tensors"),
-    "missing shard": (
-        lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "absent.safetensors"}}'),
-        "absent.safetensors does not exist",
-    ),
+    "missing shard": (only_index, "absent.safetensors is named by .* and does not exist"),
     "wrong family": (edit_json("config.json", architectures=["X"], model_type="x"), "cannot be loaded"),
     "corrupt safetensors": (truncate, "model.safetensors has .* it is damaged"),
     "tokenizer too large": (grow_tokenizer, "the embedding of .* has only 263 rows"),

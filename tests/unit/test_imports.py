@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_midus"
 
-FREE = {"files", "cli", "errors"}
+FREE = {"files", "cli", "errors", "weight_files"}
 NOT_FOR_TRAINING = {"hf", "evaluation", "analysis", "benchmark", "comparison", "planning", "integrations", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files.py": set(),
     "cli.py": set(),
     "errors.py": set(),
+    "weight_files.py": set(),
     "__init__.py": set(),
 }
 MAY_IMPORT["training"] = {name for name in MAY_IMPORT if "." not in name and "/" not in name} - NOT_FOR_TRAINING
@@ -51,7 +52,7 @@ MEGATRON = {
     "integrations/megatron_lm.py",
     "platform.py",
 }
-NO_TORCH = {"config", "files.py", "cli.py", "errors.py"}
+NO_TORCH = {"config", "files.py", "cli.py", "errors.py", "weight_files.py"}
 TOPMOST = {"tools", "examples", "pretrain_midus", "tests"}
 
 

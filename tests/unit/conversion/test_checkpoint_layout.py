@@ -58,6 +58,8 @@ def test_refusals(tmp_path):
         ("model.safetensors", False),
         ("model-00001-of-00002.safetensors", False),
         ("model.safetensors.index.json", False),
+        ("model.safetensors.index.fp16.json", False),
+        ("model.fp16.safetensors", False),
         ("pytorch_model.bin", False),
         ("pytorch_model.bin.index.json", False),
         ("consolidated.00.pth", False),

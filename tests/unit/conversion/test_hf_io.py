@@ -10,7 +10,6 @@ from tiny_models import DictSource, make_model
 
 from megatron_midus.conversion.families import from_hf_config
 from megatron_midus.conversion.hf_io import (
-    INDEX_FILE,
     CastTensors,
     SafetensorsReader,
     open_hf_weights,
@@ -22,6 +21,7 @@ from megatron_midus.conversion.hf_io import (
 )
 from megatron_midus.upscaling import make_plan
 from megatron_midus.upscaling.tensors import model_shapes
+from megatron_midus.weight_files import INDEX_FILE
 
 NONE = make_plan("none", num_layers=5)
 
