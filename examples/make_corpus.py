@@ -26,6 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_midus.cli import run
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
 
@@ -118,9 +119,7 @@ def collect(documents: list[Document], budget_bytes: float) -> Iterator[tuple[st
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=inspect.cleandoc(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=inspect.cleandoc(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", choices=["stdlib", "docs"], required=True, help="which text to collect")
     parser.add_argument("--output-dir", type=Path, required=True, help="receives train.jsonl and heldout.jsonl")
     parser.add_argument("--held-out", type=float, default=0.05, help="fraction of documents held out (default: 0.05)")

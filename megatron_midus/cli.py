@@ -1,4 +1,4 @@
-"""How every entry point ends: a user's mistake is one line on stderr and exit code 1, a bug is a traceback."""
+"""How every entry point ends: a user's mistake is one line on stderr and exit code 1 (2: of the command line), a bug is a traceback."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+from megatron_midus.errors import UsageError
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -21,7 +23,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_midus import cli
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.data.corpus import DEFAULT_SEPARATOR, TEXT_KEY, read_documents, unescape
 from megatron_midus.errors import UserError
 from megatron_midus.files import check_output_directory, staged_directory, write_text_atomically
@@ -25,7 +26,7 @@ PARTS = ("usage", "heads", "retrieval", "slots", "sensitivity")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face directory of a MIDUS model")
     add("--base", metavar="DIR", help="Hugging Face directory of its base, whose loss is then told as well")

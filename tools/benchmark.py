@@ -20,13 +20,14 @@ from megatron_midus.benchmark.report import Report
 from megatron_midus.benchmark.settings import HmlSettings, LayerSettings, RunSettings, TrainSettings
 from megatron_midus.benchmark.table import print_report
 from megatron_midus.config.fields import add_arguments, from_namespace
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.files import check_output_file, write_text_atomically
 
 SETTINGS: dict[str, type[RunSettings]] = {"hml": HmlSettings, "layer": LayerSettings, "train": TrainSettings}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, cls in SETTINGS.items():
         add_arguments(commands.add_parser(name, help=cls.__doc__), cls)

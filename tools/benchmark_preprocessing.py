@@ -22,13 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_midus import cli
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.data.corpus import find_inputs
 from megatron_midus.data.preprocess import PreprocessConfig, preprocess
 from megatron_midus.errors import UserError
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help=".jsonl files, directories or patterns")
     parser.add_argument("--tokenizer-model", required=True, help="directory with a tokenizer.json")
     parser.add_argument("--json-key", default="text", help="key of the text (default: text)")

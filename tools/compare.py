@@ -25,6 +25,7 @@ from megatron_midus.comparison.runner import Runner, lock, run_experiment
 from megatron_midus.comparison.runs import Runs
 from megatron_midus.comparison.steps import FileHashes, StepFailed
 from megatron_midus.comparison.table import to_markdown
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.conversion.families import from_hf_config
 from megatron_midus.conversion.hf_io import read_hf_config
 from megatron_midus.errors import UserError
@@ -33,7 +34,7 @@ from megatron_midus.training.arguments import build_parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("experiment", metavar="EXPERIMENT.yaml", help="what is compared; docs/comparing.md lists the keys")
     add("--output", metavar="DIR", help="directory of everything (default: comparison_<name of the file>)")

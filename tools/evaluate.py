@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megatron_midus import cli
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.data.corpus import DEFAULT_SEPARATOR, TEXT_KEY, read_documents, unescape
 from megatron_midus.errors import UserError
 from megatron_midus.files import check_output_file, write_text_atomically
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", nargs="+", default=[], metavar="DIR", help="Hugging Face directories; the first is the base line")
     _add_text_arguments(add)

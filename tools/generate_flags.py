@@ -23,6 +23,7 @@ import preprocess_data
 import upscale
 
 from megatron_midus import cli
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.config.run_file import add_config_flag
 from megatron_midus.files import write_text_atomically
 from megatron_midus.training.arguments import build_parser
@@ -131,7 +132,7 @@ def make_page() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; say whether the page is up to date")
     page = make_page()
     if not parser.parse_args().check:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_midus.cli import run
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
 
@@ -50,7 +51,7 @@ class Work(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="File to write the table to as well.")
     args = parser.parse_args()
     table = model()

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_midus.cli import run
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
 
@@ -35,7 +36,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", help="Names of shapes; all when left out.")
     parser.add_argument("--capability", nargs="+", type=int, default=CAPABILITIES, help="90 = Hopper, 80 = Ampere.")
     parser.add_argument("--write", type=Path, help="JSON file to write the table to.")

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from megatron_midus import cli
 from megatron_midus.config import ModelConfig
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.conversion.checkpoint_layout import find_checkpoint
 from megatron_midus.conversion.families import from_hf_config
 from megatron_midus.conversion.hf_io import read_hf_config
@@ -44,7 +45,7 @@ OVERRIDES = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--hf-model", metavar="DIR", help="base model (its config.json is enough); the flags of the plan say what it becomes")  # fmt: skip

@@ -11,13 +11,14 @@ from rich.table import Table
 
 from megatron_midus import cli
 from megatron_midus.config.fields import add_arguments, from_namespace
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.config.run_file import parse_arguments_with_file
 from megatron_midus.data.preprocess import PreprocessConfig, preprocess
 from megatron_midus.data.statistics import PreprocessResult
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     add_arguments(parser, PreprocessConfig)
     return parser
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from megatron_midus import cli
 from megatron_midus.config import ModelConfig
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.config.run_file import parse_arguments_with_file
 from megatron_midus.conversion.checkpoint_layout import iteration_directory
 from megatron_midus.conversion.directories import write_hf_directory, write_megatron_checkpoint
@@ -39,7 +40,7 @@ from megatron_midus.upscaling.tensors import EMBEDDING, TensorSource, model_shap
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
         "--hf-model",

@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from megatron_midus.cli import run
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.files import staged_directory
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "tiny_base"
@@ -82,7 +83,7 @@ def make_model(family: str, directory: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", required=True, choices=sorted(FAMILIES), help="whose shape it takes")
     parser.add_argument("--save", required=True, type=Path, metavar="DIR", help="output directory")
     args = parser.parse_args(argv)

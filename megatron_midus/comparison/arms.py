@@ -9,6 +9,7 @@ from typing import Any
 from megatron_midus.comparison.experiment import Arm, Experiment
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.config.fields import add_arguments, from_namespace
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.config.run_file import words_of_entries
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan, make_plan
@@ -60,7 +61,7 @@ def memory_of(arm: Arm, model: ModelConfig, where: str) -> MemoryConfig | None:
     """Memory settings of an arm; raises ``ValueError`` for those that no memory, or not this model's, can have."""
     if arm.policy != "interleave":
         return None
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
     add_arguments(parser, MemoryConfig)
     entries = {f"memory_{name}": value for name, value in arm.memory.items()}
     words = words_of_entries(parser, entries, where=where)

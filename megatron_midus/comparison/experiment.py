@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_midus.config.parser import not_one_of
 from megatron_midus.config.run_file import read_yaml
 from megatron_midus.config.schema import build, check_keys
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling import POLICIES
+from megatron_midus.upscaling.policies import POLICY_ALIASES, canonical_policy
 
 REPOSITORY = Path(__file__).parents[2]
 PLACEHOLDERS = ("{output}", "{repository}")
@@ -160,8 +162,9 @@ class Arm:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise UserError(f"name {self.name!r} may have letters, digits and . _ + - alone, and begins with neither")
+        object.__setattr__(self, "policy", canonical_policy(self.policy))
         if self.policy not in POLICIES:
-            raise UserError(f"policy {self.policy!r} is not one of {', '.join(POLICIES)}")
+            raise UserError(f"policy {not_one_of(self.policy, (*POLICIES, *POLICY_ALIASES))}")
         if self.memory and self.policy != "interleave":
             raise UserError(
                 f"memory settings do not apply to policy {self.policy}; choose interleave or leave them out"

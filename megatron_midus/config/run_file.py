@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from megatron_midus.config.parser import ArgumentParser, did_you_mean, not_a, not_one_of
 from megatron_midus.errors import UserError
 
 CONFIG_FLAG = "--config"
@@ -37,7 +37,7 @@ def parse_arguments_with_file(parser: argparse.ArgumentParser, argv: Sequence[st
         ValueError: a file that cannot be read, an unknown or repeated key, a value that its flag does not take.
     """
     add_config_flag(parser)
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = ArgumentParser(add_help=False)
     finder.add_argument(CONFIG_FLAG)
     argv = sys.argv[1:] if argv is None else argv
     path = finder.parse_known_args(argv)[0].config
@@ -66,8 +66,7 @@ def words_of_entries(parser: argparse.ArgumentParser, entries: Mapping[str, Any]
     for name, value in entries.items():
         action = actions.get(_key(name))
         if action is None:
-            near = difflib.get_close_matches(_key(name), actions, n=1)
-            raise UserError(f"{where}: {name!r} is no flag{f'; did you mean {near[0]!r}?' if near else ''}")
+            raise UserError(f"{where}: {name!r} is no flag{did_you_mean(name, actions)}")
         if id(action) in seen:
             raise UserError(f"{where}: {seen[id(action)]!r} and {name!r} are the same flag; give one")
         seen[id(action)] = name
@@ -157,11 +156,7 @@ def _checked(action: argparse.Action, name: str, value: Any, path: str) -> str:
     try:
         converted = convert(str(value))
     except (ValueError, argparse.ArgumentTypeError):
-        raise UserError(f"{path}: {name}: {value!r} is not {_article(convert)}") from None
+        raise UserError(f"{path}: {name}: {not_a(value, convert)}") from None
     if action.choices is not None and converted not in action.choices:
-        raise UserError(f"{path}: {name}: {value!r} is not one of {', '.join(map(str, action.choices))}")
+        raise UserError(f"{path}: {name}: {not_one_of(value, action.choices)}")
     return str(value)
-
-
-def _article(convert: Any) -> str:
-    return {int: "a whole number", float: "a number"}.get(convert, f"a value of {convert}")

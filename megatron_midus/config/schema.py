@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
 from collections.abc import Iterable
 from typing import Any, Literal, TypeVar, Union
 
+from megatron_midus.config.parser import did_you_mean
 from megatron_midus.errors import UserError
 
 Config = TypeVar("Config")
@@ -48,9 +48,8 @@ def check_keys(found: Iterable[str], known: Iterable[str], where: str) -> None:
     known = list(known)
     for key in found:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {key!r}; {hint}")
+            remedy = did_you_mean(key, known, otherwise=f"choose one of {', '.join(known)}")
+            raise UserError(f"{where}: unknown key {key!r}{remedy}")
 
 
 def convert(annotation: Any, value: Any, where: str) -> Any:

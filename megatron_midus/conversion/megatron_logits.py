@@ -16,6 +16,7 @@ import torch
 
 from megatron_midus import cli
 from megatron_midus.config import ModelConfig
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan
 
@@ -74,7 +75,7 @@ def _run(directory: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("tokens", type=Path)
     parser.add_argument("logits", type=Path)

@@ -14,12 +14,12 @@ where there is a network.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_midus.config.parser import did_you_mean
 from megatron_midus.errors import UserError
 
 INSTALL_HINT = "pip install 'megatron-midus[eval]'"
@@ -70,9 +70,8 @@ def check_names(names: Iterable[str], known: Sequence[str], *, remedy: str = "")
     for name in names:
         if name in known:
             continue
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known[:12])}"
-        raise UserError(f"task {name!r} is not known; {hint}{remedy}")
+        hint = did_you_mean(name, known, otherwise=f"choose from {', '.join(known[:12])}")
+        raise UserError(f"task {name!r} is not known{hint}{remedy}")
 
 
 def mmlu_subjects() -> list[str]:

@@ -16,6 +16,7 @@ from megatron_midus.config.fields import add_arguments, from_namespace
 from megatron_midus.config.memory_telemetry import MemoryTelemetryConfig
 from megatron_midus.config.optimizer import OptimizerSettings
 from megatron_midus.config.parallel import ParallelConfig
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.config.run_file import parse_arguments_with_file, write_run_file
 from megatron_midus.config.telemetry import LoggingConfig
 from megatron_midus.config.training import TrainingConfig
@@ -80,7 +81,7 @@ def _heading(cls: type) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser behind ``pretrain_midus.py --help``."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="pretrain_midus.py",
         description="Continue the pre-training of an up-scaled model, or train a Llama-like model from scratch. "
         "Run it under torchrun, or as one process with python.",

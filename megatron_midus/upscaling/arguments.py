@@ -9,10 +9,10 @@ from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.config.fields import add_arguments, from_namespace
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling.plan import UpscalePlan
-from megatron_midus.upscaling.policies import POLICIES, make_plan
+from megatron_midus.upscaling.policies import POLICIES, POLICY_ALIASES, canonical_policy, make_plan
 
 _POLICY_HELP = (
-    "where blocks are inserted and what they are: interleave = Memory blocks (MIDUS); llama_pro = copies with zeroed "
+    "where blocks are inserted and what they are: interleave or midus = Memory blocks (MIDUS); llama_pro = copies with zeroed "
     "outputs; solar, stack = repeated layers; average = means of neighbours; opt_deus = means of neighbours aligned by "
     "optimal transport, outputs zeroed (opt_deus_literal: scaled as in the paper's program); control = nothing inserted, "
     "those layers of the base trained instead; none = the base as it is (default: interleave)"
@@ -22,7 +22,13 @@ _POLICY_HELP = (
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds ``--policy``, ``--num-blocks``, ``--insert-after`` and the flags of ``MemoryConfig``."""
     add = parser.add_argument
-    add("--policy", choices=POLICIES, default="interleave", help=_POLICY_HELP)
+    add(
+        "--policy",
+        choices=(*POLICIES, *POLICY_ALIASES),
+        type=canonical_policy,
+        default="interleave",
+        help=_POLICY_HELP,
+    )
     add("--num-blocks", type=int, metavar="N", help="blocks to insert, spread evenly by the policy")
     add(
         "--insert-after",

@@ -57,8 +57,15 @@ def _check_points(num_layers: int, after: Sequence[int]) -> None:
 
 
 def _points(num_layers: int, num_blocks: int | None, insert_after: Sequence[int] | None, policy: str):
-    if (num_blocks is None) == (insert_after is None):
-        raise UserError(f"policy {policy} needs either num_blocks or insert_after, not both")
+    if num_blocks is None and insert_after is None:
+        raise UserError(
+            f"policy {policy} is not told how many blocks to insert; give --num-blocks (1 to {num_layers}), or name the "
+            f"layers of the base that a block follows with --insert-after (0 to {num_layers - 1})"
+        )
+    if num_blocks is not None and insert_after is not None:
+        raise UserError(
+            f"num_blocks={num_blocks} and insert_after={list(insert_after)} both say how many blocks are inserted; give one"
+        )
     if insert_after is not None:
         return tuple(insert_after), ()
     assert num_blocks is not None
@@ -171,7 +178,7 @@ def _between(
         points, note = insertion_points(num_layers=num_layers - 1, num_blocks=num_blocks)
         notes = (note,) if note else ()
     else:
-        points, _ = _points(num_layers, num_blocks, insert_after, policy)
+        points, _ = _points(num_layers - 1, num_blocks, insert_after, policy)
     if num_layers - 1 in points:
         raise UserError(f"{policy} cannot insert after layer {num_layers - 1}, which has no next layer")
     return _insert(num_layers, points, lambda i: new_block(i, i + 1), policy=policy, notes=notes)
@@ -185,6 +192,12 @@ _BEHIND_A_LAYER = {
     "opt_deus_literal": opt_deus_literal,
 }
 POLICIES = ("none", "interleave", "solar", "stack", *_BEHIND_A_LAYER)
+POLICY_ALIASES = {"midus": "interleave"}
+
+
+def canonical_policy(name: str) -> str:
+    """The name that a plan records for what a user may call otherwise; other names unchanged."""
+    return POLICY_ALIASES.get(name, name)
 
 
 def make_plan(
@@ -199,6 +212,7 @@ def make_plan(
 
     ``insert_after`` lists layers explicitly and is taken by the policies that insert behind a layer.
     """
+    policy = canonical_policy(policy)
     if policy == "none":
         if num_blocks or insert_after:
             raise UserError("policy none inserts nothing; leave num_blocks and insert_after out")
@@ -210,7 +224,9 @@ def make_plan(
     if policy in _BEHIND_A_LAYER:
         return _BEHIND_A_LAYER[policy](num_layers=num_layers, num_blocks=num_blocks, insert_after=insert_after)
     if policy in ("solar", "stack"):
-        if insert_after is not None or num_blocks is None:
-            raise UserError(f"policy {policy} places its blocks itself; give num_blocks and no insert_after")
+        if insert_after is not None:
+            raise UserError(f"policy {policy} places its blocks itself; give --num-blocks and no --insert-after")
+        if num_blocks is None:
+            raise UserError(f"policy {policy} is not told how many layers to add; give --num-blocks")
         return (solar if policy == "solar" else stack)(num_layers=num_layers, num_blocks=num_blocks)
     raise UserError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")

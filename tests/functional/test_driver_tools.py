@@ -68,7 +68,7 @@ def test_a_configuration_by_hand_and_flags_that_win(tmp_path):
     assert set(run.losses) == {1, 2}
     (tmp_path / "run.yaml").write_text("train_itres: 3")
     error = train("--config", tmp_path / "run.yaml").error
-    assert "run.yaml: 'train_itres' is no flag; did you mean 'train_iters'?" in error
+    assert "run.yaml: 'train_itres' is no flag; did you mean train_iters?" in error
 
 
 # -- --dry-run -------------------------------------------------------------------------------------------------------

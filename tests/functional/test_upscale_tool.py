@@ -371,7 +371,7 @@ WRONG = [
     (None, ["--calibration-data", "setup.py"], "calibrated alone"),
     (None, ["--memory-key-init", "calibrated", "--calibration-data", "no/such/file"], "no/such/file does not exist"),
     (None, ["--num-blocks", "6"], "num_blocks=6"),
-    (None, ["--insert-after", "1"], "either num_blocks or insert_after"),
+    (None, ["--insert-after", "1"], "both say how many blocks are inserted; give one"),
     (None, ["--policy", "solar", "--num-blocks", "9"], "num_blocks=9"),
     (None, ["--policy", "llama_pro", "--memory-topk", "2"], "--memory-topk is a setting of Memory blocks"),
     (None, ["--policy", "none"], "inserts nothing"),

@@ -5,7 +5,6 @@ Both files give the same ids for the same text, which the script checks on held-
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import io
 import json
@@ -15,6 +14,7 @@ import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from megatron_midus.cli import run
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
 
@@ -73,7 +73,7 @@ def to_hugging_face(model: bytes) -> Tokenizer:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=inspect.cleandoc(__doc__))
+    parser = ArgumentParser(description=inspect.cleandoc(__doc__))
     parser.add_argument("--corpus-dir", type=Path, required=True, help="directory with train.jsonl and heldout.jsonl")
     parser.add_argument("--output-dir", type=Path, required=True, help="receives the tokenizer files")
     parser.add_argument(

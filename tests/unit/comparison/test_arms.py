@@ -55,7 +55,7 @@ def test_every_policy_resolves(tmp_path):
         ({"memory": {"num_keys": 2, "topk": 16}}, "arm 'a': .*topk"),
         ({"num_blocks": 9}, "arm 'a': num_blocks=9 cannot be inserted between 4 layers"),
         ({"insert_after": [7], "num_blocks": None}, "arm 'a': cannot insert after layer 7; the base has layers 0 to 3"),
-        ({"num_blocks": None}, "arm 'a': policy interleave needs either num_blocks or insert_after"),
+        ({"num_blocks": None}, "arm 'a': policy interleave is not told how many blocks to insert; give --num-blocks"),
     ],
 )
 def test_what_does_not_fit_the_base(tmp_path, changes, message):
@@ -72,6 +72,6 @@ def test_driver_flags(tmp_path):
         with pytest.raises(ValueError, match=f"driver: '{name}' is set by the experiment itself; leave it out"):
             resolve(wrong, experiments.MODEL, driver)
     arms = [dataclasses.replace(experiment.arms[0], driver={"clip-gard": 1})]
-    with pytest.raises(ValueError, match="arm 'pro': driver: 'clip-gard' is no flag; did you mean 'clip_grad'"):
+    with pytest.raises(ValueError, match="arm 'pro': driver: 'clip-gard' is no flag; did you mean clip_grad"):
         resolve(dataclasses.replace(experiment, arms=arms), experiments.MODEL, driver)
     assert set(RESERVED_FLAGS) <= known | {"config"}

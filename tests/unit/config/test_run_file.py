@@ -103,7 +103,7 @@ def test_what_is_written_is_read_again(parse, only_changed):
 
 
 WRONG = {
-    "setps: 3": "'setps' is no flag; did you mean 'steps'?",
+    "setps: 3": "'setps' is no flag; did you mean steps?",
     "qqq: 3": "'qqq' is no flag",
     "config: other.yaml": "'config' is no flag",
     "help: true": "'help' is no flag",

@@ -55,7 +55,7 @@ def test_a_whole_mapping():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "a", "step": 2}, "f: unknown key 'step'; did you mean 'steps'?"),
+        ({"name": "a", "step": 2}, "f: unknown key 'step'; did you mean steps?"),
         ({"name": "a", "zzz": 2}, "f: unknown key 'zzz'; choose one of name, steps, is_on, rates, inner, more"),
         ({}, "f: 'name' is missing"),
         ([1], "f: [1] is not a mapping of 'key: value' lines"),
