@@ -166,11 +166,12 @@ class MidusAttention(nn.Module):
         **kwargs,
     ):
         """``[B, S, d] -> ([B, S, d or H * head_dim], attention weights or None)``."""
+        # vLLM reads the source of this function: it fuses three calls of projections that it finds written out, and takes
+        # for attention what is called by a name that was assigned ALL_ATTENTION_FUNCTIONS[...] itself.
         shape = hidden_states.shape[:-1]
-        query, key, value = (
-            projection(hidden_states).view(*shape, -1, self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query = self.q_proj(hidden_states).view(*shape, -1, self.head_dim)
+        key = self.k_proj(hidden_states).view(*shape, -1, self.head_dim)
+        value = self.v_proj(hidden_states).view(*shape, -1, self.head_dim)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [B, heads, S, head_dim]
@@ -180,8 +181,9 @@ class MidusAttention(nn.Module):
             # Static caches of transformers up to 5.0 write where cache_position says; later versions keep count.
             place = {"sin": sin, "cos": cos, "cache_position": cache_position}
             key, value = past_key_values.update(key, value, self.layer_idx, place)
-        implementation = self.config._attn_implementation
-        attend = eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        attend = eager_attention
+        if self.config._attn_implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         output, weights = attend(
             self,
             query,
