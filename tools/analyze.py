@@ -124,20 +124,19 @@ def base_losses(arguments: argparse.Namespace, tokenizer: Any, windows: Any) -> 
     """Name of the base and its loss on each window."""
     if not arguments.base:
         return None
-    from pathlib import Path
-
     from tqdm import tqdm
 
     from megatron_midus.analysis.passes import plain_losses
     from megatron_midus.data.tokenizer import HuggingFaceTokenizer
     from megatron_midus.evaluation.loading import load_model
+    from megatron_midus.evaluation.result import model_name
 
     if HuggingFaceTokenizer(arguments.base).unique_identifiers != tokenizer.unique_identifiers:
         raise UserError(
             f"{arguments.base} and {arguments.model} have different tokenizers; their losses do not compare"
         )
     model = load_model(arguments.base, dtype=arguments.dtype, device=arguments.device)
-    name = Path(arguments.base).resolve().name
+    name = model_name(arguments.base)
     with tqdm(total=len(windows), unit="window", mininterval=1, desc=name) as bar:
         return name, plain_losses(model, windows, batch_size=arguments.batch_size, progress=bar.update)
 
@@ -178,8 +177,8 @@ def analyse_model(arguments: argparse.Namespace, tokenizer: Any, windows: Any, b
 
 
 def write_results(study: Any, arguments: argparse.Namespace) -> None:
-    from megatron_midus.analysis.page import to_html
-    from megatron_midus.analysis.table import to_markdown
+    from megatron_midus.analysis.study_page import to_html
+    from megatron_midus.analysis.summary import to_markdown
 
     summary = to_markdown(study)
     with staged_directory(arguments.output, overwrite=arguments.overwrite) as directory:

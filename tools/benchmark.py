@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in pretrain_midus.py, for everything that is timed
 
 from megatron_midus import cli
-from megatron_midus.benchmark.report import Report
+from megatron_midus.benchmark.result import BenchmarkResult
 from megatron_midus.benchmark.settings import HmlSettings, LayerSettings, RunSettings, TrainSettings
-from megatron_midus.benchmark.table import print_report
+from megatron_midus.benchmark.terminal import print_result
 from megatron_midus.config.fields import add_arguments, from_namespace
 from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.files import check_output_file, write_text_atomically
@@ -39,7 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[str, RunSettings]:
     return namespace.command, from_namespace(SETTINGS[namespace.command], namespace)
 
 
-def find_runner(command: str) -> Callable[[RunSettings], Report]:
+def find_runner(command: str) -> Callable[[RunSettings], BenchmarkResult]:
     """Imported where used: ``layer`` and ``train`` need Megatron, ``hml`` does not."""
     if command == "hml":
         from megatron_midus.benchmark.hml import run_hml as run
@@ -62,14 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from megatron_midus.benchmark.plot import require_matplotlib
 
         require_matplotlib()
-    report = find_runner(command)(settings)
-    print_report(report)
+    result = find_runner(command)(settings)
+    print_result(result)
     if settings.json:
-        write_text_atomically(settings.json, json.dumps(report.to_dict(), indent=1) + "\n")
+        write_text_atomically(settings.json, json.dumps(result.to_dict(), indent=1) + "\n")
     if settings.plot:
-        from megatron_midus.benchmark.plot import plot_report
+        from megatron_midus.benchmark.plot import plot_result
 
-        plot_report(report, settings.plot)
+        plot_result(result, settings.plot)
 
 
 if __name__ == "__main__":

@@ -17,19 +17,19 @@ from pathlib import Path
 
 from megatron_midus import cli
 from megatron_midus.comparison.arms import resolve
+from megatron_midus.comparison.columns import to_markdown
 from megatron_midus.comparison.experiment import read_experiment
-from megatron_midus.comparison.machine import machine_facts
-from megatron_midus.comparison.page import to_html
 from megatron_midus.comparison.results import collect
+from megatron_midus.comparison.results_page import to_html
 from megatron_midus.comparison.runner import Runner, lock, run_experiment
 from megatron_midus.comparison.runs import Runs
 from megatron_midus.comparison.steps import FileHashes, StepFailed
-from megatron_midus.comparison.table import to_markdown
 from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.conversion.families import from_hf_config
 from megatron_midus.conversion.hf_io import read_hf_config
 from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
+from megatron_midus.report.machine import machine_facts
 from megatron_midus.training.arguments import build_parser
 
 

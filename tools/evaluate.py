@@ -114,7 +114,7 @@ def _add_latency_arguments(add: Callable[..., Any]) -> None:
 
 def read_data(arguments: argparse.Namespace) -> dict[str, list[str]]:
     """The documents of every ``--data``, by short name."""
-    from megatron_midus.evaluation.report import short_names
+    from megatron_midus.evaluation.result import short_names
 
     separator = unescape(arguments.text_document_separator)
     return {
@@ -126,12 +126,12 @@ def read_data(arguments: argparse.Namespace) -> dict[str, list[str]]:
 def evaluate_model(
     directory: str, name: str, tokenizer: Any, data: dict[str, list[str]], manager: Any, arguments: argparse.Namespace
 ) -> tuple[Any, list[str]]:
-    """Loads one model, measures it, lets go of it. Returns its report and notes."""
+    """Loads one model, measures it, lets go of it. Returns its figures and notes."""
     from megatron_midus.data.tokenizer import check_tokenizer_fits
     from megatron_midus.evaluation.generation import generate_text
     from megatron_midus.evaluation.loading import check_context, load_model, num_embeddings
     from megatron_midus.evaluation.parameters import count_parameters
-    from megatron_midus.evaluation.report import ModelReport
+    from megatron_midus.evaluation.result import ModelFigures
 
     model = load_model(
         directory, dtype=arguments.dtype, device=arguments.device, trust_remote_code=arguments.trust_remote_code
@@ -141,18 +141,18 @@ def evaluate_model(
     if manager is not None:
         lengths.add(arguments.max_length)
     notes = [check_context(model, length, name=name) for length in sorted(lengths)]
-    report = ModelReport(
+    figures = ModelFigures(
         name=name,
         directory=directory,
         parameters=count_parameters(directory, model),
         tokenizer=tokenizer.unique_identifiers,
         dtype=str(model.dtype).removeprefix("torch."),
     )
-    measure_texts(model, tokenizer, data, report, arguments)
+    measure_texts(model, tokenizer, data, figures, arguments)
     if manager is not None:
-        measure_tasks(model, manager, report, arguments)
+        measure_tasks(model, manager, figures, arguments)
     for prompt in arguments.generate:
-        report.generations[prompt] = generate_text(
+        figures.generations[prompt] = generate_text(
             model,
             tokenizer,
             prompt,
@@ -161,11 +161,11 @@ def evaluate_model(
             seed=arguments.seed,
             add_bos=arguments.add_bos,
         )
-    return report, [note for note in notes if note]
+    return figures, [note for note in notes if note]
 
 
 def measure_texts(
-    model: Any, tokenizer: Any, data: dict[str, list[str]], report: Any, arguments: argparse.Namespace
+    model: Any, tokenizer: Any, data: dict[str, list[str]], figures: Any, arguments: argparse.Namespace
 ) -> None:
     """Fills in the perplexity on every text."""
     from tqdm import tqdm
@@ -173,8 +173,8 @@ def measure_texts(
     from megatron_midus.evaluation.perplexity import measure_perplexity
 
     for data_name, documents in data.items():
-        with tqdm(unit="tok", unit_scale=True, desc=f"{report.name} on {data_name}") as bar:
-            report.results[data_name] = measure_perplexity(
+        with tqdm(unit="tok", unit_scale=True, desc=f"{figures.name} on {data_name}") as bar:
+            figures.results[data_name] = measure_perplexity(
                 model,
                 tokenizer,
                 documents,
@@ -187,15 +187,15 @@ def measure_texts(
             )
 
 
-def measure_tasks(model: Any, manager: Any, report: Any, arguments: argparse.Namespace) -> None:
+def measure_tasks(model: Any, manager: Any, figures: Any, arguments: argparse.Namespace) -> None:
     """Fills in the scores of the zero-shot tasks."""
     from megatron_midus.data.tokenizer import load_hf_tokenizer
     from megatron_midus.evaluation.zero_shot import run_tasks
 
-    print(f"{report.name}: zero-shot tasks", flush=True)
-    report.tasks = run_tasks(
+    print(f"{figures.name}: zero-shot tasks", flush=True)
+    figures.tasks = run_tasks(
         model,
-        load_hf_tokenizer(report.directory),
+        load_hf_tokenizer(figures.directory),
         arguments.tasks,
         manager,
         max_length=arguments.max_length,
@@ -205,7 +205,7 @@ def measure_tasks(model: Any, manager: Any, report: Any, arguments: argparse.Nam
     )
 
 
-def measure_latencies(report: Any, arguments: argparse.Namespace) -> None:
+def measure_latencies(result: Any, arguments: argparse.Namespace) -> None:
     """Fills in latency and memory of all models; they are in memory together, to be timed in turns."""
     from tqdm import tqdm
 
@@ -217,7 +217,7 @@ def measure_latencies(report: Any, arguments: argparse.Namespace) -> None:
         for path in arguments.model
     ]
     with tqdm(total=len(models) * (arguments.latency_rounds + 1), desc="latency") as bar:
-        figures = measure_latency(
+        latencies = measure_latency(
             models,
             prompt_tokens=arguments.latency_prompt_tokens,
             decode_tokens=arguments.latency_decode_tokens,
@@ -226,8 +226,8 @@ def measure_latencies(report: Any, arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             progress=bar.update,
         )
-    for model_report, figure in zip(report.models, figures):
-        model_report.latency = figure
+    for model_figures, latency in zip(result.models, latencies):
+        model_figures.latency = latency
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -288,28 +288,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     check_arguments(arguments)
     from megatron_midus.data.tokenizer import HuggingFaceTokenizer
+    from megatron_midus.evaluation.output import print_result, result_to_dict, result_to_markdown
     from megatron_midus.evaluation.perplexity import limit_documents
-    from megatron_midus.evaluation.report import Report, short_names
+    from megatron_midus.evaluation.result import EvaluationResult, model_names
 
     data = read_data(arguments)
     tokenizers = [HuggingFaceTokenizer(directory) for directory in arguments.model]
     if arguments.max_tokens is not None:
         data = {name: limit_documents(texts, tokenizers[0], arguments.max_tokens) for name, texts in data.items()}
 
-    report = Report(models=[], settings=settings_of(arguments))
+    result = EvaluationResult(models=[], settings=settings_of(arguments))
     with open_requested_tasks(arguments) as manager:
-        for directory, name, tokenizer in zip(arguments.model, short_names(arguments.model), tokenizers):
-            model_report, notes = evaluate_model(directory, name, tokenizer, data, manager, arguments)
-            report.models.append(model_report)
-            report.notes += notes
+        for directory, name, tokenizer in zip(arguments.model, model_names(arguments.model), tokenizers):
+            figures, notes = evaluate_model(directory, name, tokenizer, data, manager, arguments)
+            result.models.append(figures)
+            result.notes += notes
             gc.collect()
     if arguments.latency:
-        measure_latencies(report, arguments)
-    report.print()
+        measure_latencies(result, arguments)
+    print_result(result)
     if arguments.json:
-        write_text_atomically(arguments.json, json.dumps(report.to_dict(), indent=2) + "\n")
+        write_text_atomically(arguments.json, json.dumps(result_to_dict(result), indent=2) + "\n")
     if arguments.markdown:
-        write_text_atomically(arguments.markdown, report.to_markdown())
+        write_text_atomically(arguments.markdown, result_to_markdown(result))
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:

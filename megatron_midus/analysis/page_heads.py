@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from megatron_midus.analysis.heads import HeadImportance
-from megatron_midus.analysis.heatmap import heat_map
-from megatron_midus.analysis.report import Cell, Page
 from megatron_midus.analysis.study import Study
-from megatron_midus.analysis.svg import Series, chart
 from megatron_midus.analysis.windows import Estimate
+from megatron_midus.report.charts import Series, chart
+from megatron_midus.report.heatmap import heat_map
+from megatron_midus.report.page import Page
+from megatron_midus.report.table import Cell
 
 MILLI = 1000.0
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from megatron_midus.analysis.algebra import Rank
-from megatron_midus.analysis.heatmap import heat_map
 from megatron_midus.analysis.page_heads import MILLI
-from megatron_midus.analysis.report import Cell, Page
 from megatron_midus.analysis.retrieval import SHARINGS, BlockStructure, Exchange, Retrieval
 from megatron_midus.analysis.study import Study
-from megatron_midus.analysis.svg import Series, chart
+from megatron_midus.report.charts import Series, chart
+from megatron_midus.report.heatmap import heat_map
+from megatron_midus.report.page import Page
+from megatron_midus.report.table import Cell, number_cell
 
 HEADER = ("block", "exchanged", "rise of the loss, mnat/token", "of the block's worth", "error of the output")
 
@@ -48,8 +49,8 @@ def exchange_rows(retrieval: Retrieval) -> list[list[Cell]]:
                     Cell("all" if block is None else str(block), 1e9 if block is None else block),
                     Cell(kind, kind),
                     Cell(exchange.rise.text(scale=MILLI, digits=2, sign="+"), exchange.rise.value),
-                    Cell("–" if share is None else f"{share:.0%}", share),
-                    Cell("–" if exchange.error is None else f"{exchange.error:.1%}", exchange.error),
+                    number_cell(share, "{:.0%}"),
+                    number_cell(exchange.error, "{:.1%}"),
                 ]
             )
     return rows
@@ -108,10 +109,10 @@ def rank_rows(retrieval: Retrieval, variant: str) -> list[list[Cell]]:
                 [
                     Cell(str(block), block),
                     Cell(name, name),
-                    _number(rank.effective, "all zero"),
-                    _number(rank.random, "–"),
+                    number_cell(rank.effective, "{:.1f}", missing="all zero"),
+                    number_cell(rank.random, "{:.1f}"),
                     Cell(str(rank.full), rank.full),
-                    _number(rank.stable, "all zero"),
+                    number_cell(rank.stable, "{:.1f}", missing="all zero"),
                 ]
             )
     return rows
@@ -124,10 +125,6 @@ def _named_ranks(structure: BlockStructure, variant: str) -> list[tuple[str, Ran
     named.append(("V, rows that were read", structure.values))
     named.append(("V W, the whole table" if variant == "hive" else "the whole table", structure.table))
     return named
-
-
-def _number(value: float | None, missing: str) -> Cell:
-    return Cell(missing if value is None else f"{value:.1f}", value)
 
 
 def _head_ranks(retrieval: Retrieval, letter: str) -> tuple[str, str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_midus.analysis.page_heads import MILLI
-from megatron_midus.analysis.report import Cell, Page
 from megatron_midus.analysis.sensitivity import Sensitivity
 from megatron_midus.analysis.study import Study
-from megatron_midus.analysis.svg import Series, chart
 from megatron_midus.analysis.windows import Estimate
+from megatron_midus.report.charts import Series, chart
+from megatron_midus.report.page import Page
+from megatron_midus.report.table import Cell, number_cell
 
 HEADER = ("changed in all Memory blocks", "to", "rise of the loss, mnat/token", "of the memories' worth")
 
@@ -58,7 +59,7 @@ def sensitivity_rows(sensitivity: Sensitivity, rank_name: str = "rank") -> list[
                     Cell(name, name),
                     Cell(shown, number),
                     Cell(rise.text(scale=MILLI, digits=2, sign="+"), rise.value),
-                    Cell("–" if share is None else f"{share:.0%}", share),
+                    number_cell(share, "{:.0%}"),
                 ]
             )
     return rows

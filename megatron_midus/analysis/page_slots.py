@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from megatron_midus.analysis.report import Page
 from megatron_midus.analysis.slots import BlockSlots, Context, SlotReadings
 from megatron_midus.analysis.study import Study
+from megatron_midus.report.page import Page
 
 
 def add(page: Page, study: Study, slots: dict[int, BlockSlots]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from megatron_midus.analysis.heatmap import binned, heat_map
-from megatron_midus.analysis.report import Cell, Page
 from megatron_midus.analysis.study import Study
-from megatron_midus.analysis.svg import Series, chart
 from megatron_midus.analysis.usage import BlockUsage
+from megatron_midus.report.charts import Series, chart
+from megatron_midus.report.heatmap import binned, heat_map
+from megatron_midus.report.page import Page
+from megatron_midus.report.table import Cell, number_cell
 
 _MOST_COLUMNS = 64  # a heat map with more is a blur, and a large file
 
@@ -61,20 +62,16 @@ def usage_row(block: int, entry: BlockUsage) -> list[Cell]:
         Cell(f"{bank.share_used:.1%}", bank.share_used),
         Cell(f"{bank.share_used_if_uniform:.1%}", bank.share_used_if_uniform),
         Cell(f"{bank.num_dead:,}", bank.num_dead),
-        _number(bank.entropy, "{:.2f}"),
-        _number(bank.kl_to_uniform, "{:.2f}"),
-        _number(bank.effective_slots, "{:,.0f}"),
-        _number(entry.top1_mass, "{:.3f}"),
+        number_cell(bank.entropy, "{:.2f}"),
+        number_cell(bank.kl_to_uniform, "{:.2f}"),
+        number_cell(bank.effective_slots, "{:,.0f}"),
+        number_cell(entry.top1_mass, "{:.3f}"),
         Cell(
             f"{entry.relative_norm:.4f} ({entry.relative_norm_5:.4f}–{entry.relative_norm_95:.4f})", entry.relative_norm
         ),
         Cell(f"{entry.value_norm:.3g}", entry.value_norm),
         Cell(f"{entry.max_value_norm:.3g}", entry.max_value_norm),
     ]
-
-
-def _number(value: float | None, form: str) -> Cell:
-    return Cell("–" if value is None else form.format(value), value)
 
 
 def _concentration(usage: dict[int, BlockUsage]) -> tuple[str, str]:

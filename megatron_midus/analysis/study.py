@@ -19,6 +19,7 @@ from megatron_midus.analysis.windows import Estimate, Windows, loss_change, mean
 from megatron_midus.errors import UserError
 from megatron_midus.evaluation.loading import read_config
 from megatron_midus.evaluation.perplexity import Tokenizer
+from megatron_midus.evaluation.result import model_name
 
 PARTS = ("usage", "heads", "retrieval", "slots", "sensitivity")
 FITTED_PARTS = ("retrieval", "sensitivity")
@@ -29,7 +30,7 @@ class BaseLoss:
     """The base model on the same windows.
 
     Attributes:
-        name: of its directory.
+        name: of the base.
         loss: nats per token.
         difference: loss of the MIDUS model minus that of the base, paired over windows.
     """
@@ -122,7 +123,7 @@ def analyse(
     usage, _, nats = measure_usage(model, windows, **settings)
     length = windows.inputs.shape[1]
     study = Study(
-        name=Path(directory).resolve().name,
+        name=model_name(directory),
         directory=str(directory),
         memory={key: value for key, value in model.config.to_dict().items() if key.startswith("memory_")},
         block_types=list(model.config.block_types),

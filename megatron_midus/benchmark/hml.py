@@ -7,21 +7,22 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_midus.benchmark.ceilings import Ceilings, measure_ceilings
 from megatron_midus.benchmark.contenders import Contender, Operands, find_contenders, make_operands
-from megatron_midus.benchmark.machine import Ceilings, describe_machine, measure_ceilings
-from megatron_midus.benchmark.memory import in_own_process, peak_above_start
 from megatron_midus.benchmark.parity import require_parity
-from megatron_midus.benchmark.report import Report, Section, make_rows
+from megatron_midus.benchmark.peak import in_own_process, peak_above_start
+from megatron_midus.benchmark.result import BenchmarkResult, Section, make_rows
 from megatron_midus.benchmark.settings import HmlSettings
 from megatron_midus.benchmark.shapes import Shape, find_shapes
 from megatron_midus.benchmark.timing import interleave
 from megatron_midus.benchmark.work import work_of
+from megatron_midus.report.machine import machine_facts
 
 BASELINES = ["ffn", "naive", "product-key-memory"]
 POOL = 16  # batches that decoding steps take in turn, drawn beforehand: drawing one takes longer than a step
 
 
-def run_hml(settings: HmlSettings) -> Report:
+def run_hml(settings: HmlSettings) -> BenchmarkResult:
     """Measures every shape; raises ``ParityError`` before anything is timed when a contender is wrong."""
     device = settings.resolved_device()
     if settings.threads is not None:
@@ -39,7 +40,7 @@ def run_hml(settings: HmlSettings) -> Report:
         section = _measure(shape, contenders, settings, device, ceilings[shape.torch_dtype])
         sections.append(dataclasses.replace(section, notes=notes, checks=checks))
         sections += [_measure_decode(shape, contenders, n, settings, device) for n in settings.decode_tokens if n]
-    return Report("hml", dataclasses.asdict(settings), describe_machine(device), sections)
+    return BenchmarkResult("hml", dataclasses.asdict(settings), device, machine_facts(), sections)
 
 
 def _measure(

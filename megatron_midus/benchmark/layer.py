@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_midus.benchmark.machine import describe_machine, measure_ceilings
-from megatron_midus.benchmark.memory import in_own_process, peak_above_start
+from megatron_midus.benchmark.ceilings import measure_ceilings
 from megatron_midus.benchmark.models import (
     check_memory,
     fill_values,
@@ -16,12 +15,14 @@ from megatron_midus.benchmark.models import (
     make_shape_plan,
     start_process,
 )
-from megatron_midus.benchmark.report import Report, Section, make_rows
+from megatron_midus.benchmark.peak import in_own_process, peak_above_start
+from megatron_midus.benchmark.result import BenchmarkResult, Section, make_rows
 from megatron_midus.benchmark.settings import LayerSettings
 from megatron_midus.benchmark.shapes import Shape, find_shapes
 from megatron_midus.benchmark.timing import interleave
 from megatron_midus.benchmark.work import Work
 from megatron_midus.model.builder import build_model, make_transformer_config
+from megatron_midus.report.machine import machine_facts
 from megatron_midus.upscaling.cost import block_flops
 
 VARIANTS = ("copied", "memory")
@@ -63,7 +64,7 @@ class Block:
         return [forward, backward]
 
 
-def run_layer(settings: LayerSettings) -> Report:
+def run_layer(settings: LayerSettings) -> BenchmarkResult:
     """Measures every shape; raises ``ParityError`` before anything is timed when the look-up is wrong."""
     device = settings.resolved_device()
     if settings.threads is not None:
@@ -72,7 +73,7 @@ def run_layer(settings: LayerSettings) -> Report:
     checks = {shape: check_memory(shape, settings, device) for shape in shapes}
     start_process(device, settings.seed)
     sections = [dataclasses.replace(_measure(s, settings, device), checks=checks[s]) for s in shapes]
-    return Report("layer", dataclasses.asdict(settings), describe_machine(device), sections)
+    return BenchmarkResult("layer", dataclasses.asdict(settings), device, machine_facts(), sections)
 
 
 def _measure(shape: Shape, settings: LayerSettings, device: str) -> Section:

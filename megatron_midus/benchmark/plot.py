@@ -1,4 +1,4 @@
-"""A report as a picture: bars for the contenders of each shape, lines over the number of tokens for decoding."""
+"""A benchmark as a picture: bars for the contenders of each shape, lines over the number of tokens for decoding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_midus.benchmark.report import Report, Section
+from megatron_midus.benchmark.result import BenchmarkResult, Section
 from megatron_midus.errors import UserError
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito 2008).
@@ -26,11 +26,11 @@ def require_matplotlib() -> Any:
     return figure
 
 
-def plot_report(report: Report, target: str | Path) -> None:
+def plot_result(result: BenchmarkResult, target: str | Path) -> None:
     """Writes a PNG, one panel per shape and one more for its decoding steps."""
-    bars = [section for section in report.sections if not section.title.startswith("decode")]
+    bars = [section for section in result.sections if not section.title.startswith("decode")]
     decode: dict[str, list[Section]] = {}
-    for section in report.sections:
+    for section in result.sections:
         if section.title.startswith("decode"):
             decode.setdefault(section.shape["name"], []).append(section)
     panels = len(bars) + len(decode)
@@ -41,11 +41,8 @@ def plot_report(report: Report, target: str | Path) -> None:
         _draw_bars(ax, section)
     for ax, (name, sections) in zip(axes[len(bars) :], decode.items()):
         _draw_decode(ax, name, sections)
-    machine = report.machine
-    device = machine["gpu"] if machine["device"] == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
-    figure.supxlabel(
-        f"{device}; torch {machine['versions'].get('torch', '?')}. Medians; whiskers: quartiles.", fontsize=8
-    )
+    torch_version = result.machine["versions"].get("torch", "?")
+    figure.supxlabel(f"{result.device_text}; torch {torch_version}. Medians; whiskers: quartiles.", fontsize=8)
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".plot.") as directory:

@@ -9,8 +9,7 @@ import torch
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, initialize_rerun_state_machine
 
-from megatron_midus.benchmark.machine import describe_machine, measure_ceilings
-from megatron_midus.benchmark.memory import in_own_process, peak_above_start
+from megatron_midus.benchmark.ceilings import measure_ceilings
 from megatron_midus.benchmark.models import (
     check_memory,
     fill_values,
@@ -18,11 +17,13 @@ from megatron_midus.benchmark.models import (
     make_shape_plan,
     start_process,
 )
-from megatron_midus.benchmark.report import Report, Section, make_rows
+from megatron_midus.benchmark.peak import in_own_process, peak_above_start
+from megatron_midus.benchmark.result import BenchmarkResult, Section, make_rows
 from megatron_midus.benchmark.settings import TrainSettings
 from megatron_midus.benchmark.shapes import Shape, find_shapes
 from megatron_midus.benchmark.timing import interleave
 from megatron_midus.benchmark.work import Work
+from megatron_midus.report.machine import machine_facts
 from megatron_midus.training import build
 from megatron_midus.training.architecture import Architecture, Source
 from megatron_midus.training.arguments import Arguments, parse_arguments
@@ -135,7 +136,7 @@ def random_batches(shape: BatchShape, vocab_size: int, seed: int) -> Iterator[di
         }
 
 
-def run_train(settings: TrainSettings) -> Report:
+def run_train(settings: TrainSettings) -> BenchmarkResult:
     """Measures every shape; raises ``ParityError`` before anything is timed when the look-up is wrong."""
     device = settings.resolved_device()
     if settings.threads is not None:
@@ -144,7 +145,7 @@ def run_train(settings: TrainSettings) -> Report:
     checks = {shape: check_memory(shape, settings, device) for shape in shapes}
     _start(device, settings)
     sections = [dataclasses.replace(_measure(s, settings, device), checks=checks[s]) for s in shapes]
-    return Report("train", dataclasses.asdict(settings), describe_machine(device), sections)
+    return BenchmarkResult("train", dataclasses.asdict(settings), device, machine_facts(), sections)
 
 
 def _start(device: str, settings: TrainSettings) -> None:

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 
 from megatron_midus.config import ModelConfig
+from megatron_midus.planning.footprint import RankMemory, rank_memory
 from megatron_midus.planning.hardware import Hardware
 from megatron_midus.planning.layout import Layout, Workload
-from megatron_midus.planning.memory import RankMemory, rank_memory
 from megatron_midus.planning.traffic import Axis, rank_traffic
 from megatron_midus.upscaling.balance import StageCosts, estimate_costs, partition_blocks
 from megatron_midus.upscaling.plan import UpscalePlan

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 from megatron_midus.config import ModelConfig, padded_vocab_size
+from megatron_midus.planning.footprint import GRADIENT_BYTES, local_elements, stage_parameters
 from megatron_midus.planning.layout import Layout, Workload
-from megatron_midus.planning.memory import GRADIENT_BYTES, local_elements, stage_parameters
 from megatron_midus.upscaling.plan import UpscalePlan
 from megatron_midus.upscaling.tensors import block_shapes
 

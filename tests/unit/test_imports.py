@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,48 +14,30 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_midus"
 
 FREE = {"files", "cli", "errors", "weight_files"}
-NOT_FOR_TRAINING = {"hf", "evaluation", "analysis", "benchmark", "comparison", "planning", "integrations", "training"}
-MAY_IMPORT: dict[str, set[str]] = {
-    "config": set(),
-    "ops": set(),
-    "upscaling": {"config", "ops"},
-    "hf": set(),
-    "memory": {"config", "ops"},
-    "model": {"config", "memory", "upscaling", "platform"},
-    "conversion": {"config", "upscaling"},
-    "conversion/megatron_io.py": {"config", "upscaling", "model", "platform"},
-    "conversion/megatron_logits.py": {"config", "upscaling", "model", "platform"},
-    "data": {"config"},
-    "evaluation": {"config", "hf", "ops", "upscaling"},
-    "analysis": {"config", "evaluation", "hf", "ops", "upscaling"},
-    "comparison": {"analysis", "config", "evaluation", "planning", "upscaling"},
-    "benchmark": {"config", "model", "ops", "platform", "training", "upscaling"},
-    "planning": {"config", "upscaling"},
-    "integrations": set(),
-    "integrations/vllm.py": {"hf"},
-    "integrations/megatron_lm.py": {"config", "upscaling", "conversion", "model", "training", "platform"},
-    "platform.py": set(),
-    "files.py": set(),
-    "cli.py": set(),
-    "errors.py": set(),
-    "weight_files.py": set(),
-    "__init__.py": set(),
-}
-MAY_IMPORT["training"] = {name for name in MAY_IMPORT if "." not in name and "/" not in name} - NOT_FOR_TRAINING
-MAY_IMPORT["training"] |= {"platform"}
-MEGATRON = {
-    "benchmark",
-    "memory",
-    "model",
-    "conversion/megatron_io.py",
-    "conversion/megatron_logits.py",
-    "data",
-    "training",
-    "integrations/megatron_lm.py",
-    "platform.py",
-}
-NO_TORCH = {"config", "files.py", "cli.py", "errors.py", "weight_files.py"}
 TOPMOST = {"tools", "examples", "pretrain_midus", "tests"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a package, or a file with a row of its own, may import: others of ours, Megatron, torch."""
+
+    ours: frozenset[str]
+    megatron: bool
+    torch: bool
+
+
+def read_table(page: Path) -> dict[str, Row]:
+    """``{part: row}`` of the table of the architecture page."""
+    lines = page.read_text().partition("## Who may import whom")[2].partition("\n## ")[0].splitlines()
+    rows = {}
+    for line in lines:
+        if line.startswith("| `"):
+            part, ours, megatron, torch = (cell.strip() for cell in line.strip("|").split("|"))
+            rows[part.strip("`")] = Row(frozenset(re.findall(r"`([^`]+)`", ours)), megatron == "yes", torch == "yes")
+    return rows
+
+
+TABLE = read_table(ROOT / "docs/architecture.md")
 
 
 def imported_modules(source: str, module: str, *, is_package: bool = False) -> Iterator[str]:
@@ -70,56 +54,122 @@ def imported_modules(source: str, module: str, *, is_package: bool = False) -> I
             yield from (f"{name}.{alias.name}" for alias in node.names)
 
 
-def violations(root: Path) -> list[str]:
-    """Sentences about every import that the table does not allow."""
-    found = []
+def imports_of(root: Path) -> Iterator[tuple[str, str, str]]:
+    """``(file below the package, its module, what it imports)`` of every file."""
     for path in sorted((root / PACKAGE).rglob("*.py")):
         relative = path.relative_to(root / PACKAGE).as_posix()
         module = ".".join([PACKAGE, *Path(relative).with_suffix("").parts])
         is_package = path.name == "__init__.py"
         module = module.removesuffix(".__init__")
-        for name in set(imported_modules(path.read_text(), module, is_package=is_package)):
-            if reason := _forbidden(relative, name):
-                found.append(f"{relative} imports {name}: {reason}")
-    return sorted(found)
+        for name in sorted(set(imported_modules(path.read_text(), module, is_package=is_package))):
+            yield relative, module, name
 
 
-def _rule(table: dict | set, relative: str) -> str | None:
-    """The entry of a table that is about a file: its own, else that of its package."""
+def violations(root: Path) -> list[str]:
+    """Sentences about every import that the table does not allow."""
+    return [
+        f"{relative} imports {name}: {reason}"
+        for relative, _, name in imports_of(root)
+        if (reason := _forbidden(relative, name))
+    ]
+
+
+def _part_of(relative: str) -> str | None:
+    """The row that is about a file: its own, else that of its package."""
     top = relative.split("/")[0]
-    return relative if relative in table else top if top in table else None
+    return relative if relative in TABLE else top if top in TABLE else None
+
+
+def _target(relative: str, name: str) -> str | None:
+    """The part of ours that an import reaches into, if it is another one and has a row."""
+    top, _, rest = name.partition(".")
+    target, package = rest.split(".")[0], relative.split("/")[0]
+    if top != PACKAGE or not rest or target == package or f"{target}.py" == package:
+        return None
+    known = {entry.removesuffix(".py").split("/")[0] for entry in TABLE}
+    # Others are names that megatron_midus/__init__.py defines.
+    return target if target in known or (ROOT / PACKAGE / target).is_dir() else None
 
 
 def _forbidden(relative: str, name: str) -> str | None:
-    top, _, rest = name.partition(".")
-    own = _rule(MAY_IMPORT, relative)
-    if own is None:
+    top, part = name.partition(".")[0], _part_of(relative)
+    if part is None:
         return "its package is not in the table of docs/architecture.md"
+    row = TABLE[part]
     if top in TOPMOST:
         return "nobody imports tools, examples, tests or the entry point"
-    if top == "megatron" and _rule(MEGATRON, relative) is None:
+    if top == "megatron" and not row.megatron:
         return "Megatron belongs to other packages"
-    if top == "torch" and _rule(NO_TORCH, relative) is not None:
+    if top == "torch" and not row.torch:
         return "this part imports no torch"
-    if top != PACKAGE or not rest:
+    target = _target(relative, name)
+    if target is None or (target in FREE and part != "hf"):
         return None
-    target = rest.split(".")[0]
-    package = relative.split("/")[0]
-    if target == package or f"{target}.py" == package or (target in FREE and package != "hf"):
-        return None
-    known = {entry.removesuffix(".py").split("/")[0] for entry in MAY_IMPORT}
-    if target not in known and not (ROOT / PACKAGE / target).is_dir():
-        return None  # a name defined in megatron_midus/__init__.py
-    return None if target in MAY_IMPORT[own] else f"{own} may import {sorted(MAY_IMPORT[own])}"
+    return None if target in row.ours else f"{part} may import {sorted(row.ours)}"
+
+
+def unused_entries(root: Path) -> list[str]:
+    """Entries of the table that no import needs."""
+    found = [(_part_of(relative), relative, name) for relative, _, name in imports_of(root)]
+    used = {(part, _target(relative, name)) for part, relative, name in found}
+    megatron = {part for part, _, name in found if name.partition(".")[0] == "megatron"}
+    unused = [f"{part} imports no {target}" for part, row in TABLE.items() for target in sorted(row.ours) if (part, target) not in used]  # fmt: skip
+    return unused + [f"{part} imports no megatron" for part, row in TABLE.items() if row.megatron and part not in megatron]  # fmt: skip
+
+
+def circles(root: Path) -> list[set[str]]:
+    """Groups of modules each of which imports all others of the group, directly or by way of them."""
+    targets: dict[str, set[str]] = {}
+    for _, module, name in imports_of(root):
+        targets.setdefault(module, set()).add(name)
+
+    def reached_from(module: str) -> set[str]:
+        found: set[str] = set()
+        todo = [module]
+        while todo:
+            new = {name for name in targets.get(todo.pop(), ()) if name in targets} - found
+            found |= new
+            todo += new
+        return found
+
+    reach = {module: reached_from(module) for module in targets}
+    groups = [{other for other in reach[module] if module in reach[other]} for module in targets]
+    return [group for index, group in enumerate(groups) if len(group) > 1 and group not in groups[:index]]
 
 
 def test_imports_follow_the_table() -> None:
     assert violations(ROOT) == []
 
 
+def test_the_table_is_no_wider_than_the_imports() -> None:
+    assert unused_entries(ROOT) == []
+
+
+def test_an_unused_entry_is_found(tmp_path: Path) -> None:
+    path = tmp_path / PACKAGE / "model" / "a.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "from megatron_midus.memory import x\nfrom megatron_midus.upscaling.plan import y\nimport megatron\n"
+    )
+    found = [entry for entry in unused_entries(tmp_path) if entry.startswith("model ")]
+    assert found == ["model imports no config", "model imports no platform"]
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles(ROOT) == []
+
+
+def test_a_circle_is_found(tmp_path: Path) -> None:
+    for name, line in (("a", "from . import b"), ("b", "from .c import x"), ("c", "def f(): from .a import x"), ("d", "from .a import x")):  # fmt: skip
+        path = tmp_path / PACKAGE / "ops" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(line + "\n")
+    assert circles(tmp_path) == [{f"{PACKAGE}.ops.{name}" for name in "abc"}]
+
+
 def test_every_package_is_in_the_table() -> None:
     packages = {p.name for p in (ROOT / PACKAGE).iterdir() if p.is_dir() and any(p.glob("*.py"))}
-    assert packages <= set(MAY_IMPORT)
+    assert packages <= set(TABLE)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +202,7 @@ def test_a_forbidden_import_is_found(tmp_path: Path, file: str, line: str) -> No
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("conversion/megatron_io.py", "from megatron_midus.model.builder import x\nimport megatron.core"),
+        ("conversion/megatron_logits.py", "from megatron_midus.model.builder import x\nimport megatron.core"),
         ("training/a.py", "from megatron_midus.conversion.checkpoint_layout import x"),
         ("upscaling/a.py", "from megatron_midus.ops import x\nfrom megatron_midus.files import y"),
         ("hf/a.py", "from .configuration_midus import x\nimport torch"),

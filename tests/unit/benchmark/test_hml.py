@@ -7,18 +7,18 @@ import json
 import pytest
 from rich.console import Console
 
-from megatron_midus.benchmark import machine
+from megatron_midus.benchmark import ceilings
 from megatron_midus.benchmark.hml import run_hml
-from megatron_midus.benchmark.plot import plot_report, require_matplotlib
+from megatron_midus.benchmark.plot import plot_result, require_matplotlib
 from megatron_midus.benchmark.settings import HmlSettings
-from megatron_midus.benchmark.table import print_report
+from megatron_midus.benchmark.terminal import print_result
 
 
 @pytest.fixture(scope="module")
 def report():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "COPY_BYTES", {"cpu": 1 << 16})
-        patch.setattr(machine, "GEMM_SIZE", {"cpu": 32})
+        patch.setattr(ceilings, "COPY_BYTES", {"cpu": 1 << 16})
+        patch.setattr(ceilings, "GEMM_SIZE", {"cpu": 32})
         settings = HmlSettings(
             shape=["tiny"], device="cpu", rounds=3, decode_tokens=[1, 3], decode_rounds=2, measure_memory=False
         )
@@ -46,8 +46,8 @@ def test_only_what_computes_the_same_is_compared(report):
 
 def test_json(report):
     found = json.loads(json.dumps(report.to_dict()))
-    assert set(found) == {"schema_version", "kind", "date", "command", "settings", "machine", "sections"}
-    assert (found["schema_version"], found["kind"]) == (1, "hml")
+    assert set(found) == {"schema_version", "kind", "date", "command", "settings", "device", "machine", "sections"}
+    assert (found["schema_version"], found["kind"]) == (2, "hml")
     row = found["sections"][0]["rows"][0]
     assert set(row) == {
         "name", "phases", "total", "ratios", "peak_bytes", "gigabytes_per_second", "teraflops", "roofline_share",
@@ -59,14 +59,14 @@ def test_json(report):
 
 def test_table_names_everything(report):
     text = io.StringIO()
-    print_report(report, Console(file=text, width=250))
+    print_result(report, Console(file=text, width=250))
     for words in (" (block)", "time / ffn", "time / naive", "roofline", "ceilings", "parity: ", "decode tiny T=3"):
         assert words in text.getvalue()
 
 
 def test_plot(report, tmp_path):
     target = tmp_path / "new" / "plot.png"
-    plot_report(report, target)
+    plot_result(report, target)
     assert target.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in target.parent.iterdir()] == ["plot.png"]
 

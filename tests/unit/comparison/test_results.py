@@ -8,10 +8,10 @@ import statistics
 
 import pytest
 
+from megatron_midus.comparison.columns import COLUMNS, findings, rates_tried, rows, to_markdown, used_columns
 from megatron_midus.comparison.curves import Curves, Point
-from megatron_midus.comparison.page import mean_curve, to_html
 from megatron_midus.comparison.results import ArmResult, Mean, Results, RunResult, read_results
-from megatron_midus.comparison.table import COLUMNS, findings, rates_tried, rows, to_markdown, used_columns
+from megatron_midus.comparison.results_page import mean_curve, to_html
 
 
 def curves(scale: float, seconds: float) -> Curves:

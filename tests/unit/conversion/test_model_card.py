@@ -8,7 +8,8 @@ import pytest
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.conversion.model_card import TrainingRecord, model_card, read_evaluation
 from megatron_midus.evaluation import ParameterCounts, Perplexity
-from megatron_midus.evaluation.report import ModelReport, Report
+from megatron_midus.evaluation.output import result_to_dict
+from megatron_midus.evaluation.result import EvaluationResult, ModelFigures
 from megatron_midus.evaluation.scores import Score
 from megatron_midus.evaluation.zero_shot import TaskResults
 from megatron_midus.upscaling import make_plan
@@ -71,13 +72,13 @@ def report():
     tasks = TaskResults({(s.task, s.metric): s for s in scores}, {"mmlu": ("mmlu_anatomy",)}, {}, num_truncated=0)
     text = Perplexity(documents=2, bytes=400, tokens=100, nats=350.0, seconds=0.5, tokens_read=200)
     counts = ParameterCounts(total=9, added=0, trainable=9)
-    model = ModelReport("midus", "/m", counts, {}, "float32", results={"prose": text}, tasks=tasks)
-    return Report([model], {}, ["zero-shot"])
+    model = ModelFigures("midus", "/m", counts, {}, "float32", results={"prose": text}, tasks=tasks)
+    return EvaluationResult([model], {}, ["zero-shot"])
 
 
 def test_evaluation(tmp_path):
     path = tmp_path / "evaluation.json"
-    path.write_text(json.dumps(report().to_dict()))
+    path.write_text(json.dumps(result_to_dict(report())))
     card = model_card(MODEL, make_plan("none", num_layers=4), dtype="float32", evaluation=read_evaluation(path))
     section = card.split("## Evaluation")[1].split("## Loading")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")][1:]

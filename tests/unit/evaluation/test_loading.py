@@ -104,7 +104,7 @@ def test_evaluation_needs_no_megatron():
     program = """
 import sys
 sys.modules["megatron"] = None
-import megatron_midus.evaluation.generation, megatron_midus.evaluation.report, megatron_midus.evaluation
+import megatron_midus.evaluation.generation, megatron_midus.evaluation.output, megatron_midus.evaluation
 import megatron_midus.data.corpus, megatron_midus.data.tokenizer, megatron_midus.data.encoding
 """
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_midus.benchmark.machine import Ceilings
+from megatron_midus.benchmark.ceilings import Ceilings
 from megatron_midus.benchmark.parity import Check
 from megatron_midus.benchmark.timing import Summary, ratio
 from megatron_midus.benchmark.work import Work
+from megatron_midus.report.machine import device_name
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +63,23 @@ class Section:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class BenchmarkResult:
     """One run of the tool."""
 
     kind: str
     settings: dict[str, Any]
+    device: str
     machine: dict[str, Any]
+    """Of ``machine_facts``."""
     sections: list[Section]
+
+    @property
+    def device_text(self) -> str:
+        """What the figures were measured on."""
+        if self.device == "cpu":
+            threads, cores = self.machine["threads"], self.machine["cores"]
+            return f"{self.machine['processor']}, {threads} of {cores} CPU threads"
+        return device_name(self.machine)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; ``sections[i]["rows"][j]["total"]["median"]`` is a time in milliseconds."""
@@ -78,6 +89,7 @@ class Report:
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": shlex.join(["python", *sys.argv]),
             "settings": self.settings,
+            "device": self.device,
             "machine": self.machine,
             "sections": [dataclasses.asdict(section) for section in self.sections],
         }

@@ -8,7 +8,7 @@ from html import escape
 _WIDTH = 680
 _CHARACTER = 6.6
 _STRONGEST = 0.62  # opacity of the largest value; more would hide the numbers on it
-_POSITIVE, _NEGATIVE = 0, 1  # styles of analysis/report.py
+_POSITIVE, _NEGATIVE = 0, 1  # styles of report/page.py
 
 
 def heat_map(

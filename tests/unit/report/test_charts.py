@@ -3,7 +3,7 @@
 import itertools
 import re
 
-from megatron_midus.analysis.svg import Series, chart
+from megatron_midus.report.charts import Series, chart
 
 
 def test_names_of_many_points_do_not_overlap():

@@ -1,23 +1,22 @@
-"""A report as tables for the terminal."""
+"""A benchmark as tables for the terminal."""
 
 from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_midus.benchmark.report import Report, Row, Section
+from megatron_midus.benchmark.result import BenchmarkResult, Row, Section
 from megatron_midus.benchmark.timing import Summary
+from megatron_midus.report.machine import versions_text
+from megatron_midus.report.table import MISSING, terminal_table, text_cells
 
 
-def print_report(report: Report, console: Console | None = None) -> None:
+def print_result(result: BenchmarkResult, console: Console | None = None) -> None:
     """Machine, one table per section, and what was left out."""
     # Wide enough for all columns when the output is a file.
     console = console or Console(width=None if Console().is_terminal else 170, highlight=False)
-    machine = report.machine
-    device = machine["gpu"] if report.machine["device"] == "cuda" else machine["cpu"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    console.print(f"{device}, {machine['threads']} of {machine['cpu_cores']} CPU threads; {versions}")
-    for section in report.sections:
+    console.print(f"{result.device_text}; {versions_text(result.machine)}")
+    for section in result.sections:
         console.print()
         console.print(section_table(section))
         for note in section.notes:
@@ -35,42 +34,42 @@ def section_table(section: Section) -> Table:
     if section.checks:
         worst = max(section.checks, key=lambda check: check.error / check.allowed)
         caption.append(f"parity: {len(section.checks)} tensors within bounds, the nearest {worst}")
-    table = Table(title=f"{section.title}: {section.description}", caption="\n".join(caption), caption_justify="left")
     baselines = [b for b in section.baselines if any(b in row.ratios for row in section.rows)]
     phases = list(section.rows[0].phases)
     has_memory = any(row.peak_bytes is not None for row in section.rows)
     has_rates = any(row.roofline_share is not None for row in section.rows)
-    table.add_column("contender")
-    columns = [f"{phase}, ms" for phase in phases] + (["total, ms"] if len(phases) > 1 else [])
+    columns = ["contender", *(f"{phase}, ms" for phase in phases)] + (["total, ms"] if len(phases) > 1 else [])
     columns += [f"time / {baseline}" for baseline in baselines]
     columns += ["peak, MB"] * has_memory + ["GB/s", "TFLOP/s", "roofline"] * has_rates
-    for column in columns:
-        table.add_column(column, justify="right")
+    rows = []
     for row in section.rows:
-        cells = [_time(row.phases[phase]) for phase in phases] + ([_time(row.total)] if len(phases) > 1 else [])
-        cells += [_ratio(row.ratios.get(baseline)) for baseline in baselines]
-        cells += ([_megabytes(row)] * has_memory) + (_rates(row) if has_rates else [])
-        table.add_row(row.name, *cells)
-    return table
+        texts = [row.name, *(_time(row.phases[phase]) for phase in phases)]
+        texts += [_time(row.total)] if len(phases) > 1 else []
+        texts += [_ratio(row.ratios.get(baseline)) for baseline in baselines]
+        texts += ([_megabytes(row)] * has_memory) + (_rates(row) if has_rates else [])
+        rows.append(text_cells(texts))
+    return terminal_table(
+        columns, rows, title=f"{section.title}: {section.description}", caption="\n".join(caption) or None
+    )
 
 
 def _time(summary: Summary) -> str:
     digits = 1 if summary.median >= 10 else 3
     spread = f"{summary.lower_quartile:.{digits}f}–{summary.upper_quartile:.{digits}f}"
-    return f"{summary.median:.{digits}f} \\[{spread}]"
+    return f"{summary.median:.{digits}f} [{spread}]"
 
 
 def _ratio(summary: Summary | None) -> str:
     if summary is None:
-        return "–"
-    return f"{summary.median:.3f} \\[{summary.lower_quartile:.3f}–{summary.upper_quartile:.3f}]"
+        return MISSING
+    return f"{summary.median:.3f} [{summary.lower_quartile:.3f}–{summary.upper_quartile:.3f}]"
 
 
 def _megabytes(row: Row) -> str:
-    return "–" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}"
+    return MISSING if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}"
 
 
 def _rates(row: Row) -> list[str]:
     if row.roofline_share is None:
-        return ["–"] * 3
+        return [MISSING] * 3
     return [f"{row.gigabytes_per_second:.1f}", f"{row.teraflops:.3g}", f"{100 * row.roofline_share:.1f} %"]

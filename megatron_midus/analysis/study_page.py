@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from megatron_midus.analysis import page_heads, page_retrieval, page_sensitivity, page_slots, page_usage
-from megatron_midus.analysis.report import Page
 from megatron_midus.analysis.study import Study
+from megatron_midus.report.page import Page
 
 
 def to_html(study: Study) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from megatron_midus.analysis import page_retrieval, page_sensitivity, page_usage
 from megatron_midus.analysis.heads import HeadImportance
-from megatron_midus.analysis.page import loss_sentence
 from megatron_midus.analysis.page_heads import MILLI
 from megatron_midus.analysis.page_slots import visible
-from megatron_midus.analysis.report import Cell
 from megatron_midus.analysis.slots import BlockSlots
 from megatron_midus.analysis.study import Study
+from megatron_midus.analysis.study_page import loss_sentence
+from megatron_midus.report.table import MISSING, Cell, markdown_table, text_cells
 
 
 def to_markdown(study: Study) -> str:
@@ -20,14 +20,8 @@ def to_markdown(study: Study) -> str:
     if study.notes:
         lines += ["", *(f"- {note}" for note in study.notes)]
     for title, header, rows, num_texts in _tables(study):
-        rule = "|" + "---|" * num_texts + "---:|" * (len(header) - num_texts)
-        lines += ["", f"## {title}", "", _line(header), rule, *(_line([cell.text for cell in row]) for row in rows)]
+        lines += ["", f"## {title}", "", *markdown_table(header, rows, text_columns=num_texts)]
     return "\n".join(lines) + "\n"
-
-
-def _line(texts: Sequence[str]) -> str:
-    # What tokens hold may look like the bar between two columns.
-    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
 
 def _tables(study: Study) -> list[tuple[str, Sequence[str], list[list[Cell]], int]]:
@@ -60,7 +54,7 @@ def _head_rows(heads: HeadImportance) -> list[list[Cell]]:
         best = max(range(len(found)), key=lambda head: found[head].value)
         beside = heads.attention[block]
         means = [
-            "–" if not group else f"{sum(e.value for e in group) / len(group) * MILLI:+.2f}"
+            MISSING if not group else f"{sum(e.value for e in group) / len(group) * MILLI:+.2f}"
             for group in (found, beside)
         ]
         texts = [
@@ -69,24 +63,23 @@ def _head_rows(heads: HeadImportance) -> list[list[Cell]]:
             *means,
             heads.blocks[block].text(scale=MILLI, digits=2, sign="+"),
         ]
-        rows.append([Cell(text) for text in texts])
-    rows.append([Cell(t) for t in ("all", "", "", "", heads.all_memories.text(scale=MILLI, digits=2, sign="+"))])
+        rows.append(text_cells(texts))
+    rows.append(text_cells(["all", "", "", "", heads.all_memories.text(scale=MILLI, digits=2, sign="+")]))
     return rows
 
 
 def _slot_rows(slots: dict[int, BlockSlots]) -> list[list[Cell]]:
     return [
-        [
-            Cell(text)
-            for text in (
+        text_cells(
+            [
                 str(block),
                 str(slot.head),
                 str(slot.slot),
                 f"{slot.reads:,}",
                 f"{slot.information:.2f}",
                 "  ".join(f"{visible(token)} {share:.0%}" for token, share in slot.tokens[:4]),
-            )
-        ]
+            ]
+        )
         for block, entry in slots.items()
         for slot in entry.most_selective[:2]
     ]

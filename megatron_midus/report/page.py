@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from html import escape
+
+from megatron_midus.report.table import Cell
 
 # Series colours that stay apart for colour-blind readers (Okabe and Ito 2008, then Tol 2021), for light and for dark ground.
 _LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b3448c", "#a87a00", "#2a9fd6", "#444444", "#882255", "#5c7f1e", "#332288", "#aa4455", "#11776b")  # fmt: skip
@@ -78,21 +79,6 @@ document.querySelectorAll("table.sortable").forEach(function (table) {
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One entry of a table.
-
-    Attributes:
-        text: as shown.
-        value: what it sorts by: a number or a text; ``None`` = missing, always last.
-        is_best: whether it stands out.
-    """
-
-    text: str
-    value: float | str | None = None
-    is_best: bool = False
-
-
 class Page:
     """Collects sections; ``html()`` is the whole document.
 
@@ -148,7 +134,7 @@ class Page:
         )
 
     def charts(self, charts: Sequence[tuple[str, str]]) -> None:
-        """Charts of ``analysis/svg.py`` side by side, each with its caption."""
+        """Charts of ``report/charts.py`` side by side, each with its caption."""
         figures = (f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>" for svg, text in charts)
         self._parts.append(f'<div class="charts">{"".join(figures)}</div>')
 

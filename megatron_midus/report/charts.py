@@ -1,6 +1,6 @@
 """Charts as inline SVG: lines and points with axes, legend and error bars. Colours come from the page's style sheet.
 
-Shapes have the classes ``s0 … s11`` (a series each), ``axis``, ``grid`` and ``note``; ``analysis/report.py`` gives them
+Shapes have the classes ``s0 … s11`` (a series each), ``axis``, ``grid`` and ``note``; ``report/page.py`` gives them
 colours for light and for dark.
 """
 

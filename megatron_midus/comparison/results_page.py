@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from typing import Any
 
-from megatron_midus.analysis.report import Cell, Page
-from megatron_midus.analysis.svg import Series, chart
-from megatron_midus.comparison.curves import Point, thin
-from megatron_midus.comparison.results import ArmResult, Results
-from megatron_midus.comparison.table import (
+from megatron_midus.comparison.columns import (
     COLUMNS,
     failures,
     findings,
@@ -19,6 +16,11 @@ from megatron_midus.comparison.table import (
     seeds_text,
     used_columns,
 )
+from megatron_midus.comparison.curves import Point, thin
+from megatron_midus.comparison.results import ArmResult, Results
+from megatron_midus.report.charts import Series, chart
+from megatron_midus.report.machine import device_name, versions_text
+from megatron_midus.report.page import Page
 
 _LOWER_IS_BETTER = ("new ppl ↓", "Δ loss ↓", "old ppl ↓", "loss at equal time ↓", "s/iteration", "peak MB", "decode ms")
 _HIGHER_IS_BETTER = ("tokens/s",)
@@ -64,7 +66,10 @@ def _add_table(page: Page, results: Results) -> None:
             best[name] = max(found)
     page.table(
         columns,
-        [[Cell(row[n].text, row[n].value, n in best and row[n].value == best[n]) for n in columns] for row in table],
+        [
+            [dataclasses.replace(row[n], is_best=n in best and row[n].value == best[n]) for n in columns]
+            for row in table
+        ],
         text_columns=2,
     )
 
@@ -140,9 +145,5 @@ def mean_curve(curves: list[list[Point]]) -> list[Point]:
 
 
 def _machine(machine: dict[str, Any]) -> list[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
-    lines = [
-        f"{machine.get('processor')}, {machine.get('cores')} cores, OMP_NUM_THREADS={machine.get('OMP_NUM_THREADS')}"
-    ]
-    lines += [", ".join(machine["gpus"])] if machine.get("gpus") else []
-    return [*lines, versions]
+    threads = f"{machine.get('cores')} cores, OMP_NUM_THREADS={machine.get('OMP_NUM_THREADS')}"
+    return [f"{device_name(machine)}, {threads}", versions_text(machine)]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megatron_midus.evaluation.result import EvaluationResult, ModelFigures
 from megatron_midus.evaluation.scores import Score, subtract
-
-if TYPE_CHECKING:
-    from megatron_midus.evaluation.report import ModelReport, Report
+from megatron_midus.report.table import Cell, text_cells
 
 _RULE_ON_ERRORS = (
     "± is one standard error over the items of a task; that of a difference (Δ) is paired, over the same items. A Δ within "
@@ -31,9 +30,9 @@ class Row:
     """Per model but the first."""
 
 
-def comparison_rows(report: Report) -> list[Row]:
+def comparison_rows(result: EvaluationResult) -> list[Row]:
     """Parameters, texts, tasks, latency, as far as they were measured."""
-    models = report.models
+    models = result.models
     rows = [
         Row("parameters", "count", "", *_plain([m.parameters.total for m in models], "{:,}", ratio=True)),
         Row("parameters", "added", "", [f"{m.parameters.added:,}" for m in models], [""] * (len(models) - 1)),
@@ -48,7 +47,7 @@ def comparison_rows(report: Report) -> list[Row]:
     return rows + _latency_rows(models)
 
 
-def _task_row(key: tuple[str, str], models: list[ModelReport]) -> Row:
+def _task_row(key: tuple[str, str], models: list[ModelFigures]) -> Row:
     scores = [model.tasks.scores[key] for model in models if model.tasks is not None]
     arrow = "↑" if scores[0].higher_is_better else "↓"
     digits = 3 if "perplexity" in key[1] else 4
@@ -60,7 +59,7 @@ def _task_row(key: tuple[str, str], models: list[ModelReport]) -> Row:
     return Row(key[0], f"{key[1]} {arrow}", f"{scores[0].items:,}", values, changes)
 
 
-def _latency_rows(models: list[ModelReport]) -> list[Row]:
+def _latency_rows(models: list[ModelFigures]) -> list[Row]:
     figures = [model.latency for model in models if model.latency is not None]
     if not figures:
         return []
@@ -106,41 +105,71 @@ def _with_error(value: float, stderr: float | None, digits: int, *, sign: str = 
     return f"{value:{sign}.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
 
 
-def comparison_header(report: Report) -> list[str]:
-    first, *others = (model.name for model in report.models)
+def comparison_header(result: EvaluationResult) -> list[str]:
+    first, *others = (model.name for model in result.models)
     return ["figure of", "metric", "items", first, *(title for name in others for title in (name, f"Δ {name}"))]
 
 
-def comparison_cells(report: Report) -> list[list[str]]:
-    """Rows of texts that fit ``comparison_header``."""
+def comparison_cells(result: EvaluationResult) -> list[list[Cell]]:
+    """Rows that fit ``comparison_header``."""
     return [
-        [row.subject, row.metric, row.items, row.values[0]]
-        + [text for pair in zip(row.values[1:], row.changes) for text in pair]
-        for row in comparison_rows(report)
+        text_cells(
+            [row.subject, row.metric, row.items, row.values[0]]
+            + [text for pair in zip(row.values[1:], row.changes) for text in pair]
+        )
+        for row in comparison_rows(result)
     ]
 
 
-def comparison_notes(report: Report) -> list[str]:
+def comparison_notes(result: EvaluationResult) -> list[str]:
     """How to read the table."""
     notes = []
-    if report.models[0].tasks is not None:
+    if result.models[0].tasks is not None:
         notes.append(_RULE_ON_ERRORS)
-        cut = {model.name: model.tasks.num_truncated for model in report.models if model.tasks is not None}
+        cut = {model.name: model.tasks.num_truncated for model in result.models if model.tasks is not None}
         if any(cut.values()):
             counts = ", ".join(f"{name} {count}" for name, count in cut.items())
             notes.append(
-                f"prompts longer than {report.settings.get('max_length')} tokens lost their beginning; requests: {counts}"
+                f"prompts longer than {result.settings.get('max_length')} tokens lost their beginning; requests: {counts}"
             )
     return notes
 
 
-def differences_to_dict(report: Report) -> dict[str, Any]:
+def change_of_loss(result: EvaluationResult, model: ModelFigures, data: str) -> tuple[float, str]:
+    """How far a model's loss on a text is above that of the first model, and the unit.
+
+    Nats per token; bits per byte when the tokenizers differ, whose tokens are not the same.
+    """
+    mine, first = model.results[data], result.models[0].results[data]
+    if result.same_tokenizer:
+        return mine.loss - first.loss, "nats/token"
+    return mine.bits_per_byte - first.bits_per_byte, "bits/byte"
+
+
+def difference_sentences(result: EvaluationResult) -> list[str]:
+    """For every model but the first: ``midus against base: new.txt −0.39 nats/token, old.txt +0.11``."""
+    first, *others = result.models
+    sentences = []
+    for model in others if first.results else ():
+        changes = [(data, *change_of_loss(result, model, data)) for data in first.results]
+        parts = [f"{data} {signed(change, 2)}" + (f" {unit}" if not i else "") for i, (data, change, unit) in enumerate(changes)]  # fmt: skip
+        sentences.append(f"{model.name} against {first.name}: {', '.join(parts)} (lower is better)")
+    return sentences
+
+
+def signed(value: float, digits: int) -> str:
+    """With a sign, a minus as wide as the plus; no sign for what rounds to zero."""
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
+
+
+def differences_to_dict(result: EvaluationResult) -> dict[str, Any]:
     """``{model: {"task/metric": {"value": …, "stderr": …}}}`` of every model but the first, for JSON."""
-    first = report.models[0].tasks
+    first = result.models[0].tasks
     if first is None:
         return {}
 
     def all_of(scores: dict[tuple[str, str], Score]) -> dict[str, Any]:
         return {"/".join(key): dataclasses.asdict(subtract(score, first.scores[key])) for key, score in scores.items()}
 
-    return {model.name: all_of(model.tasks.scores) for model in report.models[1:] if model.tasks is not None}
+    return {model.name: all_of(model.tasks.scores) for model in result.models[1:] if model.tasks is not None}

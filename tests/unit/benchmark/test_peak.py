@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from megatron_midus.benchmark.memory import in_own_process, peak_above_start
+from megatron_midus.benchmark.peak import in_own_process, peak_above_start
 
 MEBIBYTE = 1 << 20
 

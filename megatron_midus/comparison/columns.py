@@ -2,20 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from megatron_midus.comparison.results import ArmResult, Mean, Results
-
-MISSING = "–"
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One figure: as shown, and as a number for sorting."""
-
-    text: str
-    value: float | str | None = None
-
+from megatron_midus.report.table import MISSING, Cell, markdown_table, number_cell
 
 COLUMNS: dict[str, str] = {
     "arm": "name in the experiment file",
@@ -38,12 +26,12 @@ COLUMNS: dict[str, str] = {
 }
 
 
-def rows(results: Results) -> list[dict[str, Entry]]:
-    """``{column: entry}`` per arm, in the order of the file."""
+def rows(results: Results) -> list[dict[str, Cell]]:
+    """``{column: cell}`` per arm, in the order of the file."""
     return [_row(results, arm) for arm in results.arms]
 
 
-def _row(results: Results, arm: ArmResult) -> dict[str, Entry]:
+def _row(results: Results, arm: ArmResult) -> dict[str, Cell]:
     reference, seconds = results.reference_arm, results.equal_seconds
     is_reference = reference is not None and reference.name == arm.name
     difference = None if reference is None or is_reference else arm.difference(reference)
@@ -51,34 +39,30 @@ def _row(results: Results, arm: ArmResult) -> dict[str, Entry]:
     latency = arm.latency["decode_seconds"] * 1e3 if arm.latency else None
     peak = arm.peak_memory_bytes
     return {
-        "arm": Entry(arm.name, arm.name),
-        "trains": Entry(arm.train, arm.train),
-        "new ppl ↓": mean_entry(arm.perplexity("new"), 3),
-        "Δ loss ↓": Entry("reference", 0.0) if is_reference else mean_entry(difference, 4, sign="+"),
-        "old ppl ↓": mean_entry(arm.perplexity("old"), 3),
-        "loss at equal time ↓": mean_entry(at_time, 4),
-        "added": _number(arm.added, "{:,.0f}"),
-        "trained": _number(arm.trainable, "{:,.0f}"),
-        "lr": _number(arm.lr, "{:g}"),
-        "tokens": _number(arm.tokens or None, "{:,.0f}"),
-        "GFLOP/token": _number(arm.flops_per_token / 1e9, "{:.4g}"),
-        "s/iteration": _number(arm.seconds_per_iteration, "{:.3g}"),
-        "tokens/s": _number(arm.tokens_per_second, "{:,.0f}"),
-        "peak MB": _number(None if peak is None else peak / 1e6, "{:,.0f}"),
-        "decode ms": _number(latency, "{:.2f}"),
+        "arm": Cell(arm.name, arm.name),
+        "trains": Cell(arm.train, arm.train),
+        "new ppl ↓": mean_cell(arm.perplexity("new"), 3),
+        "Δ loss ↓": Cell("reference", 0.0) if is_reference else mean_cell(difference, 4, sign="+"),
+        "old ppl ↓": mean_cell(arm.perplexity("old"), 3),
+        "loss at equal time ↓": mean_cell(at_time, 4),
+        "added": number_cell(arm.added, "{:,.0f}"),
+        "trained": number_cell(arm.trainable, "{:,.0f}"),
+        "lr": number_cell(arm.lr, "{:g}"),
+        "tokens": number_cell(arm.tokens or None, "{:,.0f}"),
+        "GFLOP/token": number_cell(arm.flops_per_token / 1e9, "{:.4g}"),
+        "s/iteration": number_cell(arm.seconds_per_iteration, "{:.3g}"),
+        "tokens/s": number_cell(arm.tokens_per_second, "{:,.0f}"),
+        "peak MB": number_cell(None if peak is None else peak / 1e6, "{:,.0f}"),
+        "decode ms": number_cell(latency, "{:.2f}"),
     }
 
 
-def mean_entry(mean: Mean | None, digits: int, *, sign: str = "") -> Entry:
+def mean_cell(mean: Mean | None, digits: int, *, sign: str = "") -> Cell:
     """``12.345 ± 0.012``; the mean alone for one seed."""
     if mean is None:
-        return Entry(MISSING)
+        return Cell(MISSING)
     spread = "" if mean.deviation is None else f" ± {mean.deviation:.{digits}f}"
-    return Entry(f"{mean.mean:{sign},.{digits}f}{spread}", mean.mean)
-
-
-def _number(value: float | None, form: str) -> Entry:
-    return Entry(MISSING) if value is None else Entry(form.format(value), float(value))
+    return Cell(f"{mean.mean:{sign},.{digits}f}{spread}", mean.mean)
 
 
 def used_columns(results: Results) -> list[str]:
@@ -131,8 +115,7 @@ def to_markdown(results: Results) -> str:
         f"{seeds_text(results)}; reference: {results.reference}",
         "",
     ]
-    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * 2 + "---:|" * (len(columns) - 2)]
-    lines += ["| " + " | ".join(row[name].text for name in columns) + " |" for row in rows(results)]
+    lines += markdown_table(columns, [[row[name] for name in columns] for row in rows(results)], text_columns=2)
     for title, texts in (
         ("Against the reference", findings(results)),
         ("Learning rates tried", rates_tried(results)),
