@@ -370,6 +370,7 @@ class FusedAdam(torch.optim.Optimizer):
             else added to it.
         adam_w_mode: see ``weight_decay``.
         bias_correction: divide the moments by ``1 - beta^step`` (Kingma and Ba 2015, arXiv 1412.6980).
+        capturable: part of Megatron's contract; this Adam cannot be captured in a CUDA graph.
     """
 
     def __init__(
@@ -382,7 +383,10 @@ class FusedAdam(torch.optim.Optimizer):
         *,
         adam_w_mode: bool = True,
         bias_correction: bool = True,
+        capturable: bool = False,
     ) -> None:
+        if capturable:
+            raise UserError("an optimizer in a CUDA graph needs the Adam of Transformer Engine, which is not installed")
         defaults = {
             "lr": lr,
             "betas": betas,

@@ -19,6 +19,7 @@ from megatron_midus.config import ModelConfig
 from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.conversion.checkpoint_layout import ASSETS_DIRECTORY, find_checkpoint, iteration_directory
 from megatron_midus.conversion.checksums import CHECKSUMS_FILE, check_checkpoint
+from megatron_midus.conversion.common_state import read_training_record
 from megatron_midus.conversion.directories import source_config, write_hf_directory, write_megatron_checkpoint
 from megatron_midus.conversion.families import check_model, check_plan, from_hf_config
 from megatron_midus.conversion.hf_io import (
@@ -30,7 +31,7 @@ from megatron_midus.conversion.hf_io import (
     read_hf_config,
     source_hash,
 )
-from megatron_midus.conversion.megatron_io import MegatronReader, check_parallel_sizes, read_training_record
+from megatron_midus.conversion.megatron_io import MegatronReader, check_parallel_sizes
 from megatron_midus.conversion.model_card import read_evaluation
 from megatron_midus.conversion.streaming import check_workers, default_workers
 from megatron_midus.conversion.tokenizer import check_tokenizer

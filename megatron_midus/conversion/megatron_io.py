@@ -1,7 +1,8 @@
 """Canonical tensors <-> Megatron-Core's torch_dist checkpoints: names, fused layouts, and streaming on one process.
 
-torch_dist is torch.distributed.checkpoint (DCP) plus ``metadata.json`` and ``common.pt``. Both directions use DCP itself,
-one tensor at a time: no process group, no device, no model, and memory for one tensor whatever the size of the model.
+torch_dist is torch.distributed.checkpoint (DCP) plus ``metadata.json`` and ``common.pt``, which Megatron-Core 0.19 reads but
+no longer writes. Both directions use DCP itself, one tensor at a time: no process group, no device, no model, and memory for
+one tensor whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_midus.config import ModelConfig
-from megatron_midus.conversion.model_card import TrainingRecord
 from megatron_midus.conversion.streaming import in_parallel, read_finite
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan
@@ -337,7 +337,7 @@ class MegatronReader:
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         # What dcp.load does after it has read the metadata again and warned that there is no process group.
         planner = DefaultLoadPlanner()
-        with _corruption_named(self.directory):
+        with corruption_named(self.directory):
             planner.set_up_planner({key: tensor}, self._metadata, is_coordinator=True)
             self._reader.read_data(planner.create_local_plan(), planner).wait()
         if key in _VOCABULARY_KEYS:
@@ -345,23 +345,12 @@ class MegatronReader:
         return split(tensor, len(self._layout[key]), self._model)
 
 
-def read_training_record(directory: str | Path, iteration: int) -> TrainingRecord:
-    """What the checkpoint ``directory`` says about the training that it went through."""
-    path = Path(directory) / "common.pt"
-    if not path.is_file():
-        return TrainingRecord(iteration)
-    with _corruption_named(path):
-        common = torch.load(path, map_location="cpu", weights_only=True)
-        state = common.get("training_state") or {}
-        return TrainingRecord(iteration, state.get("consumed_train_tokens"), state.get("train"))
-
-
 def _read_metadata(directory: Path) -> tuple[dcp.FileSystemReader, Metadata, dict[str, TensorStorageMetadata]]:
     """The DCP reader of a checkpoint, its metadata and that of its tensors, after the cheap checks for wholeness."""
     if not (directory / "metadata.json").is_file() or not (directory / ".metadata").is_file():
         raise UserError(f"{directory} is not a whole torch_dist checkpoint: metadata.json or .metadata is missing")
     reader = dcp.FileSystemReader(directory)
-    with _corruption_named(directory):
+    with corruption_named(directory):
         metadata = reader.read_metadata()
         reader.set_up_storage_reader(metadata, True)
         ends: dict[str, int] = {}
@@ -378,7 +367,7 @@ def _read_metadata(directory: Path) -> tuple[dcp.FileSystemReader, Metadata, dic
 
 
 @contextlib.contextmanager
-def _corruption_named(directory: Path) -> Iterator[None]:
+def corruption_named(directory: Path) -> Iterator[None]:
     """Turns the many ways in which unpickling a damaged file fails into one line."""
     try:
         yield

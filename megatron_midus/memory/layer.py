@@ -102,6 +102,7 @@ class HeadWiseMemory(MegatronModule):
         skip_bias_add: bool = True,
         is_expert: bool = False,
         tp_comm_buffer_name: str | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(config=config)
         assert input_size == config.num_attention_heads * config.kv_channels, "not behind an attention"

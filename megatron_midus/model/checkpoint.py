@@ -16,6 +16,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_midus.errors import UserError
+from megatron_midus.megatron_compat import load_checkpoint, save_checkpoint
 from megatron_midus.model.builder import unwrap
 
 # Every key of a model starts with one of these; optimizer state and the rest of a training checkpoint do not.
@@ -46,7 +47,7 @@ def _chunk_state_dict(model: torch.nn.Module, metadata: dict[str, Any]) -> dict:
 
 def save_weights(model_chunks: Sequence[torch.nn.Module], iteration_directory: str | Path) -> None:
     """Writes the weights into the existing, empty ``iteration_directory``; every rank calls it."""
-    dist_checkpointing.save(sharded_state_dict(model_chunks), str(iteration_directory))
+    save_checkpoint(sharded_state_dict(model_chunks), iteration_directory)
 
 
 def load_weights(model_chunks: Sequence[torch.nn.Module], iteration_directory: str | Path) -> None:
@@ -66,7 +67,7 @@ def load_weights(model_chunks: Sequence[torch.nn.Module], iteration_directory: s
         }
         shapes = _global_shapes(sharded_state_dict(model_chunks))
         _check_shapes(shapes, stored, directory, unwrap(model_chunks[0]).unpadded_vocab_size)
-        loaded = dist_checkpointing.load(wanted, directory)
+        loaded = load_checkpoint(wanted, directory)
     except (CheckpointingException, CheckpointException, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{directory} cannot be read as a Megatron checkpoint: {_one_line(error)}") from None
     for name, chunk in zip(wanted, model_chunks):

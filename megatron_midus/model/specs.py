@@ -34,7 +34,7 @@ TransformerImpl = Literal["auto", "local", "transformer_engine"]
 class SdpaSpecProvider(LocalSpecProvider):
     """Megatron's own linear layers with this project's RMSNorm and attention: runs on a CPU and on any GPU."""
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
         return RMSNorm
 
     def core_attention(self) -> type:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
@@ -37,6 +37,7 @@ from megatron_midus.conversion.checkpoint_layout import (
 )
 from megatron_midus.conversion.checksums import file_sha256, write_checksums
 from megatron_midus.files import remove_partials
+from megatron_midus.megatron_compat import save_checkpoint
 from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.helper_process import start_result_queue
 from megatron_midus.training.optimizer_state import optimizer_metadata
@@ -89,9 +90,9 @@ class CheckpointWriter:
         torch.distributed.barrier()
         self._saving = iteration
         with self._failures_named():
-            request = dist_checkpointing.save(
+            request = save_checkpoint(
                 state,
-                str(staging),
+                staging,
                 self._strategy,
                 async_sharded_save=self._queue is not None,
                 content_metadata=optimizer_metadata(),

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy
 import torch
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
@@ -23,7 +23,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_midus.config.optimizer import OptimizerSettings
+from megatron_midus.conversion import common_state
 from megatron_midus.errors import UserError
+from megatron_midus.megatron_compat import load_checkpoint
 from megatron_midus.model.checkpoint import sharded_state_dict
 from megatron_midus.training.messages import warn_rank_0
 from megatron_midus.training.optimizer_state import load_optimizer_state, optimizer_metadata, stored_groups
@@ -152,7 +154,7 @@ def _restore_rng(states: list[dict[str, Any]]) -> None:
 def read_common_state(directory: Path) -> dict[str, Any]:
     """The part of a checkpoint that every rank has alike; raises ``ValueError`` when it cannot be read."""
     with readable(directory):
-        return dist_checkpointing.load_common_state_dict(str(directory))
+        return common_state.read_common_state(directory)
 
 
 @contextlib.contextmanager
@@ -308,5 +310,5 @@ def _load_rng(directory: Path, common: dict[str, Any]) -> None:
         )
         return
     with readable(directory):
-        loaded = dist_checkpointing.load({"rng_state": _rng_state(is_loading=True)}, str(directory))
+        loaded = load_checkpoint({"rng_state": _rng_state(is_loading=True)}, directory)
     _restore_rng(loaded["rng_state"])

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from megatron_midus.conversion.common_state import read_common_state
+from megatron_midus.megatron_compat import load_checkpoint
 from megatron_midus.memory import HeadWiseMemory
 from megatron_midus.training.memory_counters import BlockCounts
 
@@ -94,11 +96,11 @@ class MemoryUsage:
 
     def load(self, directory: Path) -> None:
         """Goes on from a checkpoint, where it has such averages. Collective."""
-        common = dist_checkpointing.load_common_state_dict(str(directory))
+        common = read_common_state(directory)
         reports = common.get(STATE, {}).get("reports", 0)
         if not reports:
             return
-        loaded = dist_checkpointing.load({STATE: self._sharded()}, str(directory))[STATE]
+        loaded = load_checkpoint({STATE: self._sharded()}, directory)[STATE]
         for index, block in self.blocks.items():
             block.slots, block.subkeys = loaded[str(index)]["slots"], loaded[str(index)]["subkeys"]
         self.reports = reports

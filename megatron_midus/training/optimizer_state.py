@@ -17,8 +17,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
+from megatron_midus.megatron_compat import load_checkpoint
+
 # What a master weight may be called, the weight itself last: it is exact where no other name was stored.
 _MASTER_WEIGHTS = ("optimizer.state.param.", "optimizer.state.fp32_param.", "")
+# What says which parameters a group holds. By Megatron-Core's own ``param_group_identifier_keys`` later releases tell groups
+# apart by their learning rates as well, which a run that goes on may change.
+GROUP_IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 
 
 def optimizer_metadata() -> dict[str, Any]:
@@ -50,8 +55,8 @@ def load_optimizer_state(
     wanted = part.sharded_state_dict(model_state, is_loading=True, metadata=optimizer_metadata())
     _find_master_weights(wanted, set(dist_checkpointing.load_tensors_metadata(str(directory))))
     # Under a name of its own, so that nothing of the other kind's common state is merged in.
-    loaded = dist_checkpointing.load({"wanted": wanted}, str(directory)).get("wanted", {})
-    groups = _groups_with_steps(common)
+    loaded = load_checkpoint({"wanted": wanted}, directory).get("wanted", {})
+    groups = _groups_of(part, common)
     if isinstance(part, DistributedOptimizer):
         loaded["optimizer"] = {"param_groups": groups}
         loaded["param_state_sharding_type"] = optimizer_metadata()["distrib_optim_sharding_type"]
@@ -86,15 +91,23 @@ def _groups_with_steps(common: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _fill_groups(inner: dict[str, Any], groups: list[dict[str, Any]], part: MegatronOptimizer) -> None:
     """Gives the groups of a torch optimizer's state, which hold parameters alone by now, what the checkpoint has."""
-    by_identity = {_identity(group): group for group in groups}
     inner["param_groups"] = [
-        {**by_identity[_identity(ours)], "params": theirs["params"]}
-        for ours, theirs in zip(part.param_groups, inner["param_groups"])
+        {**group, "params": inside["params"]} for group, inside in zip(groups, inner["param_groups"])
     ]
     state = inner.setdefault("state", {})
     if any("step" in of_parameter for of_parameter in part.optimizer.state.values()):
         state["common_step"] = groups[0]["step"]
 
 
+def _groups_of(part: MegatronOptimizer, common: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each group of ``part`` the stored one of the same parameters, marked as Megatron-Core will look for it."""
+    stored = {_identity(group): group for group in _groups_with_steps(common)}
+    groups = []
+    for ours in part.param_groups:
+        state = {k: v for k, v in stored[_identity(ours)].items() if k not in param_group_identifier_keys}
+        groups.append({**state, **{key: ours[key] for key in param_group_identifier_keys if key in ours}})
+    return groups
+
+
 def _identity(group: dict[str, Any]) -> tuple:
-    return tuple(group[key] for key in param_group_identifier_keys)
+    return tuple(group[key] for key in GROUP_IDENTITY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -283,7 +284,7 @@ def _describe_specs(config: Any, plan: Any, backend: Any) -> dict[str, Any]:
 
 def _describe(spec: Any) -> dict[str, Any]:
     def name(part: Any) -> str:
-        return (part.module if isinstance(part, ModuleSpec) else part).__name__
+        return _module_and_parts(part)[0].__name__
 
     parts, attention = spec.submodules, spec.submodules.self_attention.submodules
     found = {
@@ -296,9 +297,18 @@ def _describe(spec: Any) -> dict[str, Any]:
             "linear_qkv", "core_attention", "linear_proj", "q_layernorm", "k_layernorm",
         )},
     }  # fmt: skip
-    if isinstance(parts.mlp, ModuleSpec):
-        found["linear_fc1"] = name(parts.mlp.submodules.linear_fc1)
+    if (inside := _module_and_parts(parts.mlp)[1]) is not None:
+        found["linear_fc1"] = name(inside.linear_fc1)
     return found
+
+
+def _module_and_parts(part: Any) -> tuple[type, Any]:
+    """What a spec builds, and of what; a dense MLP is a partial in later releases of Megatron-Core."""
+    if isinstance(part, ModuleSpec):
+        return part.module, part.submodules
+    if isinstance(part, functools.partial):
+        return part.func.__self__, part.keywords["submodules"]  # type: ignore[attr-defined]
+    return part, None
 
 
 def fused_specs(qk_layernorm: bool) -> dict[str, Any]:

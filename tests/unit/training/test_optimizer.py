@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
 from megatron_midus.config.optimizer import OptimizerSettings
 from megatron_midus.training.optimizer import has_weight_decay, param_group_overrides
+from megatron_midus.training.optimizer_state import GROUP_IDENTITY
 
 NAMES = {
     "decoder.layers.0.mlp.linear_fc1.weight": (4, 3),
@@ -61,11 +61,11 @@ def test_overrides(name, mult):
 
 @pytest.mark.parametrize("settings", [{"value_lr_mult": 1.0}, {"value_lr_mult": 4.0}, {"value_weight_decay": 0.1}])
 def test_no_two_groups_look_alike_in_a_checkpoint(settings):
-    """Megatron-Core finds a group of a checkpoint by these keys; equal ones would reload as one."""
+    """A group of a checkpoint is found by these keys, which every release of Megatron-Core has among its own."""
     settings = OptimizerSettings(lr=1e-3, weight_decay=0.1, **settings)
     defaults = {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
     groups = {tuple(sorted(override_of(name, settings).items())) for name in NAMES}
-    identities = {tuple({**defaults, **dict(group)}[key] for key in param_group_identifier_keys) for group in groups}
+    identities = {tuple({**defaults, **dict(group)}[key] for key in GROUP_IDENTITY) for group in groups}
     assert len(groups) == len(identities) == 3
 
 

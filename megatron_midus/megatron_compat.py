@@ -1,0 +1,53 @@
+"""What the supported releases of Megatron-Core do differently, told by what is there and never by a version number.
+
+Where a release merely hands over one more argument (``name`` of a linear layer, ``capturable`` of an Adam, ``has_residual``
+of a norm), whoever is called takes it, and nothing stands here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+
+
+def _takes(function: Any, argument: str) -> bool:
+    return argument in inspect.signature(function).parameters
+
+
+def save_checkpoint(state: dict[str, Any], directory: str | Path, strategy: Any = None, **options: Any) -> Any:
+    """``dist_checkpointing.save`` by Megatron-Core's own writer. Collective over all ranks.
+
+    Later releases write in the background by nvidia-resiliency-ext unless they are told otherwise. Its requests are of
+    another kind than those that this package adds its hashing to.
+
+    Returns:
+        The ``AsyncRequest`` with ``async_sharded_save=True``, else ``None``.
+    """
+    if _takes(dist_checkpointing.save, "async_strategy"):
+        options["async_strategy"] = "mcore"
+    return dist_checkpointing.save(state, str(directory), strategy, **options)
+
+
+def load_checkpoint(state: dict[str, Any], directory: str | Path) -> dict[str, Any]:
+    """``dist_checkpointing.load`` of what ``state`` names, whichever release wrote the checkpoint. Collective.
+
+    What all ranks have alike is not for here, ``conversion.common_state`` reads it: releases that have a strategy for
+    it know ``common.pt`` alone, which later ones do not write.
+    """
+    options: dict[str, Any] = {}
+    if _takes(dist_checkpointing.load, "common_strategy"):
+        options["common_strategy"] = _no_common_state()
+    return dist_checkpointing.load(state, str(directory), **options)
+
+
+def _no_common_state() -> Any:
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+
+    class NoCommonState(TorchCommonLoadStrategy):
+        def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+            return {}
+
+    return NoCommonState()
