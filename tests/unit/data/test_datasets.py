@@ -14,7 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_midus.config.data import DataConfig
 from megatron_midus.data import build_train_valid_test_datasets
-from megatron_midus.data.datasets import parse_blend
+from megatron_midus.data.sources import parse_blend
 from megatron_midus.data.tokenizer import NullTokenizer
 
 TOKENIZER = NullTokenizer(1000)
