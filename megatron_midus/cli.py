@@ -21,10 +21,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except (ValueError, OSError) as error:
         if os.environ.get("MIDUS_TRACEBACK"):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(describe(error), file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     sys.exit(code or 0)
+
+
+def describe(error: Exception) -> str:
+    """The one line that a user's mistake is told with."""
+    return f"error: {' '.join(str(error).split()) or type(error).__name__}"

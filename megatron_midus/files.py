@@ -59,6 +59,26 @@ def check_output_file(target: str | Path) -> Path:
     return target
 
 
+def check_writable_directory(target: str | Path, *, what: str) -> None:
+    """Raises ``ValueError`` when no file can be made in ``target``, which need not exist yet. Leaves nothing behind.
+
+    Args:
+        what: the flag that names it.
+    """
+    place = Path(target).absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{what} {target}: {place} is not a directory; choose another one")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{what} {target} cannot be written ({place}: {error.strerror}); choose another directory"
+        ) from None
+
+
 @contextlib.contextmanager
 def staged_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty directory beside ``target`` that becomes ``target`` on success and vanishes on an exception."""

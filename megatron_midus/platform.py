@@ -156,7 +156,12 @@ def name_of_this_start(store: Any, rank: int, world_size: int, timeout: datetime
     return name
 
 
-def _select_gpu() -> None:
+def check_backend(backend: Literal["nccl", "gloo"]) -> None:
+    """Raises ``ValueError`` for a backend that cannot run on this machine; changes nothing."""
+    if backend == "gloo":
+        if not _mapping_active:
+            _refuse_cpu_mapping_beside_cuda()
+        return
     if not torch.cuda.is_available():
         raise UserError("backend nccl needs a CUDA device and there is none; choose --distributed-backend gloo")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -165,7 +170,19 @@ def _select_gpu() -> None:
             f"LOCAL_RANK={local_rank} but this machine has {torch.cuda.device_count()} CUDA devices; "
             "start at most one process per device"
         )
-    torch.cuda.set_device(local_rank)
+
+
+def _select_gpu() -> None:
+    check_backend("nccl")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def _refuse_cpu_mapping_beside_cuda() -> None:
+    if torch.cuda.is_available():
+        raise UserError(
+            "the CPU mapping (backend gloo) is refused where CUDA is available; choose --distributed-backend nccl, "
+            "or hide the GPUs with CUDA_VISIBLE_DEVICES=''"
+        )
 
 
 # -- Megatron-Core without CUDA --------------------------------------------------------------------------------------
@@ -181,11 +198,7 @@ def activate_cpu_mapping() -> None:
     global _mapping_active
     if _mapping_active:
         return
-    if torch.cuda.is_available():
-        raise UserError(
-            "the CPU mapping (backend gloo) is refused where CUDA is available; choose --distributed-backend nccl, "
-            "or hide the GPUs with CUDA_VISIBLE_DEVICES=''"
-        )
+    _refuse_cpu_mapping_beside_cuda()
     # Before anything is replaced: its decorators import torch._dynamo, which indexes torch's functions by identity.
     from megatron.core.tensor_parallel import random
 

@@ -31,6 +31,7 @@ from megatron_midus.config import ModelConfig
 from megatron_midus.conversion.streaming import in_parallel, read_finite
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan
+from megatron_midus.upscaling.parallel_sizes import check_tensor_parallel_size
 from megatron_midus.upscaling.tensors import (
     EMBEDDING,
     FINAL_NORM,
@@ -137,22 +138,7 @@ def check_parallel_sizes(
     """Raises ``ValueError`` when the up-scaled model cannot be split over so many ranks."""
     if tensor_parallel_size < 1 or pipeline_parallel_size < 1:
         raise UserError(f"parallel sizes must be at least 1, not {tensor_parallel_size} and {pipeline_parallel_size}")
-    axes = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_hidden_size}
-    if plan.memory is not None:
-        axes["memory heads"] = plan.memory.num_memory_heads(model.num_attention_heads)
-    # Query groups are split, or where there are fewer of them than ranks each is shared by a whole number of ranks.
-    groups = model.num_query_groups
-    choices = [
-        size
-        for size in range(1, model.num_attention_heads + 1)
-        if all(axis % size == 0 for axis in axes.values()) and (groups % size == 0 or size % groups == 0)
-    ]
-    if tensor_parallel_size not in choices:
-        described = ", ".join(f"{name}={size}" for name, size in {**axes, "num_query_groups": groups}.items())
-        raise UserError(
-            f"{described} cannot be split over target_tensor_parallel_size={tensor_parallel_size}; "
-            f"choose one of {choices}"
-        )
+    check_tensor_parallel_size(model, plan, tensor_parallel_size, name="target_tensor_parallel_size")
     if plan.num_layers % pipeline_parallel_size:
         choices = [n for n in range(1, plan.num_layers + 1) if plan.num_layers % n == 0]
         raise UserError(

@@ -9,11 +9,13 @@ import re
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from megatron_midus import cli
+from megatron_midus.errors import UserError
 from megatron_midus.training.architecture import resolve_model
 from megatron_midus.training.arguments import Arguments, parse_arguments
 from megatron_midus.training.checks import (
@@ -23,6 +25,9 @@ from megatron_midus.training.checks import (
     resolve_layout,
     resolve_pipeline,
 )
+from megatron_midus.training.error_file import write_error_file
+from megatron_midus.training.messages import warn_rank_0
+from megatron_midus.training.preflight import check_data_contents, check_files, check_model_fits
 from megatron_midus.training.schedule import schedule_lengths
 from megatron_midus.training.source import find_source
 
@@ -49,8 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     layout = resolve_layout(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     if not arguments.training.skip_train:
         schedule_lengths(arguments.optimizer, arguments.training, layout.global_batch_size)
+    check_files(arguments)
     source = find_source(arguments.checkpoint)
     tokenizer, architecture = resolve_model(arguments, source)
+    check_model_fits(arguments, architecture, warn_rank_0)
     parallel = resolve_pipeline(
         arguments.parallel,
         architecture.model,
@@ -62,8 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_schedule(arguments, layout, architecture.plan.num_layers)
     check_memory_settings(arguments, architecture.plan)
     _prepare_environment(arguments)
+    check_data_contents(arguments, tokenizer)
     from megatron_midus import platform
 
+    platform.check_backend(arguments.parallel.distributed_backend)
     if arguments.parallel.distributed_backend == "gloo":
         # Before Megatron is imported: parts of it look at torch.cuda while they are.
         platform.activate_cpu_mapping()
@@ -115,13 +124,26 @@ def _main_of_rank() -> int:
     try:
         with _lost_ranks_named(rank):
             return main()
-    except (ValueError, OSError):
+    except (ValueError, OSError) as error:
         if rank > 0:
             # Mistakes are mostly everybody's. Rank 0 says so and the launcher ends us; otherwise we speak after a while.
             _wait_for_rank_0()
+        _leave_for_torchrun(error)
+        raise
+    except Exception as error:
+        _leave_for_torchrun(error)
         raise
     finally:
         sys.stdout.flush()
+
+
+def _leave_for_torchrun(error: Exception) -> None:
+    """A user's mistake is one line there, too; a bug is its traceback."""
+    if isinstance(error, (UserError, OSError)) and not os.environ.get("MIDUS_TRACEBACK"):
+        text = cli.describe(error)
+    else:
+        text = "".join(traceback.format_exception(error))
+    write_error_file(text, kind=type(error).__name__)
 
 
 def _wait_for_rank_0() -> None:

@@ -1,0 +1,85 @@
+"""What flags, file system and environment alone can refuse, before torch, model and optimizer. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from megatron_midus.config.parallel import ParallelConfig
+from megatron_midus.data.sources import check_data, check_data_files
+from megatron_midus.data.tokenizer import Tokenizer
+from megatron_midus.errors import UserError
+from megatron_midus.files import check_writable_directory
+from megatron_midus.training.architecture import Architecture
+from megatron_midus.training.arguments import Arguments
+from megatron_midus.upscaling.parallel_sizes import check_tensor_parallel_size
+
+
+def check_files(arguments: Arguments) -> None:
+    """Raises ``ValueError`` for data that are not there and for outputs that cannot be written."""
+    check_data_files(arguments.data, _split_sizes(arguments))
+    if arguments.training.dry_run:
+        return
+    outputs = {
+        "--save": None if arguments.training.skip_train else arguments.checkpoint.save,
+        "--tensorboard-dir": arguments.logging.tensorboard_dir,
+        "--profile-dir": arguments.logging.profile_dir,
+        "--wandb-save-dir": arguments.logging.wandb_save_dir,
+        "--data-cache-path": arguments.data.data_cache_path,
+    }
+    for flag, directory in outputs.items():
+        if directory is not None:
+            check_writable_directory(directory, what=flag)
+
+
+def check_data_contents(arguments: Arguments, tokenizer: Tokenizer) -> None:
+    """Raises ``ValueError`` for data that are damaged, empty, or of another tokenizer. One process of a machine looks:
+    the others fail with it."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        check_data(arguments.data, tokenizer, _split_sizes(arguments), _not_yet)
+
+
+def _not_yet(warning: str) -> None:
+    """Warnings come when the datasets are built."""
+
+
+def _split_sizes(arguments: Arguments) -> list[int | None]:
+    """As many samples of train, valid and test as say which of them are read at all, and which in one pass."""
+    training = arguments.training
+    train = 0 if training.skip_train and not (training.train_iters or training.train_samples) else 1
+    evaluated = None if training.full_validation else training.eval_iters
+    return [train, evaluated, evaluated]
+
+
+def check_model_fits(arguments: Arguments, architecture: Architecture, warn: Callable[[str], None]) -> None:
+    """Raises ``ValueError`` for a layout that the model's sizes do not divide into; warns of sequences that are longer
+    than what the model was made for."""
+    parallel, seq_length = arguments.parallel, arguments.data.seq_length
+    ranks = parallel.tensor_model_parallel_size
+    check_tensor_parallel_size(architecture.model, architecture.plan, ranks, name="tensor_model_parallel_size")
+    if parallel.sequence_parallel and seq_length % ranks:
+        raise UserError(
+            f"seq_length={seq_length} is not divisible by tensor_model_parallel_size={ranks}, which --sequence-parallel "
+            "needs; change --seq-length or leave --sequence-parallel out"
+        )
+    _check_context_parallel(parallel, seq_length)
+    longest = architecture.model.max_position_embeddings
+    if seq_length > longest:
+        warn(
+            f"--seq-length {seq_length} is longer than the {longest} positions that the model was made for. Rotary "
+            "positions go on beyond them with the same frequencies, at angles that the model has not seen; checkpoints and "
+            f"exports keep max_position_embeddings={longest}"
+        )
+
+
+def _check_context_parallel(parallel: ParallelConfig, seq_length: int) -> None:
+    size = parallel.context_parallel_size
+    if size > 1 and (parallel.distributed_backend == "gloo" or parallel.transformer_impl == "local"):
+        raise UserError(
+            f"context_parallel_size={size} needs Transformer Engine's attention on a GPU; choose 1, or "
+            "--transformer-impl transformer_engine and --distributed-backend nccl"
+        )
+    if seq_length % (2 * size) and size > 1:
+        raise UserError(
+            f"seq_length={seq_length} is not divisible by 2 * context_parallel_size={size}; change --seq-length"
+        )
