@@ -87,7 +87,7 @@ def _root(symmetric: torch.Tensor) -> torch.Tensor:
 # -- the table of a block ----------------------------------------------------------------------------------------
 def table_rows(memory: Any) -> torch.Tensor:
     """``[N, C]`` of variants ``full`` (the banks of all heads side by side) and ``block``."""
-    values = memory.values.detach()
+    values = memory.value_bank.detach()
     return values.transpose(0, 1).flatten(1) if memory.config.memory_variant == "full" else values
 
 
@@ -109,7 +109,7 @@ def table_directions(memory: Any, row_weights: torch.Tensor | None = None) -> tu
         factor = _root(gram(table_rows(memory), row_weights))
     else:
         # The table V W is never made: with V^T D V = B^T B its right singular vectors are those of the small B W.
-        factor = _root(gram(memory.values.detach(), row_weights)) @ flat_projection(memory)
+        factor = _root(gram(memory.value_bank.detach(), row_weights)) @ flat_projection(memory)
     _, values, directions = torch.linalg.svd(factor, full_matrices=False)
     return directions.T, values
 
@@ -124,9 +124,9 @@ def truncate_table(memory: Any, directions_CR: torch.Tensor) -> dict[str, torch.
     parts = [(part.double().cpu() @ projector).to(rows.dtype) for part in rows.split(_ROWS)]
     table = torch.cat(parts)
     if memory.config.memory_variant == "full":
-        heads, slots, out = memory.values.shape
+        heads, slots, out = memory.value_bank.shape
         table = table.view(slots, heads, out).transpose(0, 1)
-    return {"values": table}
+    return {"value_bank": table}
 
 
 def table_width(memory: Any) -> int:

@@ -28,7 +28,7 @@ def select(memory: Any, query_TMD: torch.Tensor) -> Selected:
 
 def read(memory: Any, slots_TMK: torch.Tensor, weights_TMK: torch.Tensor) -> torch.Tensor:
     """What the slots hold, weighted and projected: ``[T, M, O]``, for ``block`` ``[T, 1, d]``."""
-    found = read_values(slots_TMK, weights_TMK, memory.values, memory.config.memory_variant)
+    found = read_values(slots_TMK, weights_TMK, memory.value_bank, memory.config.memory_variant)
     if memory.head_proj is not None:
         found = torch.einsum("tml,mlo->tmo", found.to(memory.head_proj.dtype), memory.head_proj)
     return found

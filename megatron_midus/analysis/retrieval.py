@@ -153,7 +153,7 @@ def _fit(
             slots, weights = done.slots_and_weights(block)
             counts[block].add(slots, weights)
             if memory.head_proj is not None:
-                latent = read_values(slots, weights, memory.values.detach(), "hive").double().cpu()  # [T, M, L]
+                latent = read_values(slots, weights, memory.value_bank.detach(), "hive").double().cpu()  # [T, M, L]
                 part = torch.einsum("tml,tmk->mlk", latent, latent)
                 grams[block] = grams.get(block, 0) + part
     return counts, grams
@@ -161,7 +161,7 @@ def _fit(
 
 def exchanged(memory: Any, kind: str, counts: SlotCounts, latent_grams: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """Parameters of the memory in which what each head has of its own is exchanged as ``SHARINGS`` says."""
-    name = "values" if memory.head_proj is None else "head_proj"
+    name = "value_bank" if memory.head_proj is None else "head_proj"
     own = getattr(memory, name).detach()
     if kind == "swapped":
         return {name: own.roll(1, 0)}
@@ -244,19 +244,19 @@ def structure_of(memory: Any, counts: SlotCounts) -> BlockStructure:
     """Ranks of the memory's parameters; ``counts`` say which rows are used."""
     _, directions = table_directions(memory)
     used = counts.reads.sum(0) > 0
-    values = table_rows(memory)[used.to(memory.values.device)]
+    values = table_rows(memory)[used.to(memory.value_bank.device)]
     if memory.head_proj is not None:
         parts = list(memory.head_proj.detach().double().cpu())
         flat = flat_projection(memory)
         stacked = noise_rank_of(torch.linalg.svdvals(flat), (flat.shape[0], flat.shape[1]))
     else:
-        parts = list(memory.values.detach()) if memory.config.memory_variant == "full" else []
+        parts = list(memory.value_bank.detach()) if memory.config.memory_variant == "full" else []
         stacked = None
     return BlockStructure(
         projections=[noise_rank_of(_singular_values(part), (part.shape[0], part.shape[1])) for part in parts],
         stacked=stacked,
         values=noise_rank_of(singular_values(values), (values.shape[0], values.shape[1])),
-        table=rank_of(directions, (memory.values.shape[-2], len(directions))),
+        table=rank_of(directions, (memory.value_bank.shape[-2], len(directions))),
     )
 
 

@@ -187,8 +187,8 @@ def dropped_slots(counts: SlotCounts, memory: Any, share: float) -> torch.Tensor
 @contextlib.contextmanager
 def _without(memory: Any, dropped: torch.Tensor) -> Iterator[None]:
     """These slots are still found, and hold zeros."""
-    values = memory.values.detach()
-    with replaced(memory, values=values.masked_fill(dropped.to(values.device)[..., None], 0)):
+    values = memory.value_bank.detach()
+    with replaced(memory, value_bank=values.masked_fill(dropped.to(values.device)[..., None], 0)):
         yield
 
 

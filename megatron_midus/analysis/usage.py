@@ -193,7 +193,7 @@ def _summarise(memory: Any, counts: SlotCounts, loudness: _Loudness) -> BlockUsa
     grid = reads.double().view(len(reads), num_keys, num_keys)
     grid = grid / grid.sum((1, 2), keepdim=True).clamp(min=1)
     ratios = torch.cat(loudness.ratios).double()
-    norms = memory.values.detach().float().norm(dim=-1)
+    norms = memory.value_bank.detach().float().norm(dim=-1)
     return BlockUsage(
         bank=distribution(bank),
         heads=[distribution(row) for row in reads],

@@ -7,6 +7,10 @@ from typing import Any, Literal
 
 from megatron_midus.errors import UserError
 
+# {parameter: its name in Megatron checkpoints of every version, and in exports of plan schema 1}, where they differ.
+# `values` is a name that torch.nn.utils.parametrize cannot take; what was stored under it stays readable, both ways.
+STORED_NAMES = {"value_bank": "values"}
+
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
@@ -109,7 +113,7 @@ class MemoryConfig:
         """Global shapes of every parameter of one memory, in the order in which they are stored.
 
         Memory and attention heads are always the first axis where there is one, so tensor parallelism splits axis 0,
-        except for ``attn_proj`` (axis 1) and the replicated tensors ``values`` of hive and block.
+        except for ``attn_proj`` (axis 1) and the replicated tensors ``value_bank`` of hive and block.
         """
         heads = self.num_memory_heads(num_attention_heads)
         per_head = self.query_size_per_attention_head(hidden_size, num_attention_heads, kv_channels)
@@ -125,12 +129,12 @@ class MemoryConfig:
         shapes["row_keys"] = (heads, self.memory_num_keys, query // 2)
         shapes["col_keys"] = (heads, self.memory_num_keys, query // 2)
         if self.memory_variant == "hive":
-            shapes["values"] = (self.num_slots, self.memory_latent_size)
+            shapes["value_bank"] = (self.num_slots, self.memory_latent_size)
             shapes["head_proj"] = (heads, self.memory_latent_size, out)
         elif self.memory_variant == "full":
-            shapes["values"] = (heads, self.num_slots, out)
+            shapes["value_bank"] = (heads, self.num_slots, out)
         else:
-            shapes["values"] = (self.num_slots, hidden_size)
+            shapes["value_bank"] = (self.num_slots, hidden_size)
         if self.memory_output_projection == "linear":
             shapes["mixer"] = (num_attention_heads * out, hidden_size)
         elif self.memory_output_projection == "attention":

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_midus.config import ModelConfig
+from megatron_midus.config.memory import STORED_NAMES
 from megatron_midus.conversion.streaming import in_parallel, num_bytes, read_finite, tensor_bytes
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling.tensors import EMBEDDING, OUTPUT_LAYER, Shape, TensorSource, split_name
@@ -92,6 +93,7 @@ class SafetensorsReader:
         for name, file_name in files.placed.items():
             if self._where.get(name) != file_name:
                 raise UserError(f"tensor {name} is missing: {files.index} places it in {file_name}, which lacks it")
+        self._rename_old()
 
     def _missing(self) -> UserError:
         """Why there is nothing to read."""
@@ -121,6 +123,13 @@ class SafetensorsReader:
             self._where[name] = file_name
             self._offsets[name] = start + entry["data_offsets"][0]
             self._specs[name] = (tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+
+    def _rename_old(self) -> None:
+        """Names of exports of plan schema 1 become those of today."""
+        for new, old in STORED_NAMES.items():
+            for name in [name for name in self._specs if split_name(name)[1] == f"memory.{old}"]:
+                for table in (self._where, self._offsets, self._specs):
+                    table[name.removesuffix(old) + new] = table.pop(name)
 
     def drop(self, name: str) -> None:
         """Forgets a tensor that is in the files and is not wanted."""

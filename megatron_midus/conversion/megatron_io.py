@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_midus.config import ModelConfig
+from megatron_midus.config.memory import STORED_NAMES
 from megatron_midus.conversion.streaming import in_parallel, read_finite
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan
@@ -100,7 +101,8 @@ def megatron_layout(model: ModelConfig, plan: UpscalePlan) -> dict[str, tuple[st
 
 def _memory_names(shapes: dict[str, Shape], index: int) -> dict[str, tuple[str, ...]]:
     suffixes = [suffix for layer, suffix in map(split_name, shapes) if layer == index and suffix.startswith("memory.")]
-    return {f"self_attention.linear_proj.{suffix.removeprefix('memory.')}": (suffix,) for suffix in suffixes}
+    names = {suffix: suffix.removeprefix("memory.") for suffix in suffixes}
+    return {f"self_attention.linear_proj.{STORED_NAMES.get(name, name)}": (suffix,) for suffix, name in names.items()}
 
 
 # -- layouts ---------------------------------------------------------------------------------------------------------

@@ -241,11 +241,11 @@ class MidusConfig(PretrainedConfig):
         num_keys, latent = self.memory_num_keys, self.memory_latent_size
         shapes = {"row_keys": (heads, num_keys, query // 2), "col_keys": (heads, num_keys, query // 2)}
         if self.memory_variant == "hive":
-            shapes.update(values=(num_keys**2, latent), head_proj=(heads, latent, out))
+            shapes.update(value_bank=(num_keys**2, latent), head_proj=(heads, latent, out))
         elif self.memory_variant == "full":
-            shapes.update(values=(heads, num_keys**2, out))
+            shapes.update(value_bank=(heads, num_keys**2, out))
         else:
-            shapes.update(values=(num_keys**2, self.hidden_size))
+            shapes.update(value_bank=(num_keys**2, self.hidden_size))
         if self.memory_attention == "full":
             shapes["attn_proj"] = (self.hidden_size, self.num_attention_heads * self.head_dim)
         if self.memory_query_norm == "rms":

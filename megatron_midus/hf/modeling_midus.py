@@ -30,6 +30,8 @@ from .configuration_midus import MidusConfig
 logger = logging.get_logger(__name__)
 
 RMS_EPSILON = 1e-6
+# What the parameters of a memory were called in exports of plan schema 1, and what they are called now.
+OLD_NAMES = {"values": "value_bank"}
 # Elements of the largest temporary of a look-up (scores of all sub-keys, fp32: 64 MiB); longer inputs go in pieces.
 MAX_SCORES = 2**24
 # transformers 4 wants a list of tied tensors, 5 a mapping to their source.
@@ -291,7 +293,7 @@ class MidusMemory(nn.Module):
     """Head-wise product-key memory: each head looks up with its own attention output and its own sub-keys."""
 
     PARAMETERS = (
-        "attn_proj", "query_norm", "log_temperature", "row_keys", "col_keys", "values", "head_proj", "mixer", "gate",
+        "attn_proj", "query_norm", "log_temperature", "row_keys", "col_keys", "value_bank", "head_proj", "mixer", "gate",
     )  # fmt: skip
 
     def __init__(self, config):
@@ -301,10 +303,16 @@ class MidusMemory(nn.Module):
         for name in self.PARAMETERS:
             self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])) if name in shapes else None)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        for old, new in OLD_NAMES.items():
+            if prefix + old in state_dict:
+                state_dict[prefix + new] = state_dict.pop(prefix + old)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def reset_parameters(self):
         """Start values: zero values, so that the block adds nothing at first."""
         for name, parameter in self.named_parameters(recurse=False):
-            if name in ("values", "mixer", "log_temperature"):
+            if name in ("value_bank", "mixer", "log_temperature"):
                 nn.init.zeros_(parameter)
             elif name == "query_norm":
                 nn.init.ones_(parameter)
@@ -349,7 +357,7 @@ class MidusMemory(nn.Module):
             slots, scores = select_slots(query_TMD, self.row_keys, self.col_keys, self.config.memory_topk)
             activation = self.config.memory_score_activation
             weights = scores.softmax(-1) if activation == "softmax" else getattr(scores, activation)()
-            read = read_values(slots, weights, self.values, self.config.memory_variant)
+            read = read_values(slots, weights, self.value_bank, self.config.memory_variant)
             if self.head_proj is not None:
                 read = torch.einsum("tml,mlo->tmo", read.to(self.head_proj.dtype), self.head_proj)
         return read.to(query_TMD.dtype)
@@ -392,6 +400,19 @@ class MidusPreTrainedModel(PreTrainedModel):
     def __init__(self, config, *args, **kwargs):
         config.check()  # fields may have been set after the configuration was made
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As the base class; exports of plan schema 1 are read too, and saved as those of today."""
+        renamed = {rf"\.memory\.{old}$": f".memory.{new}" for old, new in OLD_NAMES.items()}
+        kwargs["key_mapping"] = {**renamed, **(kwargs.get("key_mapping") or {})}
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # transformers 5 would undo on saving what it did on loading.
+        if getattr(model, "_weight_conversions", None):
+            kept = [c for c in model._weight_conversions if not set(c.target_patterns) & set(renamed.values())]
+            model._weight_conversions = kept
+        return loaded
 
     @classmethod
     def _can_set_attn_implementation(cls):

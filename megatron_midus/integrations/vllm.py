@@ -19,5 +19,22 @@ def register() -> None:
     from megatron_midus.hf import register as register_with_transformers
 
     register_with_transformers()
+    _read_old_names()
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, BACKEND)
+
+
+def _read_old_names() -> None:
+    """Lets vLLM, which asks transformers for them, read parameters under the names that they had in earlier exports.
+
+    In an engine's process alone: a model that is made, not loaded, would be *saved* under the old names as well.
+    """
+    try:
+        from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # transformers 4, whose vLLM has no such way
+        return
+    from megatron_midus.hf.modeling_midus import OLD_NAMES
+
+    renamings = [WeightRenaming(rf"\.memory\.{old}$", f".memory.{new}") for old, new in OLD_NAMES.items()]
+    register_checkpoint_conversion_mapping("midus", renamings, overwrite=True)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     all_to_all_hp2sp,
@@ -24,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from megatron_midus.config import MemoryConfig
+from megatron_midus.config.memory import STORED_NAMES
 from megatron_midus.errors import UserError
 from megatron_midus.memory.balance import BalanceLoss
 from megatron_midus.memory.latent import read_latent_bank
@@ -43,7 +45,7 @@ def partition_axis(name: str, memory: MemoryConfig, value_placement: ValuePlacem
     """The axis on which tensor parallelism splits a parameter; ``None`` = every rank holds the whole of it."""
     if name == "attn_proj":
         return 1
-    if name == "values" and memory.memory_variant != "full":
+    if name == "value_bank" and memory.memory_variant != "full":
         return 1 if value_placement == "latent" else None
     return 0
 
@@ -144,7 +146,7 @@ class HeadWiseMemory(MegatronModule):
         """This rank's part of parameter ``name`` of global shape ``shape``."""
         config, ranks = self.config, self.tp_group.size()
         axis = partition_axis(name, self.memory, self.value_placement)
-        if name == "values" and axis is not None and shape[axis] % ranks:
+        if name == "value_bank" and axis is not None and shape[axis] % ranks:
             raise UserError(
                 f"a value bank of {shape[axis]} columns cannot be split over tensor_model_parallel_size={ranks}; "
                 "choose --memory-value-placement replicated"
@@ -170,7 +172,7 @@ class HeadWiseMemory(MegatronModule):
             # forward() scales by p, which makes it the sum, with sequence parallelism or without.
             parameter.average_gradients_across_tp_domain = True
         parameter.memory_parameter_kind = name
-        parameter.is_memory_value = name == "values"
+        parameter.is_memory_value = name == "value_bank"
         return parameter
 
     def queries(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -245,8 +247,8 @@ class HeadWiseMemory(MegatronModule):
 
     def _read_whole(self, query: torch.Tensor, observer: Observer | None = None) -> torch.Tensor:
         """The look-up in banks that this rank holds whole."""
-        values = self.values
-        if partition_axis("values", self.memory) is None:
+        values = self.value_bank
+        if partition_axis("value_bank", self.memory) is None:
             values = _ScaleGradient.apply(values, self.tp_group.size())
         return head_wise_memory(
             query,
@@ -276,7 +278,7 @@ class HeadWiseMemory(MegatronModule):
         if observer is not None:
             observer(indices, weights.detach())
         found = read_latent_bank(
-            self.values,
+            self.value_bank,
             indices,
             weights,
             sum_heads=self.memory.memory_variant == "block",
@@ -289,13 +291,15 @@ class HeadWiseMemory(MegatronModule):
 
     def _values_main_grad(self) -> torch.Tensor | None:
         """Megatron's fp32 gradient of the values, when this pass is to add to it."""
-        replicated = partition_axis("values", self.memory) is None and self.tp_group.size() > 1
-        if not self.values_main_grad or replicated or not (torch.is_grad_enabled() and self.values.requires_grad):
+        replicated = partition_axis("value_bank", self.memory) is None and self.tp_group.size() > 1
+        if not self.values_main_grad or replicated or not (torch.is_grad_enabled() and self.value_bank.requires_grad):
             return None
-        main_grad = getattr(self.values, "main_grad", None)
+        main_grad = getattr(self.value_bank, "main_grad", None)
         if main_grad is None or main_grad.dtype != torch.float32:
             return None
-        self.values.grad_added_to_main_grad = True  # Megatron's hook adds no gradient then; it resets this every step
+        self.value_bank.grad_added_to_main_grad = (
+            True  # Megatron's hook adds no gradient then; it resets this every step
+        )
         return main_grad
 
     def _leave(self, found: torch.Tensor) -> torch.Tensor:
@@ -322,10 +326,13 @@ class HeadWiseMemory(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """The parameters as sharded tensors of their global shapes, under ``prefix`` + their names."""
+        """The parameters as sharded tensors of their global shapes, under ``prefix`` + their names.
+
+        Keys of tensors follow ``STORED_NAMES``, and optimizer state follows the keys.
+        """
         names = [name for name, _ in self.named_parameters(recurse=False)]
         axes = {name: partition_axis(name, self.memory, self.value_placement) for name in names}
-        return make_sharded_tensors_for_checkpoint(
+        state = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
             {name: axis for name, axis in axes.items() if axis is not None},
@@ -333,6 +340,15 @@ class HeadWiseMemory(MegatronModule):
             tp_group=self.tp_group,
             dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         )
+        apply_prefix_mapping(state, {prefix + name: prefix + stored for name, stored in STORED_NAMES.items()})
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As ``Module``; takes state dicts of earlier versions."""
+        for name, stored in STORED_NAMES.items():
+            if prefix + stored in state_dict:
+                state_dict[prefix + name] = state_dict.pop(prefix + stored)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={list(p.shape)}" for name, p in self.named_parameters(recurse=False))

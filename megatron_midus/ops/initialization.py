@@ -15,7 +15,7 @@ from megatron_midus.errors import UserError
 
 KEY_INITS = ("uniform", "normal", "calibrated")
 KEYS = ("row_keys", "col_keys")
-ZERO = ("values", "mixer", "log_temperature")
+ZERO = ("value_bank", "mixer", "log_temperature")
 MAX_SCALE_TOKENS = 8192  # tokens that the scale of calibrated keys is measured on: a mean over more does not move
 FAN_IN_AXIS = {"head_proj": 1, "gate": 1, "attn_proj": 1}
 
@@ -31,7 +31,7 @@ def initialize_parameter(
 ) -> torch.Tensor:
     """Start value of the memory parameter ``name`` of the layer at the 0-based physical index ``layer_index``.
 
-    ``values``, ``mixer`` and ``log_temperature`` are zero and ``query_norm`` is one, so that an up-scaled model equals
+    ``value_bank``, ``mixer`` and ``log_temperature`` are zero and ``query_norm`` is one, so that an up-scaled model equals
     its base; ``head_proj`` and ``gate`` are normal of variance 1 / fan_in (as is ``attn_proj`` until the base's own is
     copied over it). Sub-keys of width w = D/2 are uniform in +-1/sqrt(w) (Lample et al. 2019) or normal of the same
     variance 1 / (3 w). ``calibrated`` keys need the model's queries: they start uniform and ``calibrated_keys``

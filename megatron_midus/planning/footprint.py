@@ -74,7 +74,7 @@ def local_elements(name: str, shape: tuple[int, ...], layout: Layout) -> int:
     elements = math.prod(shape)
     if name.endswith(_REPLICATED):
         return elements
-    if name == "memory.values" and len(shape) == 2 and not layout.latent_values:
+    if name == "memory.value_bank" and len(shape) == 2 and not layout.latent_values:
         return elements
     return elements // layout.tensor
 

@@ -183,7 +183,7 @@ def _replicated_gradients(
         if not trained[index]:
             continue
         for name, shape in block_shapes(model, plan, index).items():
-            if name == "memory.values":
+            if name == "memory.value_bank":
                 elements += math.prod(shape) * (local_elements(name, shape, layout) == math.prod(shape))
             elif layout.sequence_parallel and name.endswith("norm.weight"):
                 elements += math.prod(shape)

@@ -125,7 +125,7 @@ def head_overlap(used_MN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _value_norms(memory: HeadWiseMemory) -> tuple[Histogram, float]:
     """L2 norms of the rows of the value bank, and their mean."""
-    norms = torch.linalg.vector_norm(memory.values.detach(), dim=-1, dtype=torch.float32)
+    norms = torch.linalg.vector_norm(memory.value_bank.detach(), dim=-1, dtype=torch.float32)
     if memory.value_placement == "latent":
         squares = norms.double().square()
         torch.distributed.all_reduce(squares, group=memory.tp_group)

@@ -104,7 +104,7 @@ def _memory_seconds(model: ModelConfig, plan: UpscalePlan, device: Device, *, ha
     shapes = memory.parameter_shapes(
         hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads, kv_channels=model.kv_channels
     )
-    read = 2.0 * heads * memory.memory_topk * shapes["values"][-1]  # bf16
+    read = 2.0 * heads * memory.memory_topk * shapes["value_bank"][-1]  # bf16
     steps = _STEPS_PER_CANDIDATE * heads * memory.memory_topk * 2 * memory.memory_num_keys
     # Backward: the values again for the weights' gradient, and the sorted sum of fp32 rows, twice as wide.
     return steps / device.selection + read * (4 if has_backward else 1) / device.bandwidth

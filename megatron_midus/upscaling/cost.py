@@ -68,7 +68,7 @@ def memory_flops(model: ModelConfig, plan: UpscalePlan) -> float:
         hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads, kv_channels=model.kv_channels
     )
     heads = memory.num_memory_heads(model.num_attention_heads)
-    flops = 2.0 * heads * memory.memory_topk * shapes["values"][-1]
+    flops = 2.0 * heads * memory.memory_topk * shapes["value_bank"][-1]
     for name in ("row_keys", "col_keys", "head_proj", "attn_proj", "mixer", "gate"):
         flops += 2.0 * math.prod(shapes.get(name, (0,)))
     return flops

@@ -11,7 +11,9 @@ from megatron_midus.config import MemoryConfig
 from megatron_midus.errors import UserError
 
 PLAN_FILE = "midus_plan.json"
-SCHEMA_VERSION = 1
+# 2: exports name the value bank memory.value_bank; in those of 1 it is memory.values. Nothing else changed.
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, SCHEMA_VERSION)
 
 BlockKind = Literal["keep", "copy", "blend", "memory"]
 BlockInit = Literal["exact", "zero_output", "mean", "transport", "transport_literal", "memory"]
@@ -181,12 +183,12 @@ class UpscalePlan:
         if not isinstance(values, dict):
             raise UserError("the plan is no JSON object")
         version = values.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise UserError(f"plan schema version {version} is not known; this version reads {SCHEMA_VERSION}")
+        if version not in READABLE_VERSIONS:
+            raise UserError(f"plan schema version {version} is not known; this version reads {READABLE_VERSIONS}")
         try:
             blocks = tuple(Block(**{**block, "source": tuple(block["source"])}) for block in values["blocks"])
             memory = MemoryConfig(**values["memory"]) if values.get("memory") else None
-            rest = {k: v for k, v in values.items() if k not in ("blocks", "memory", "notes")}
+            rest = {k: v for k, v in values.items() if k not in ("blocks", "memory", "notes", "schema_version")}
             return cls(blocks=blocks, memory=memory, notes=tuple(values.get("notes", ())), **rest)
         except (TypeError, KeyError, AttributeError) as error:
             raise UserError(f"the plan does not have the expected entries: {error}") from None

@@ -56,7 +56,7 @@ def watched(run: Run, layout_flags: str) -> dict[str, Any]:
     return {
         "blocks": seen,
         "values": {
-            m.layer_index: m.values.detach().clone()
+            m.layer_index: m.value_bank.detach().clone()
             for m in (layer.self_attention.linear_proj for layer in memory_layers(outcome.chunks))
         },
         "figures": outcome.figures,

@@ -38,7 +38,7 @@ def write_midus(directory, *, zero_values=False, **settings):
     model = randomize(MidusForCausalLM(config))
     if zero_values:
         for layer in model.model.layers[1::2]:
-            torch.nn.init.zeros_(layer.memory.values)
+            torch.nn.init.zeros_(layer.memory.value_bank)
     model.save_pretrained(directory)
     write_tokenizer(directory)
     return directory

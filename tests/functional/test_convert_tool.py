@@ -303,7 +303,7 @@ def edit_tensors(change):
     return edit
 
 
-VALUES = "model.layers.3.memory.values"
+VALUES = "model.layers.3.memory.value_bank"
 WRONG_HF = [
     (edit_tensors(lambda t: t[VALUES].fill_(float("inf"))), [], f"{VALUES} .* NaN or infinite"),
     (edit_tensors(lambda t: t.update({VALUES: t[VALUES].to(torch.int32)})), [], f"{VALUES} .* has dtype I32"),

@@ -108,7 +108,7 @@ def test_trained_values_count(base, midus, data, tmp_path):
     tensors = load_file(trained / "model.safetensors")
     generator = torch.Generator().manual_seed(1)
     for name, tensor in tensors.items():
-        if name.endswith("memory.values"):
+        if name.endswith("memory.value_bank"):
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
     save_file(tensors, trained / "model.safetensors", metadata={"format": "pt"})
     run([base, trained], [data / "prose.txt"], "--json", tmp_path / "out.json")

@@ -74,7 +74,7 @@ def check_weights(work: Path) -> None:
         layer, rest = split_name(name)
         exported = midus.read(name if layer is None else layer_name(kept[layer], rest))
         assert torch.equal(base.read(name).bfloat16(), exported), name
-    values = [midus.read(name) for name in midus.names() if name.endswith("memory.values")]
+    values = [midus.read(name) for name in midus.names() if name.endswith("memory.value_bank")]
     assert len(values) == 2 and all(tensor.any() for tensor in values)
 
 

@@ -102,7 +102,7 @@ def test_identity_is_not_an_accident(tmp_path, base):
     path = tmp_path / "out/model.safetensors"
     tensors = load_file(path)
     for name, tensor in tensors.items():
-        if name.endswith("memory.values"):
+        if name.endswith("memory.value_bank"):
             tensor.normal_()
     save_file(tensors, path, metadata={"format": "pt"})
     assert not torch.equal(logits_of(load_model(tmp_path / "out")), logits_of(load_model(base)))
@@ -199,7 +199,7 @@ def test_verify_catches_a_broken_promise(tmp_path, base, monkeypatch):
     original = initialize.initialize_parameter
 
     def spoiled(name, shape, **settings):
-        return torch.ones(shape) if name == "values" else original(name, shape, **settings)
+        return torch.ones(shape) if name == "value_bank" else original(name, shape, **settings)
 
     monkeypatch.setattr(initialize, "initialize_parameter", spoiled)
     with pytest.raises(ValueError, match="promises the base's function and broke it"):

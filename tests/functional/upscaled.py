@@ -55,7 +55,7 @@ def _write(directory: Path, base: ModelConfig, plan: UpscalePlan) -> None:
     model = base.with_num_layers(plan.num_layers)
     chunk = build_model(make_transformer_config(model, plan), model=model, plan=plan, sequence_length=32)
     for name, parameter in chunk.named_parameters():
-        if name.endswith((".values", ".query_norm")):
+        if name.endswith((".value_bank", ".query_norm")):
             torch.nn.init.normal_(parameter, std=0.1)
     target = iteration_directory(directory, 0)
     target.mkdir(parents=True)

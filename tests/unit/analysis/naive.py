@@ -35,7 +35,7 @@ def make_midus(kind="hive", **changes):
     with torch.no_grad():
         for layer in model.model.layers:
             if hasattr(layer, "memory"):
-                layer.memory.values.mul_(3)
+                layer.memory.value_bank.mul_(3)
     return model
 
 
@@ -88,7 +88,7 @@ def weigh(scores, activation):
 
 def table(memory):
     """What each slot holds for each head, ``[M, N, O]`` float64, for ``block`` ``[1, N, d]``."""
-    values = memory.values.detach().double()
+    values = memory.value_bank.detach().double()
     if memory.config.memory_variant == "hive":
         return torch.stack([values @ projection for projection in memory.head_proj.detach().double()])
     return values if memory.config.memory_variant == "full" else values[None]

@@ -16,7 +16,7 @@ def without_memory_heads(model, windows, block, heads):
         return NaivePass(model, silent={(block, head) for head in heads}).losses(windows)
     model = copy.deepcopy(model)
     memory = memories(model)[block]
-    own = memory.head_proj if memory.head_proj is not None else memory.values
+    own = memory.head_proj if memory.head_proj is not None else memory.value_bank
     with torch.no_grad():
         own[list(heads)] = 0
     return losses(model, windows)

@@ -21,7 +21,7 @@ def shared_by_hand(memory, found):
         used = mass.sum(0) > 0
         mass = torch.where(used, mass / mass.sum(0).clamp(min=1e-300), 1 / HEADS)
         return (mass[..., None] * own).sum(0)
-    values = memory.values.detach().double()
+    values = memory.value_bank.detach().double()
     latent = outputs(found, [values] * HEADS)  # [T, M, L]
     wanted = outputs(found, own)
     best = torch.linalg.lstsq(latent.flatten(0, 1), wanted.flatten(0, 1), driver="gelsd").solution
@@ -84,7 +84,7 @@ def test_ranks_of_the_parameters():
     memory = memories(model)[1]
     with torch.no_grad():
         memory.head_proj[0] = torch.outer(torch.arange(1.0, 6.0), torch.arange(1.0, 9.0))
-        memory.values[:, 2:] = 0
+        memory.value_bank[:, 2:] = 0
     result = measure_retrieval(model, make_windows(), batch_size=3).structures
     first = result[1].projections
     assert len(first) == HEADS and first[0].effective == pytest.approx(1, abs=1e-5)

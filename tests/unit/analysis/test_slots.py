@@ -143,7 +143,7 @@ def test_loudness():
     found = measure_usage(model, windows, batch_size=6)[0][3]
     assert found.relative_norm == pytest.approx(ratios.mean().item(), rel=1e-4)
     assert found.relative_norm_5 == pytest.approx(ratios.quantile(0.05, interpolation="nearest").item(), rel=1e-3)
-    norms = memories(model)[3].values.norm(dim=-1)
+    norms = memories(model)[3].value_bank.norm(dim=-1)
     assert found.max_value_norm == pytest.approx(norms.max().item()) and not found.values_are_zero
     assert found.value_norm == pytest.approx(norms.mean().item())
 

@@ -46,24 +46,24 @@ def test_shapes_of_hive():
         "query_norm": (6, 10),
         "row_keys": (6, 7, 5),
         "col_keys": (6, 7, 5),
-        "values": (49, 5),
+        "value_bank": (49, 5),
         "head_proj": (6, 5, 8),
     }
 
 
 def test_shapes_of_the_other_variants_and_options():
     full = MemoryConfig(memory_variant="full", memory_num_keys=7, memory_topk=2, memory_output_projection="silu")
-    assert full.parameter_shapes(**MODEL)["values"] == (6, 49, 8)
+    assert full.parameter_shapes(**MODEL)["value_bank"] == (6, 49, 8)
     assert full.parameter_shapes(**MODEL)["gate"] == (6, 10, 8)
     block = MemoryConfig(memory_variant="block", memory_num_keys=7, memory_topk=2, memory_num_heads=3)
     assert block.parameter_shapes(**MODEL) == {
         "row_keys": (3, 7, 10),
         "col_keys": (3, 7, 10),
-        "values": (49, 48),
+        "value_bank": (49, 48),
     }
     attention = MemoryConfig(memory_attention="full", memory_output_projection="linear", memory_query_temperature=True)
     shapes = attention.parameter_shapes(**MODEL)
-    assert list(shapes) == ["attn_proj", "log_temperature", "row_keys", "col_keys", "values", "head_proj", "mixer"]
+    assert list(shapes) == ["attn_proj", "log_temperature", "row_keys", "col_keys", "value_bank", "head_proj", "mixer"]
     # Behind the output projection a head has hidden_size / heads = 8 channels.
     assert shapes["attn_proj"] == (48, 60) and shapes["row_keys"] == (6, 64, 4) and shapes["mixer"] == (48, 48)
     assert MemoryConfig(memory_output_projection="attention").parameter_shapes(**MODEL)["mixer"] == (60, 48)

@@ -80,7 +80,7 @@ def test_layout_of_a_block_by_hand():
         at + "linear_qkv.weight": tuple(f"model.layers.2.mem_attn.{letter}_proj.weight" for letter in "qkv"),
         at + "linear_proj.row_keys": ("model.layers.2.memory.row_keys",),
         at + "linear_proj.col_keys": ("model.layers.2.memory.col_keys",),
-        at + "linear_proj.values": ("model.layers.2.memory.values",),
+        at + "linear_proj.values": ("model.layers.2.memory.value_bank",),
         at + "linear_proj.head_proj": ("model.layers.2.memory.head_proj",),
     }
     assert layout["decoder.layers.0.mlp.linear_fc1.weight"] == (
@@ -162,8 +162,8 @@ def test_several_threads_write_and_read(tmp_path):
 
 def test_values_that_are_not_finite_are_not_written(tmp_path):
     source = random_source()
-    source.tensors["model.layers.2.memory.values"][3, 1] = float("nan")
-    with pytest.raises(ValueError, match="layers.2.memory.values .float32. holds 1 values that are NaN"):
+    source.tensors["model.layers.2.memory.value_bank"][3, 1] = float("nan")
+    with pytest.raises(ValueError, match="layers.2.memory.value_bank .float32. holds 1 values that are NaN"):
         write_model_tensors(source, tmp_path, MODEL, PLAN)
     assert not (tmp_path / "metadata.json").exists()
 
@@ -286,7 +286,7 @@ def test_what_goes_wrong_while_writing_is_told_as_it_is(tmp_path, workers):
 
     class Failing(DictSource):
         def read(self, name):
-            if name.endswith("layers.2.memory.values"):
+            if name.endswith("layers.2.memory.value_bank"):
                 raise OSError("No space left on device")
             return super().read(name)
 

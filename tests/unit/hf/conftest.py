@@ -85,7 +85,7 @@ def upscale():
             state[name].copy_(tensor)
         if not random_values:
             for name, tensor in state.items():
-                if name.endswith(("memory.values", "memory.mixer")):
+                if name.endswith(("memory.value_bank", "memory.mixer")):
                     tensor.zero_()
         return model.eval()
 

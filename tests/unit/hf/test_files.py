@@ -52,7 +52,7 @@ def test_names_of_tensors(midus, directory):
     names = set(load_file(directory / "model.safetensors"))
     attention = {f"{x}_proj.weight" for x in "qkv"}
     memory = {f"mem_attn.{n}" for n in attention} | {
-        f"memory.{n}" for n in ("row_keys", "col_keys", "values", "head_proj")
+        f"memory.{n}" for n in ("row_keys", "col_keys", "value_bank", "head_proj")
     }
     transformer = {f"self_attn.{n}" for n in attention | {"o_proj.weight"}} | {
         f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")
@@ -163,7 +163,7 @@ def test_device_map_offloads_whole_blocks(directory, midus, tokens, tmp_path):
     placed = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     placed |= {f"model.layers.{index}": "disk" if index in (1, 3) else "cpu" for index in range(5)}
     model = MidusForCausalLM.from_pretrained(directory, device_map=placed, offload_folder=str(tmp_path / "offload"))
-    assert model.model.layers[1].memory.values.device.type == "meta"
+    assert model.model.layers[1].memory.value_bank.device.type == "meta"
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, midus(tokens).logits)
     assert set(model._no_split_modules) == {"MidusDecoderLayer", "MidusMemoryLayer"}

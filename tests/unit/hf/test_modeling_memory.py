@@ -43,7 +43,7 @@ def expected_output(memory, attended):
     if config.memory_query_temperature:
         q = q * torch.exp(p["log_temperature"])[:, None]
     m = ops.head_wise_memory(
-        q, p["row_keys"], p["col_keys"], p["values"], p.get("head_proj"), topk=config.memory_topk,
+        q, p["row_keys"], p["col_keys"], p["value_bank"], p.get("head_proj"), topk=config.memory_topk,
         variant=config.memory_variant, score_activation=config.memory_score_activation, backend="reference",
     )  # fmt: skip
     if config.memory_output_projection == "silu":
@@ -168,7 +168,7 @@ def test_untouched_slots_get_no_gradient_and_nan_reads_in_range():
     touched = torch.zeros(1600, dtype=torch.bool)
     touched[slots.flatten()] = True
     assert 0 < touched.sum() < 1600
-    assert torch.equal(memory.values.grad.abs().sum(-1) > 0, touched)
+    assert torch.equal(memory.value_bank.grad.abs().sum(-1) > 0, touched)
     with torch.no_grad():
         broken = attended.clone()
         broken[3, 0] = math.nan
@@ -187,7 +187,7 @@ def test_long_inputs_go_in_pieces(monkeypatch):
     # the same fp32 sums in another blocking
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-6)
     assert whole_run.numel == 6 * 40 * TOKENS  # all scores of one half at once
-    assert run.numel <= max(attended.numel(), memory.row_keys.numel(), memory.values.numel()) < whole_run.numel / 2
+    assert run.numel <= max(attended.numel(), memory.row_keys.numel(), memory.value_bank.numel()) < whole_run.numel / 2
 
 
 class LargestTensor(TorchDispatchMode):
@@ -210,7 +210,9 @@ def test_start_values():
     )  # fmt: skip
     memory.reset_parameters()
     p = dict(memory.named_parameters())
-    assert not p["values"].any() and not p["log_temperature"].any() and torch.equal(p["query_norm"], torch.ones(6, 8))
+    assert (
+        not p["value_bank"].any() and not p["log_temperature"].any() and torch.equal(p["query_norm"], torch.ones(6, 8))
+    )
     bound = 4**-0.5  # half of the query of 8 channels
     assert 0.95 * bound < p["row_keys"].abs().max() <= bound
     # 5 % = four standard errors of a deviation measured on 2000 samples or more

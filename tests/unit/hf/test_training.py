@@ -34,7 +34,7 @@ def test_at_the_start_only_the_values_learn(make_base, upscale, tokens):
     _, grads = gradients(upscale(make_base()), tokens)
     for name, grad in grads.items():
         if ".memory." in name:
-            assert (grad.abs().max() > 0) == name.endswith("values"), name
+            assert (grad.abs().max() > 0) == name.endswith("value_bank"), name
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -106,7 +106,7 @@ def test_lora(midus, tokens, tmp_path):
         trained = {name for name, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
     assert sum("lora_B" in name for name in trained) == 2 * 5  # both projections of all five blocks
-    assert any("memory.modules_to_save" in name and name.endswith("values") for name in trained)
+    assert any("memory.modules_to_save" in name and name.endswith("value_bank") for name in trained)
     assert not any("embed_tokens" in name or ".mlp." in name for name in trained)
     with torch.no_grad():
         after = model.eval()(tokens).logits
@@ -127,7 +127,7 @@ def test_fresh_model_is_silent_and_reproducible(tokens):
         torch.manual_seed(1)
         states.append(MidusForCausalLM(config).state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert not states[0]["model.layers.1.memory.values"].any()
+    assert not states[0]["model.layers.1.memory.value_bank"].any()
     keys = states[0]["model.layers.1.memory.row_keys"]
     assert keys.abs().max() <= 0.5 and keys.std() > 0.25  # uniform in +-1/sqrt(4): 0.289
     assert abs(states[0]["model.layers.0.mlp.up_proj.weight"].std() - 0.02) < 0.001

@@ -74,8 +74,8 @@ def test_spec_for_upstreams_own_builder(root, built):
 
 def test_optimizer_groups(root):
     (groups,) = launch(processes.param_groups, 1, root)
-    values = next(g for g in groups if any(name.endswith(".values") for name in g["names"]))
-    assert [name.rsplit(".", 1)[1] for name in values["names"]] == ["values"]
+    values = next(g for g in groups if any(name.endswith(".value_bank") for name in g["names"]))
+    assert [name.rsplit(".", 1)[1] for name in values["names"]] == ["value_bank"]
     assert (values["wd_mult"], values["max_lr"], values["min_lr"], values["lr_mult"]) == (0.0, 3.5, 1.75, 7.0)
     others = [g for g in groups if g is not values]
     assert all((g["max_lr"], g["min_lr"], g["lr_mult"], g["default_config"]) == (0.5, 0.25, 1.0, True) for g in others)

@@ -53,7 +53,7 @@ def start_values(settings: dict[str, Any], layout: Layout, seed: int) -> dict[st
         whole = initialize_parameter(
             name, shapes[name], key_init=module.memory.memory_key_init, seed=seed, layer_index=LAYER
         )
-        replicated = name == "values" and module.memory.memory_variant != "full"
+        replicated = name == "value_bank" and module.memory.memory_variant != "full"
         axis = 1 if name == "attn_proj" else 0
         part = whole if replicated else whole.chunk(layout.tp, axis)[rank]
         found[name] = {
@@ -98,7 +98,7 @@ def _formula(query: torch.Tensor, p: dict[str, torch.Tensor], memory: MemoryConf
         scores = ((p["row_keys"][h] @ row)[:, None] + (p["col_keys"][h] @ col)[None, :]).flatten()
         best, slots = scores.topk(memory.memory_topk)
         weights = {"softmax": best.softmax(0), "sigmoid": best.sigmoid(), "relu": best.relu()}
-        values = p["values"][h] if memory.memory_variant == "full" else p["values"]
+        values = p["value_bank"][h] if memory.memory_variant == "full" else p["value_bank"]
         found = weights[memory.memory_score_activation] @ values[slots]
         if "head_proj" in p:
             found = found @ p["head_proj"][h]
@@ -130,8 +130,8 @@ def value_gradient(settings: dict[str, Any], layout: Layout) -> torch.Tensor:
     probe = torch.randn(6, 2, 24, generator=generator("probe"))
     output, _ = module(hidden)
     (output * (probe.chunk(layout.tp, 0)[rank] if layout.sp else probe)).sum().backward()
-    gradient = module.values.grad
-    if getattr(module.values, "average_gradients_across_tp_domain", False):
+    gradient = module.value_bank.grad
+    if getattr(module.value_bank, "average_gradients_across_tp_domain", False):
         torch.distributed.all_reduce(
             gradient, op=torch.distributed.ReduceOp.AVG, group=parallel_state.get_tensor_model_parallel_group()
         )
@@ -219,7 +219,7 @@ def values_main_grad(settings: dict[str, Any], *, straight: bool) -> torch.Tenso
     """Megatron's fp32 gradient of the bank after two micro-batches, by Triton's kernels run as numpy."""
     os.environ["TRITON_INTERPRET"] = "1"  # triton is not imported yet
     module = make_memory(settings, Layout())
-    module.backend, module.values_main_grad = "triton", straight
+    module.backend, module.value_bank_main_grad = "triton", straight
     for name, parameter in module.named_parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator(name)))
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True)
@@ -230,5 +230,5 @@ def values_main_grad(settings: dict[str, Any], *, straight: bool) -> torch.Tenso
             output, _ = wrapped(torch.randn(3, 2, 40, generator=generator(seed)))
             output.square().sum().backward()
     wrapped.finish_grad_sync()
-    assert getattr(module.values, "grad_added_to_main_grad", False) == straight
-    return module.values.main_grad.clone()
+    assert getattr(module.value_bank, "grad_added_to_main_grad", False) == straight
+    return module.value_bank.main_grad.clone()

@@ -43,10 +43,10 @@ def test_start_values_are_slices_of_the_global_ones(name: str) -> None:
     for rank in launch(memory_processes.start_values, 2, SETTINGS[name], Layout(tp=2), 11):
         for parameter, facts in rank.items():
             assert facts["equal"], parameter
-            replicated = parameter == "values" and "memory_variant" not in SETTINGS[name]
+            replicated = parameter == "value_bank" and "memory_variant" not in SETTINGS[name]
             assert facts["tensor_parallel"] == (not replicated)
             assert replicated or facts["axis"] == (1 if parameter == "attn_proj" else 0)
-            assert facts["kind"] == parameter and facts["is_value"] == (parameter == "values")
+            assert facts["kind"] == parameter and facts["is_value"] == (parameter == "value_bank")
 
 
 @pytest.mark.parametrize("name", ["hive", "block"])
@@ -93,7 +93,7 @@ def test_a_bank_split_on_its_columns_gives_what_one_rank_gives(name: str, layout
     assert set(ranks[0]["parameters"]) == set(one["parameters"])
     for parameter, (_, expected) in one["parameters"].items():
         axes, parts = zip(*(rank["parameters"][parameter] for rank in ranks))
-        assert set(axes) == {1 if parameter in ("values", "attn_proj") else 0}
+        assert set(axes) == {1 if parameter in ("value_bank", "attn_proj") else 0}
         _assert_close(torch.cat(parts, axes[0]), expected, parameter)
 
 

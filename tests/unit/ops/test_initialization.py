@@ -24,7 +24,7 @@ def test_every_parameter_of_every_memory_has_a_start_value():
             for name, shape in shapes.items():
                 value = make(name, shape, dtype=torch.bfloat16)
                 assert value.shape == shape and value.dtype == torch.bfloat16
-                assert bool(value.any()) == (name not in ("values", "mixer", "log_temperature"))
+                assert bool(value.any()) == (name not in ("value_bank", "mixer", "log_temperature"))
                 assert name != "query_norm" or value.eq(1).all()
 
 

@@ -16,13 +16,13 @@ NAMES = {
     "decoder.layers.1.self_attention.linear_proj.row_keys": (2, 5, 3),
     "decoder.layers.1.self_attention.linear_proj.query_norm": (2, 6),
     "decoder.layers.1.self_attention.linear_proj.log_temperature": (2,),
-    "decoder.layers.1.self_attention.linear_proj.values": (25, 4),
+    "decoder.layers.1.self_attention.linear_proj.value_bank": (25, 4),
 }
 
 
 def parameters() -> dict[str, torch.nn.Parameter]:
     made = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in NAMES.items()}
-    made["decoder.layers.1.self_attention.linear_proj.values"].is_memory_value = True
+    made["decoder.layers.1.self_attention.linear_proj.value_bank"].is_memory_value = True
     return made
 
 
@@ -50,7 +50,7 @@ def test_only_matrices_decay():
 def test_overrides(name, mult):
     settings = OptimizerSettings(lr=1e-3, min_lr=1e-4, value_lr_mult=mult)
     override = override_of(name, settings)
-    if name.endswith("values"):
+    if name.endswith("value_bank"):
         assert override["wd_mult"] == 0.0
         assert override.get("max_lr", 1e-3) == 1e-3 * mult and override.get("min_lr", 1e-4) == 1e-4 * mult
     elif has_weight_decay(parameters()[name], name):
@@ -71,5 +71,5 @@ def test_no_two_groups_look_alike_in_a_checkpoint(settings):
 
 def test_value_decay_is_a_share_of_the_common_one():
     settings = OptimizerSettings(lr=1e-3, weight_decay=0.1, value_weight_decay=0.02)
-    name = "decoder.layers.1.self_attention.linear_proj.values"
+    name = "decoder.layers.1.self_attention.linear_proj.value_bank"
     assert override_of(name, settings)["wd_mult"] == pytest.approx(0.2)

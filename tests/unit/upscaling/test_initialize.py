@@ -74,7 +74,7 @@ def test_memory_parameters_start_as_the_contract_says():
     _, plan, new = upscaled("interleave", num_blocks=2)
     index = plan.memory_indices[1]
     memory = {name.rsplit(".", 1)[1]: tensor for name, tensor in new.items() if f"layers.{index}.memory." in name}
-    assert not memory["values"].any() and not memory["mixer"].any()
+    assert not memory["value_bank"].any() and not memory["mixer"].any()
     assert bool((memory["query_norm"] == 1).all())
     for name in ("row_keys", "col_keys", "head_proj"):
         wanted = initialize_parameter(name, tuple(memory[name].shape), key_init="uniform", seed=0, layer_index=index)
