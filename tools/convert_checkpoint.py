@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -194,17 +195,21 @@ def to_hf(args: argparse.Namespace) -> str:
     return f"iteration {iteration}, {dtype_name(source.dtype(EMBEDDING))}"
 
 
-def read_plan(args: argparse.Namespace, model: ModelConfig) -> UpscalePlan:
+def read_plan(args: argparse.Namespace, model: ModelConfig, config: dict[str, Any]) -> UpscalePlan:
     """The plan of a Hugging Face directory; ``none`` for a model that was never up-scaled."""
-    if (Path(args.load) / PLAN_FILE).is_file() or model.family == "midus":
+    if (Path(args.load) / PLAN_FILE).is_file():
         return UpscalePlan.load(args.load)
-    return dataclasses.replace(none(num_layers=model.num_layers), source_name=Path(args.load).resolve().name)
+    name = Path(args.load).resolve().name
+    if model.family == "midus":
+        print(f"{args.load} has no {PLAN_FILE}; its blocks are taken from block_types in config.json", file=sys.stderr)
+        return UpscalePlan.from_hf_config(config, source_name=name)
+    return dataclasses.replace(none(num_layers=model.num_layers), source_name=name)
 
 
 def to_megatron(args: argparse.Namespace) -> str:
     config = read_hf_config(args.load)
     model = from_hf_config(config)
-    plan = read_plan(args, model)
+    plan = read_plan(args, model, config)
     check_plan(config, plan)
     check_parallel_sizes(
         model,

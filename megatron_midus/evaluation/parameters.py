@@ -49,9 +49,12 @@ def count_parameters(directory: str | Path, model: Any = None) -> ParameterCount
             raise UserError(f"{directory} holds no safetensors, and no model was given to count in")
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = sum(sizes.values())
-    if not (directory / PLAN_FILE).is_file():
+    if (directory / PLAN_FILE).is_file():
+        plan = UpscalePlan.load(directory)
+    elif "block_types" in (config := _read_config(directory)):
+        plan = UpscalePlan.from_hf_config(config)
+    else:
         return ParameterCounts(total=total, added=0, trainable=total)
-    plan = UpscalePlan.load(directory)
     trainable = _in_layers(sizes, plan.inserted_indices)
     return ParameterCounts(total=total, added=_in_layers(sizes, plan.added_indices), trainable=trainable or total)
 
@@ -62,8 +65,12 @@ def _in_layers(sizes: dict[str, int], layers: tuple[int, ...]) -> int:
 
 
 def _is_tied(directory: Path) -> bool:
+    return bool(_read_config(directory).get("tie_word_embeddings"))
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
-    return path.is_file() and bool(json.loads(path.read_text()).get("tie_word_embeddings"))
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def check_safetensors(directory: str | Path) -> None:

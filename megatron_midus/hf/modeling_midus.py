@@ -10,7 +10,9 @@ N sub-keys per half (N * N slots), K top-k, L latent, O = hidden size / H.
 
 import contextlib
 import inspect
+import json
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from .configuration_midus import MidusConfig
 
@@ -32,6 +34,12 @@ logger = logging.get_logger(__name__)
 RMS_EPSILON = 1e-6
 # What the parameters of a memory were called in exports of plan schema 1, and what they are called now.
 OLD_NAMES = {"values": "value_bank"}
+RENAMED = {rf"\.memory\.{old}$": f".memory.{new}" for old, new in OLD_NAMES.items()}
+# How the model was up-scaled. The tools that convert an export need it, transformers does not.
+PLAN_FILE = "midus_plan.json"
+PLAN_SCHEMA = 2
+# Arguments of from_pretrained that say where files of a model come from.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Elements of the largest temporary of a look-up (scores of all sub-keys, fp32: 64 MiB); longer inputs go in pieces.
 MAX_SCORES = 2**24
 # transformers 4 wants a list of tied tensors, 5 a mapping to their source.
@@ -379,6 +387,31 @@ class MidusMemoryLayer(GradientCheckpointingLayer):
         return (hidden_states, weights) if output_attentions else hidden_states
 
 
+# -- the plan that travels along --------------------------------------------------------------------------------------
+def read_plan(directory, **hub):
+    """The plan beside a model, a local directory or a repository of the hub; ``None`` without one."""
+    absent = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
+    path = cached_file(
+        directory, PLAN_FILE, **hub, **{f"_raise_exceptions_for_{name}": no for name, no in absent.items()}
+    )
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            plan = json.load(file)
+        return plan if isinstance(plan["blocks"], list) else None
+    except (ValueError, KeyError, TypeError):
+        logger.warning(f"{path} is no plan; it will not be saved with the model")
+        return None
+
+
+def plan_fits(plan, config):
+    """Whether the blocks are still those of the plan; layers may have been added or removed since."""
+    kinds = ["memory" if block["kind"] == "memory" else "transformer" for block in plan["blocks"]]
+    memory = plan.get("memory") or {}
+    return kinds == config.block_types and all(getattr(config, name, None) == value for name, value in memory.items())
+
+
 # -- the models ------------------------------------------------------------------------------------------------------
 class MidusPreTrainedModel(PreTrainedModel):
     config_class = MidusConfig
@@ -400,19 +433,30 @@ class MidusPreTrainedModel(PreTrainedModel):
     def __init__(self, config, *args, **kwargs):
         config.check()  # fields may have been set after the configuration was made
         super().__init__(config, *args, **kwargs)
+        self._plan = None
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """As the base class; exports of plan schema 1 are read too, and saved as those of today."""
-        renamed = {rf"\.memory\.{old}$": f".memory.{new}" for old, new in OLD_NAMES.items()}
-        kwargs["key_mapping"] = {**renamed, **(kwargs.get("key_mapping") or {})}
+        kwargs["key_mapping"] = {**RENAMED, **(kwargs.get("key_mapping") or {})}
+        directory = str(args[0] if args else kwargs.get("pretrained_model_name_or_path", ""))
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        # transformers 5 would undo on saving what it did on loading.
-        if getattr(model, "_weight_conversions", None):
-            kept = [c for c in model._weight_conversions if not set(c.target_patterns) & set(renamed.values())]
-            model._weight_conversions = kept
+        model._plan = read_plan(directory, **hub)
         return loaded
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As the base class; the plan that the model was loaded with goes along while it describes the model."""
+        # transformers 5 would undo on saving the renaming that it did on loading.
+        conversions = getattr(self, "_weight_conversions", None) or []
+        self._weight_conversions = [c for c in conversions if not set(c.target_patterns) & set(RENAMED.values())]
+        if self._plan is not None and kwargs.get("is_main_process", True) and plan_fits(self._plan, self.config):
+            plan = {**self._plan, "schema_version": max(PLAN_SCHEMA, self._plan.get("schema_version", 0))}
+            os.makedirs(save_directory, exist_ok=True)
+            with open(os.path.join(save_directory, PLAN_FILE), "w") as file:
+                file.write(json.dumps(plan, indent=2) + "\n")
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def _can_set_attn_implementation(cls):
@@ -470,10 +514,11 @@ class MidusModel(MidusPreTrainedModel):
         return_dict = config.return_dict if return_dict is None else return_dict
         use_cache = self._use_cache(use_cache)
         if output_attentions and config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions=True needs attn_implementation='eager', not {config._attn_implementation!r}; "
-                "load the model with it"
+            logger.warning_once(
+                f"attn_implementation={config._attn_implementation!r} returns no attention weights, so output_attentions "
+                "gives none; load the model with attn_implementation='eager', or call set_attn_implementation('eager')"
             )
+            output_attentions = False
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, one of them")
         if inputs_embeds is None:

@@ -198,6 +198,39 @@ class UpscalePlan:
         (Path(directory) / PLAN_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
+    def from_hf_config(cls, config: dict[str, Any], *, source_name: str = "") -> UpscalePlan:
+        """The plan of a MIDUS export that has lost it, from what its ``config.json`` says.
+
+        Every Transformer block counts as a layer of the base, whatever policy made it, and a Memory block is taken to be
+        copied from the layer in front of it; what the base's weights were is not known.
+
+        Args:
+            config: with ``block_types`` and the fields of ``MemoryConfig``.
+            source_name: name of the export, for the model card.
+
+        Raises:
+            ValueError: a configuration that describes no MIDUS model.
+        """
+        kinds = config.get("block_types")
+        if not isinstance(kinds, list) or not set(kinds) <= {"memory", "transformer"}:
+            raise UserError(
+                f"config.json has block_types={kinds!r}; a MIDUS model names memory or transformer per block"
+            )
+        blocks: list[Block] = []
+        for index, kind in enumerate(kinds):
+            layer = kinds[:index].count("transformer")
+            blocks.append(Block.keep(layer) if kind == "transformer" else Block.memory(max(0, layer - 1)))
+        fields = {field.name for field in dataclasses.fields(MemoryConfig)}
+        return cls(
+            num_base_layers=kinds.count("transformer"),
+            blocks=tuple(blocks),
+            memory=MemoryConfig(**{name: value for name, value in config.items() if name in fields}),
+            policy="interleave",
+            source_name=source_name,
+            notes=("read from block_types of config.json, because midus_plan.json was missing",),
+        )
+
+    @classmethod
     def load(cls, directory: str | Path) -> UpscalePlan:
         """Reads ``midus_plan.json`` from ``directory``; raises ``ValueError`` when it is missing or broken."""
         path = Path(directory) / PLAN_FILE

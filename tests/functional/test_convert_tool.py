@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from tiny_models import DictSource, load_model, logits_of, write_base, write_tokenizer
+from tiny_models import DictSource, load_model, logits_of, randomize, write_base, write_tokenizer
 
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.conversion import megatron_io
@@ -111,6 +111,28 @@ def test_midus_there_and_back_with_random_values(tmp_path, base, memory):
     assert (tmp_path / "hf again/config.json").read_bytes() == (tmp_path / "hf/config.json").read_bytes()
     names = {path.name for path in (tmp_path / "hf").iterdir() if ".safetensors" not in path.name}
     assert names <= {path.name for path in (tmp_path / "hf again").iterdir()}
+
+
+def test_a_fine_tuned_export_goes_back_to_megatron(tmp_path, base):
+    _, _, plan = random_checkpoint(tmp_path / "trained", base, num_blocks=2)
+    run(tmp_path / "trained", tmp_path / "hf", "hf")
+    model = load_model(tmp_path / "hf")
+    randomize(model, seed=9).save_pretrained(tmp_path / "tuned")
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    (tmp_path / "tuned" / "README.md").unlink(missing_ok=True)
+    carried = tmp_path / "tuned" / PLAN_FILE
+    assert UpscalePlan.load(tmp_path / "tuned") == plan
+    for name in ("with the plan", "without"):
+        if name == "without":
+            carried.unlink()
+        run(tmp_path / "tuned", tmp_path / f"{name}/megatron", "megatron", "--verify", "tensors")
+        found = UpscalePlan.load(tmp_path / f"{name}/megatron/iter_0000000")
+        assert found.blocks == plan.blocks and found.memory == plan.memory
+        assert (found == plan) == (name == "with the plan")
+        run(tmp_path / f"{name}/megatron", tmp_path / f"{name}/hf", "hf")
+        again = load_model(tmp_path / f"{name}/hf").state_dict()
+        assert set(again) == set(expected)
+        assert all(torch.equal(again[key], tensor) for key, tensor in expected.items())
 
 
 @pytest.mark.parametrize("policy", ["llama_pro", "solar", "stack", "average", "opt_deus", "control"])
@@ -319,7 +341,6 @@ WRONG_HF = [
     (edit_json("config.json", num_hidden_layers=6), [], "num_hidden_layers=6, midus_plan.json 7"),
     (edit_json("config.json", memory_num_keys=8), [], "memory_num_keys is 8 in config.json and 16"),
     (edit_json("config.json", block_types=["memory"] * 7), [], "block_types"),
-    (lambda d: (d / PLAN_FILE).unlink(), [], "midus_plan.json does not exist"),
     (lambda d: (d / "model.safetensors").write_bytes(b"xyz"), [], "corrupt or truncated"),
     (edit_json("config.json", architectures=["GPTX"], model_type="gptx"), [], "GPTX is not supported"),
     (None, ["--target-tensor-parallel-size", "4"], "choose one of"),

@@ -1,5 +1,7 @@
 """With a zero value bank the up-scaled model computes its base, bit for bit."""
 
+import sys
+
 import pytest
 import torch
 
@@ -144,6 +146,19 @@ def test_hidden_states_and_attentions(make_base, upscale, tokens):
         assert torch.equal(ours.attentions[physical], theirs.attentions[source])
     for physical, source in ((0, 0), (1, 1), (2, 1), (3, 2), (5, 3)):  # a silent Memory block hands on what it got
         assert torch.equal(ours.hidden_states[physical], theirs.hidden_states[source])
+
+
+def test_sdpa_warns_and_returns_no_attentions(make_base, upscale, tokens, caplog):
+    model = upscale(make_base(), random_values=True)
     model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match="eager"):
-        model(tokens, output_attentions=True)
+    modeling = sys.modules[type(model).__module__]
+    modeling.logger.warning_once.cache_clear()
+    modeling.logger.addHandler(caplog.handler)
+    try:
+        found = model(tokens, output_attentions=True)
+    finally:
+        modeling.logger.removeHandler(caplog.handler)
+    assert found.attentions is None and torch.equal(found.logits, model(tokens).logits)
+    assert "attn_implementation='eager'" in caplog.text
+    model.set_attn_implementation("eager")
+    assert len(model(tokens, output_attentions=True).attentions) == len(model.model.layers)
