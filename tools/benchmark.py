@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in pretrain_midus.py, for everything that is timed
 
 from megatron_midus import cli
+from megatron_midus.benchmark.output import print_result, result_to_markdown
 from megatron_midus.benchmark.result import BenchmarkResult
 from megatron_midus.benchmark.settings import HmlSettings, LayerSettings, RunSettings, TrainSettings
-from megatron_midus.benchmark.terminal import print_result
 from megatron_midus.config.fields import add_arguments, from_namespace
 from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.files import check_output_file, write_text_atomically
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
     command, settings = parse_arguments(arguments)
-    for path in filter(None, (settings.json, settings.plot)):
+    for path in filter(None, (settings.json, settings.markdown, settings.plot)):
         check_output_file(path)
     if settings.plot:
         from megatron_midus.benchmark.plot import require_matplotlib
@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_result(result)
     if settings.json:
         write_text_atomically(settings.json, json.dumps(result.to_dict(), indent=1) + "\n")
+    if settings.markdown:
+        write_text_atomically(settings.markdown, result_to_markdown(result))
     if settings.plot:
         from megatron_midus.benchmark.plot import plot_result
 

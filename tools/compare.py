@@ -20,7 +20,7 @@ from megatron_midus.comparison.arms import resolve
 from megatron_midus.comparison.columns import to_markdown
 from megatron_midus.comparison.experiment import read_experiment
 from megatron_midus.comparison.results import collect
-from megatron_midus.comparison.results_page import to_html
+from megatron_midus.comparison.results_page import loss_svg, to_html
 from megatron_midus.comparison.runner import Runner, lock, run_experiment
 from megatron_midus.comparison.runs import Runs
 from megatron_midus.comparison.steps import FileHashes, StepFailed
@@ -29,7 +29,6 @@ from megatron_midus.conversion.families import from_hf_config
 from megatron_midus.conversion.hf_io import read_hf_config
 from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
-from megatron_midus.report.machine import machine_facts
 from megatron_midus.training.arguments import build_parser
 
 
@@ -69,14 +68,15 @@ def make_runs(arguments: argparse.Namespace, output: Path) -> Runs:
 
 
 def write_report(runs: Runs, runner: Runner, output: Path) -> None:
-    """``results.json``, ``table.md``, ``report.html``."""
+    """``results.json``, ``table.md``, ``report.html``, ``loss.svg``."""
     notes = []
     if runner.jobs > 1:
         notes.append(f"{runner.jobs} runs went on at a time: compare times with care")
-    results = collect(runs, runner.hashes, machine=machine_facts(), failures=runner.failures, notes=notes)
+    results = collect(runs, runner.hashes, failures=runner.failures, notes=notes)
     write_text_atomically(output / "results.json", results.to_json())
     write_text_atomically(output / "table.md", to_markdown(results))
     write_text_atomically(output / "report.html", to_html(results))
+    write_text_atomically(output / "loss.svg", loss_svg(results))
     print(to_markdown(results), end="")
     say(f"report: {output / 'report.html'}, {output / 'table.md'}, {output / 'results.json'}")
 

@@ -1,6 +1,6 @@
 """Modelled, not measured: times of the Triton kernels on an H200 from their instructions, bytes and products.
 
-python tools/kernel_model.py --json docs/results/modelled.json
+python tools/kernel_model.py --json modelled.json
 
 Each kernel is compiled for compute capability 9.0 without a GPU. The instructions of each loop of its machine code times
 the loop's rounds, over what the schedulers issue, is one bound; bytes that leave HBM, bytes that leave the L2 cache, and

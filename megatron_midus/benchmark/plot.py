@@ -47,7 +47,7 @@ def plot_result(result: BenchmarkResult, target: str | Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".plot.") as directory:
         partial = Path(directory, "plot.png")
-        figure.savefig(partial, dpi=150)
+        figure.savefig(partial, dpi=100)
         os.replace(partial, target)
 
 

@@ -41,6 +41,9 @@ class RunSettings:
     json: str | None = None
     """Write all figures to this file."""
 
+    markdown: str | None = None
+    """Write the tables to this file."""
+
     plot: str | None = None
     """Draw the figures into this PNG file (needs matplotlib)."""
 

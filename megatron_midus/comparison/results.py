@@ -13,7 +13,7 @@ from megatron_midus.comparison.arms import ResolvedArm
 from megatron_midus.comparison.curves import Curves, Point, make_curves, read_scalars, thin
 from megatron_midus.comparison.runner import choose_rate, finished, rate_losses
 from megatron_midus.comparison.runs import Chain, Runs, one_of_each_architecture
-from megatron_midus.comparison.steps import FileHashes
+from megatron_midus.comparison.steps import FileHashes, read_marker
 
 CURVE_POINTS = 200
 
@@ -28,11 +28,16 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean | None:
-        """Of no values there is none."""
+        """``None`` without any value."""
         if not values:
             return None
         deviation = statistics.stdev(values) if len(values) > 1 else None
         return cls(statistics.fmean(values), deviation, len(values))
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the mean; ``None`` for one seed."""
+        return None if self.deviation is None else self.deviation / self.count**0.5
 
 
 @dataclasses.dataclass
@@ -132,7 +137,8 @@ class Results:
     arms: list[ArmResult]
     settings: dict[str, Any]
     """The experiment as it was read."""
-    machine: dict[str, Any]
+    machines: list[dict[str, Any]]
+    """What the runs recorded of the machine they ran on, each once; empty entries are runs that recorded nothing."""
     notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
@@ -185,15 +191,12 @@ def _read_curves(values: dict[str, Any] | None) -> Curves | None:
     return Curves(**{**values, **lists})
 
 
-def collect(
-    runs: Runs, hashes: FileHashes, *, machine: dict[str, Any], failures: dict[str, str], notes: Sequence[str] = ()
-) -> Results:
+def collect(runs: Runs, hashes: FileHashes, *, failures: dict[str, str], notes: Sequence[str] = ()) -> Results:
     """Reads the figures of all finished runs.
 
     Args:
         runs: of the experiment.
         hashes: tell whether a run is of these settings.
-        machine: of ``machine_facts``.
         failures: by label of the chain.
         notes: for the reader.
     """
@@ -213,9 +216,19 @@ def collect(
         seeds=experiment.seeds,
         arms=arms,
         settings=dataclasses.asdict(experiment),
-        machine=machine,
+        machines=machines_of(done_chains),
         notes=[*notes, *_notes(runs, arms), *_latency_failed(failures)],
     )
+
+
+def machines_of(chains: Sequence[Chain]) -> list[dict[str, Any]]:
+    """What the steps that make the figures recorded of their machine, each once. Not of the machine that writes the page."""
+    found: list[dict[str, Any]] = []
+    for step in (step for chain in chains for step in chain.steps):
+        machine = read_marker(step.marker).get("machine", {})
+        if machine not in found:
+            found.append(machine)
+    return found
 
 
 def _arm_result(

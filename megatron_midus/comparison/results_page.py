@@ -1,132 +1,155 @@
-"""The HTML report of a comparison."""
+"""The HTML page of a comparison: the result in a sentence, the table, the charts, and how it was made."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_midus.comparison.columns import (
     COLUMNS,
+    RESULT_COLUMNS,
+    SETTING_COLUMNS,
     failures,
-    findings,
     rates_tried,
+    reading_note,
     rows,
     seeds_text,
-    used_columns,
+    used,
 )
 from megatron_midus.comparison.curves import Point, thin
+from megatron_midus.comparison.headline import headline
 from megatron_midus.comparison.results import ArmResult, Results
-from megatron_midus.report.charts import Series, chart
+from megatron_midus.comparison.roles import base_arm, strong_styles
+from megatron_midus.report.charts import Level, Series, chart
 from megatron_midus.report.machine import device_name, versions_text
-from megatron_midus.report.page import Page
+from megatron_midus.report.page import Page, standalone_svg
+from megatron_midus.report.table import Cell
 
 _LOWER_IS_BETTER = ("new ppl ↓", "Δ loss ↓", "old ppl ↓", "loss at equal time ↓", "s/iteration", "peak MB", "decode ms")
 _HIGHER_IS_BETTER = ("tokens/s",)
+_OTHERS = "other arms"
+_LOSS = "held-out loss, nats/token"
 
 
 def to_html(results: Results) -> str:
     """One document that needs nothing else."""
-    page = Page(
-        results.description or "Comparison",
-        f"{len(results.arms)} arms, {seeds_text(results)}, reference: {results.reference}",
+    page = Page(results.description or "Comparison")
+    page.lead(headline(results))
+    page.paragraph(
+        f"{len(results.arms)} arms, {seeds_text(results)}; reference: {results.reference}. Lower loss and perplexity are better.",
+        is_note=True,
     )
-    failed = failures(results)
-    if failed:
+    if failed := failures(results):
         page.heading("Failed")
         page.bullets(failed)
     page.heading("Results")
-    _add_table(page, results)
-    page.paragraph("Mean ± standard deviation over seeds. A click on a heading sorts; the best of a column is green.", is_note=True)  # fmt: skip
-    page.bullets(findings(results))
-    _add_charts(page, results)
-    if tried := rates_tried(results):
-        page.heading("Learning rates tried on the first seed")
-        page.paragraph("Loss on the validation batches at the end (nats/token); the lowest was used for all seeds.")
-        page.bullets(tried)
-    page.heading("How to read it")
-    columns = used_columns(results)
-    page.bullets([f"{name}: {text}" for name, text in COLUMNS.items() if name in columns])
+    _add_table(page, results, RESULT_COLUMNS)
+    grey = "" if len(results.seeds) == 1 else " A grey Δ is within two of its standard errors: no evidence either way."
+    page.paragraph(
+        f"{reading_note(results)}{grey} Green: the best of its column. A click on a heading sorts.", is_note=True
+    )
+    page.heading("Held-out loss")
+    page.charts(_charts(results))
+    page.heading("Settings and cost")
+    _add_table(page, results, SETTING_COLUMNS)
     page.bullets(results.notes)
-    page.heading("Machine and settings")
-    page.bullets(_machine(results.machine))
+    columns = used(results, COLUMNS)
+    page.details("What the columns are", [f"{name}: {text}" for name, text in COLUMNS.items() if name in columns])
+    page.details(
+        "Learning rates tried on the first seed, with the loss on the validation batches", rates_tried(results)
+    )
+    page.details("Where it ran", _machines(results.machines))
     page.code("The experiment as it was run", json.dumps(results.settings, indent=1, ensure_ascii=False))
     return page.html()
 
 
-def _add_table(page: Page, results: Results) -> None:
-    columns, table = used_columns(results), rows(results)
+def loss_svg(results: Results) -> str:
+    """The loss against the trained parameters, all arms, as a file of its own: for a page that shows pictures alone."""
+    return standalone_svg(_against_parameters(results, strong_styles(results)))
+
+
+def _add_table(page: Page, results: Results, wanted: Sequence[str]) -> None:
+    columns, table = used(results, wanted), rows(results)
     best: dict[str, float] = {}
     for name in columns:
-        found = [row[name].value for row in table if isinstance(row[name].value, float)]
-        if found and name in _LOWER_IS_BETTER:
-            best[name] = min(found)
-        elif found and name in _HIGHER_IS_BETTER:
-            best[name] = max(found)
-    page.table(
-        columns,
-        [
-            [dataclasses.replace(row[n], is_best=n in best and row[n].value == best[n]) for n in columns]
-            for row in table
-        ],
-        text_columns=2,
-    )
+        # What is no evidence is no best either.
+        found = [cell.value for row in table if isinstance((cell := row[name]).value, float) and not cell.is_faint]
+        if found and name in (*_LOWER_IS_BETTER, *_HIGHER_IS_BETTER):
+            best[name] = (max if name in _HIGHER_IS_BETTER else min)(found)
+
+    if best.get("Δ loss ↓", 0.0) >= 0:
+        best.pop("Δ loss ↓", None)  # nobody is better than the reference
+
+    def shown(name: str, cell: Cell) -> Cell:
+        return dataclasses.replace(cell, is_best=name in best and cell.value == best[name])
+
+    page.table(columns, [[shown(n, row[n]) for n in columns] for row in table], text_columns=2, hints=COLUMNS)
 
 
-def _add_charts(page: Page, results: Results) -> None:
-    trained = [(index, arm) for index, arm in enumerate(results.arms) if arm.curves]
-    page.heading("Held-out loss")
-    label = "held-out loss, nats/token"
-    charts = []
-    if trained:
-        validation = [(index, arm, mean_curve([c.validation for c in arm.curves])) for index, arm in trained]
-        by_tokens = [_line(index, arm, curve, by_time=False) for index, arm, curve in validation]
-        by_time = [_line(index, arm, curve, by_time=True) for index, arm, curve in validation]
-        charts += [
-            (
-                chart(by_tokens, x_label="training tokens", y_label=label, title="Held-out loss against tokens"),
-                "Validation batches of the new domain, mean over seeds.",
+def _charts(results: Results) -> list[tuple[str, str]]:
+    """Charts and captions."""
+    styles = strong_styles(results)
+    trained = [arm for arm in results.arms if arm.curves]
+    mean = "" if len(results.seeds) == 1 else ", mean over seeds"
+    bars = "" if len(results.seeds) == 1 else "; bars: standard deviation over seeds"
+    drawn = [(_against_parameters(results, styles), f"Whole held-out text of the new domain at the end{bars}.")]
+    if not trained:
+        return drawn
+    validation = [(arm, mean_curve([c.validation for c in arm.curves])) for arm in trained]
+    by_tokens = [_line(arm, curve, styles) for arm, curve in validation]
+    by_time = [_line(arm, curve, styles, by_time=True) for arm, curve in validation]
+    training = [_line(arm, thin(mean_curve([c.training for c in arm.curves]), 60), styles) for arm in trained]
+    lines: dict[str, Any] = {"other_name": _OTHERS}
+    drawn += [
+        (
+            chart(by_tokens, x_label="training tokens", y_label=_LOSS, title="Held-out loss against tokens", **lines),
+            f"Validation batches of the new domain{mean}.",
+        ),
+        (
+            chart(
+                by_time, x_label="seconds of training steps", y_label=_LOSS, title="Held-out loss against time", **lines
             ),
-            (
-                chart(by_time, x_label="seconds of training steps", y_label=label, title="Held-out loss against time"),
-                "The same curves against time, without evaluations and saves.",
+            "The same curves against time, without evaluations and saves.",
+        ),
+        (
+            chart(
+                training, x_label="training tokens", y_label="training loss, nats/token", title="Training loss", **lines
             ),
-        ]
-    charts.append((_against_parameters(results), "Whole held-out text of the new domain at the end; bars: standard deviation over seeds."))  # fmt: skip
-    if trained:
-        training = [
-            _line(index, arm, thin(mean_curve([c.training for c in arm.curves]), 60), by_time=False)
-            for index, arm in trained
-        ]
-        charts.append(
-            (
-                chart(training, x_label="training tokens", y_label="training loss, nats/token", title="Training loss"),
-                "Training loss, means over stretches of steps and over seeds; all arms of a seed see the same batches.",
-            )
-        )
-    page.charts(charts)
+            f"Training loss, means over stretches of steps{mean}; all arms of a seed see the same batches.",
+        ),
+    ]
+    return drawn
 
 
-def _line(index: int, arm: ArmResult, curve: list[Point], *, by_time: bool) -> Series:
+def _line(arm: ArmResult, curve: list[Point], styles: dict[str, int], *, by_time: bool = False) -> Series:
     x = [point.seconds if by_time else float(point.tokens) for point in curve]
-    return Series(arm.name, x, [point.loss for point in curve], style=index)
+    style = styles.get(arm.name)
+    return Series(arm.name, x, [point.loss for point in curve], style, is_strong=style is not None)
 
 
-def _against_parameters(results: Results) -> str:
+def _against_parameters(results: Results, styles: dict[str, int]) -> str:
     series = []
-    for index, arm in enumerate(results.arms):
+    for arm in results.arms:
         loss = arm.loss("new")
         if loss is not None and arm.trainable:
-            spread = [loss.deviation or 0.0]
-            series.append(Series(arm.name, [float(arm.trainable)], [loss.mean], index, spread, is_line=False))
+            spread = None if loss.deviation is None else [loss.deviation]
+            series.append(
+                Series(arm.name, [float(arm.trainable)], [loss.mean], styles.get(arm.name), spread, is_line=False)
+            )
+    base = base_arm(results)
+    loss = None if base is None else base.loss("new")
+    levels = [] if base is None or loss is None else [Level(f"{base.name}, not trained", loss.mean, styles[base.name])]
     return chart(
         series,
         x_label="trained parameters",
-        y_label="held-out loss, nats/token",
+        y_label=_LOSS,
         log_x=True,
         title="Held-out loss against trained parameters",
         label_points=True,
+        levels=levels,
     )
 
 
@@ -144,6 +167,13 @@ def mean_curve(curves: list[list[Point]]) -> list[Point]:
     ]
 
 
-def _machine(machine: dict[str, Any]) -> list[str]:
-    threads = f"{machine.get('cores')} cores, OMP_NUM_THREADS={machine.get('OMP_NUM_THREADS')}"
-    return [f"{device_name(machine)}, {threads}", versions_text(machine)]
+def _machines(machines: Sequence[dict[str, Any]]) -> list[str]:
+    """What each of the machines is that the runs recorded."""
+    lines = []
+    for facts in machines:
+        if not facts:
+            lines.append("Some runs are of a version that did not record its machine.")
+            continue
+        threads = f"{facts.get('cores')} cores, OMP_NUM_THREADS={facts.get('OMP_NUM_THREADS')}"
+        lines.append(f"{device_name(facts)}, {threads}; {versions_text(facts)}")
+    return lines

@@ -21,6 +21,7 @@ from megatron_midus.comparison.experiment import REPOSITORY
 from megatron_midus.comparison.runs import Chain, Runs, command_line, one_of_each_architecture
 from megatron_midus.comparison.steps import FileHashes, Step, StepFailed, environment
 from megatron_midus.errors import UserError
+from megatron_midus.report.machine import machine_facts
 
 Item = TypeVar("Item")
 # Seconds that a driver gets to save a checkpoint when the comparison is stopped.
@@ -59,6 +60,7 @@ class Runner:
         self.hashes = hashes
         self.say = say
         self.jobs = jobs
+        self.machine = machine_facts()
         self.failures: dict[str, str] = {}
         self._mutex = threading.Lock()
         self._step_locks: dict[Path, threading.Lock] = {}
@@ -89,7 +91,7 @@ class Runner:
             raise StepFailed(f"{step.name} did not make {missing[0]} (log: {step.log})")
         if step.check is not None:
             step.check()
-        step.finish(fingerprint, seconds=time.monotonic() - began)
+        step.finish(fingerprint, seconds=time.monotonic() - began, machine=self.machine)
 
     def _execute(self, step: Step) -> int:
         with open(step.log, "a", encoding="utf-8") as log:

@@ -126,9 +126,10 @@ class Step:
                 remove_partials(path)
         write_text_atomically(self.start_marker, json.dumps({"fingerprint": fingerprint}) + "\n")
 
-    def finish(self, fingerprint: str, *, seconds: float) -> None:
-        """Writes the marker."""
-        content = {"fingerprint": fingerprint, "seconds": seconds, "command": [*self.launcher, *self.words]}
+    def finish(self, fingerprint: str, *, seconds: float, machine: dict[str, Any]) -> None:
+        """Writes the marker; ``machine`` as of ``machine_facts``, for whoever reads the figures elsewhere or later."""
+        words = [*self.launcher, *self.words]
+        content = {"fingerprint": fingerprint, "seconds": seconds, "command": words, "machine": machine}
         write_text_atomically(self.marker, json.dumps(content, indent=1) + "\n")
 
 

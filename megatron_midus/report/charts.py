@@ -25,16 +25,31 @@ class Series:
         name: in the legend.
         x, y: of equal length.
         spread: half length of each error bar.
-        style: which colour, counted from 0; arms keep theirs over several charts.
+        style: which colour, counted from 0; arms keep theirs over several charts. ``None`` = grey, behind the others.
+        is_strong: a thicker line.
         is_line: whether the points are joined.
     """
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    style: int
+    style: int | None
     spread: Sequence[float] | None = None
     is_line: bool = True
+    is_strong: bool = False
+
+    @property
+    def css(self) -> str:
+        return "other" if self.style is None else f"s{self.style % NUM_SERIES}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """A value without a place on the horizontal axis: a dashed line across the chart with its name on it."""
+
+    name: str
+    y: float
+    style: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +103,8 @@ def chart(
     x_ticks: Sequence[float] | None = None,
     title: str = "",
     label_points: bool = False,
+    levels: Sequence[Level] = (),
+    other_name: str = "others",
 ) -> str:
     """One chart.
 
@@ -98,25 +115,30 @@ def chart(
         x_ticks: where the horizontal axis has ticks, within the values; round numbers when absent.
         title: said to screen readers.
         label_points: write names beside points instead of a legend.
+        levels: horizontal lines.
+        other_name: of all grey series together, in the legend.
     """
     series = [_finite(entry, log_x) for entry in series]
     series = [entry for entry in series if entry.x]
     if not series:
         return '<p class="note">No data.</p>'
-    rows = [] if label_points else _legend_rows([entry.name for entry in series])
+    series = sorted(series, key=lambda entry: entry.style is not None)  # grey below the others
+    entries = [] if label_points else _legend_entries(series, other_name)
+    rows = _legend_rows(entries)
     height = _HEIGHT + 18 * len(rows)
     x = _axis([v for s in series for v in s.x], _LEFT, _WIDTH - _RIGHT, is_log=log_x)
     x = dataclasses.replace(x, at=x_ticks)
     bounds = [v + sign * e for s in series for v, e in zip(s.y, s.spread or [0.0] * len(s.y)) for sign in (-1, 1)]
-    y = _axis(bounds, _HEIGHT - _BOTTOM, _TOP, is_log=False)
+    y = _axis([*bounds, *(level.y for level in levels)], _HEIGHT - _BOTTOM, _TOP, is_log=False)
     parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title or y_label)}">']
     parts += _frame(x, y, x_label, y_label)
+    parts += [_draw_level(level, y) for level in levels]
     for entry in series:
         parts += _draw(entry, x, y)
     if label_points:
         parts += _point_labels(series, x, y)
-    for row, names in enumerate(rows):
-        parts += _legend(names, series, _HEIGHT + 12 + 18 * row)
+    for index, row in enumerate(rows):
+        parts += _legend(row, _HEIGHT + 12 + 18 * index)
     return "\n".join([*parts, "</svg>"])
 
 
@@ -166,16 +188,24 @@ def _frame(x: _Axis, y: _Axis, x_label: str, y_label: str) -> list[str]:
 
 def _dash(entry: Series) -> str:
     """A thirteenth series has the colour of the first and another stroke."""
-    return ' stroke-dasharray="5 3"' if entry.style // NUM_SERIES % 2 else ""
+    return ' stroke-dasharray="5 3"' if (entry.style or 0) // NUM_SERIES % 2 else ""
+
+
+def _draw_level(level: Level, y: _Axis) -> str:
+    at = y.place(level.y)
+    name = f'<text class="tick" x="{_LEFT + 6}" y="{at - 6:.1f}">{escape(level.name)}</text>'
+    css = f"line s{level.style % NUM_SERIES}"
+    return f'<path class="{css}" d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}" stroke-dasharray="6 4"/>{name}'
 
 
 def _draw(entry: Series, x: _Axis, y: _Axis) -> list[str]:
     places = [(x.place(a), y.place(b)) for a, b in zip(entry.x, entry.y)]
-    css, dash = f"s{entry.style % NUM_SERIES}", _dash(entry)
+    css, dash = entry.css, _dash(entry)
+    weight = " strong" if entry.is_strong else ""
     parts = []
     if entry.is_line and len(places) > 1:
         path = " ".join(f"{'M' if i == 0 else 'L'}{a:.1f} {b:.1f}" for i, (a, b) in enumerate(places))
-        parts.append(f'<path class="line {css}" d="{path}"{dash}/>')
+        parts.append(f'<path class="line {css}{weight}" d="{path}"{dash}/>')
     for (a, _), value, half in zip(places, entry.y, entry.spread or [0.0] * len(places)):
         if half:
             top, bottom = y.place(value + half), y.place(value - half)
@@ -191,11 +221,14 @@ def _draw(entry: Series, x: _Axis, y: _Axis) -> list[str]:
 
 
 def _point_labels(series: Sequence[Series], x: _Axis, y: _Axis) -> list[str]:
-    """Names beside points, each at the nearest height where it covers no name and no point; a thin line leads to one that moved."""
-    points = sorted((x.place(s.x[i]), y.place(s.y[i]), s.name) for s in series for i in range(len(s.x)))
-    taken = [(a - 6, a + 6, b + 4) for a, b, _ in points]  # left, right, baseline
+    """Names beside points, each at the nearest height where it covers no name and no point; a thin line leads to one that
+    moved. Coloured series choose their places first."""
+    points = sorted(
+        (entry.style is None, x.place(a), y.place(b), entry.name) for entry in series for a, b in zip(entry.x, entry.y)
+    )
+    taken = [(a - 6, a + 6, b + 4) for _, a, b, _ in points]  # left, right, baseline
     parts = []
-    for a, b, name in points:
+    for is_grey, a, b, name in points:
         width = _CHARACTER * len(name)
         is_right = a + 14 + width <= _WIDTH - _RIGHT
         left = a + 14 if is_right else a - 14 - width
@@ -204,7 +237,10 @@ def _point_labels(series: Sequence[Series], x: _Axis, y: _Axis) -> list[str]:
         anchor, at, edge = ("start", left, left - 2) if is_right else ("end", left + width, left + width + 2)
         if abs(baseline - 4 - b) > 3:
             parts.append(f'<path class="grid" d="M{a:.1f} {b:.1f}L{edge:.1f} {baseline - 4:.1f}"/>')
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{baseline:.1f}" text-anchor="{anchor}">{escape(name)}</text>')
+        css = "tick faint" if is_grey else "tick"
+        parts.append(
+            f'<text class="{css}" x="{at:.1f}" y="{baseline:.1f}" text-anchor="{anchor}">{escape(name)}</text>'
+        )
     return parts
 
 
@@ -219,25 +255,31 @@ def _free_baseline(taken: Sequence[tuple[float, float, float]], left: float, rig
     return min([wanted, *free] if is_free(wanted) else free, key=lambda at: abs(at - wanted), default=wanted)
 
 
-def _legend_rows(names: Sequence[str]) -> list[list[str]]:
-    rows: list[list[str]] = [[]]
+def _legend_entries(series: Sequence[Series], other_name: str) -> list[Series]:
+    """Every coloured series, and all grey ones as one."""
+    coloured = [entry for entry in series if entry.style is not None]
+    grey = next((entry for entry in series if entry.style is None), None)
+    return coloured + ([dataclasses.replace(grey, name=other_name)] if grey is not None else [])
+
+
+def _legend_rows(entries: Sequence[Series]) -> list[list[Series]]:
+    rows: list[list[Series]] = [[]] if entries else []
     used = 0.0
-    for name in names:
-        width = 36 + _CHARACTER * len(name)
+    for entry in entries:
+        width = 36 + _CHARACTER * len(entry.name)
         if rows[-1] and used + width > _WIDTH - _LEFT - _RIGHT:
             rows.append([])
             used = 0.0
-        rows[-1].append(name)
+        rows[-1].append(entry)
         used += width
     return rows
 
 
-def _legend(names: Sequence[str], series: Sequence[Series], baseline: float) -> list[str]:
+def _legend(entries: Sequence[Series], baseline: float) -> list[str]:
     at, parts = float(_LEFT), []
-    for name in names:
-        entry = next(s for s in series if s.name == name)
-        css = f"s{entry.style % NUM_SERIES}"
-        parts.append(f'<path class="line {css}" d="M{at:.1f} {baseline - 4:.1f}h18"{_dash(entry)}/>')
-        parts.append(f'<text class="tick" x="{at + 22:.1f}" y="{baseline:.1f}">{escape(name)}</text>')
-        at += 36 + _CHARACTER * len(name)
+    for entry in entries:
+        weight = " strong" if entry.is_strong else ""
+        parts.append(f'<path class="line {entry.css}{weight}" d="M{at:.1f} {baseline - 4:.1f}h18"{_dash(entry)}/>')
+        parts.append(f'<text class="tick" x="{at + 22:.1f}" y="{baseline:.1f}">{escape(entry.name)}</text>')
+        at += 36 + _CHARACTER * len(entry.name)
     return parts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from megatron_midus.report.table import Cell
@@ -12,9 +12,9 @@ _LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b3448c", "#a87a00", "#2a9fd6", "#44
 _DARK = ("#56b4e9", "#ff8a3d", "#2fd0a0", "#e8a0cc", "#f0c53d", "#9bd7ff", "#c8c8c8", "#e07ba6", "#a9d15a", "#a79bf0", "#f08a9a", "#5fd3c4")  # fmt: skip
 
 _STYLE = """
-:root { color-scheme: light dark; --ground: #fff; --text: #1c1e21; --faint: #5b6068; --line: #d9dce1; --row: #f5f6f8; --best: #0a6b3d; COLOURS_LIGHT }
+:root { color-scheme: light dark; --ground: #fff; --text: #1c1e21; --faint: #5b6068; --line: #d9dce1; --row: #f5f6f8; --best: #0a6b3d; --other: #b9bec6; COLOURS_LIGHT }
 @media (prefers-color-scheme: dark) {
-  :root { --ground: #15171a; --text: #e6e7e9; --faint: #a2a8b0; --line: #363a40; --row: #1e2126; --best: #6fdc9f; COLOURS_DARK }
+  :root { --ground: #15171a; --text: #e6e7e9; --faint: #a2a8b0; --line: #363a40; --row: #1e2126; --best: #6fdc9f; --other: #565c66; COLOURS_DARK }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 76rem; background: var(--ground); color: var(--text);
@@ -22,6 +22,7 @@ body { margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 76rem; backgroun
 h1 { font-size: 1.55rem; line-height: 1.25; margin: 0 0 .3rem; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
 p, li { max-width: 52rem; }
+.lead { font-size: 1.12rem; line-height: 1.45; font-weight: 500; margin: .9rem 0 .4rem; max-width: 58rem; }
 .note, figcaption { color: var(--faint); font-size: .88rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
@@ -34,6 +35,9 @@ th[aria-sort=descending] button::after { content: " \\25BC"; }
 th.text, td.text { text-align: left; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--ground); }
 tbody tr:hover, tbody tr:hover td { background: var(--row); }
+td.faint { color: var(--faint); }
+.chip { display: inline-block; width: .62rem; height: .62rem; border-radius: 50%; margin-right: .5rem; background: var(--other); }
+th button[title] { text-decoration: underline dotted; text-underline-offset: .2em; }
 td.best { color: var(--best); font-weight: 600; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(32rem, 100%), 1fr)); gap: 1.2rem 1.6rem; margin: .9rem 0; }
 figure { margin: 0; }
@@ -46,6 +50,9 @@ svg .faint { fill: var(--faint); }
 .axis { stroke: var(--faint); stroke-width: 1; fill: none; }
 .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .thin { stroke-width: 1.2; }
+.line.strong { stroke-width: 2.6; }
+.line.other { stroke: var(--other); stroke-width: 1.4; }
+.dot.other { fill: var(--other); }
 pre { overflow-x: auto; padding: .7rem .9rem; background: var(--row); font-size: .8rem; border-radius: 6px; }
 details > summary { cursor: pointer; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
@@ -106,27 +113,35 @@ class Page:
     def paragraph(self, text: str, *, is_note: bool = False) -> None:
         self._parts.append(f'<p class="note">{escape(text)}</p>' if is_note else f"<p>{escape(text)}</p>")
 
+    def lead(self, text: str) -> None:
+        """The sentence that the page is about."""
+        self._parts.append(f'<p class="lead">{escape(text)}</p>')
+
     def bullets(self, texts: Sequence[str]) -> None:
         if texts:
             self._parts.append("<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>")
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[Cell]], *, text_columns: int = 1) -> None:
-        """A sortable table; the first ``text_columns`` are set flush left."""
+    def table(
+        self,
+        header: Sequence[str],
+        rows: Sequence[Sequence[Cell]],
+        *,
+        text_columns: int = 1,
+        hints: Mapping[str, str] | None = None,
+    ) -> None:
+        """A sortable table; the first ``text_columns`` are set flush left.
 
-        def css(column: int, *more: str) -> str:
-            names = [*(["text"] if column < text_columns else []), *more]
-            return f' class="{" ".join(names)}"' if names else ""
-
+        Args:
+            hints: by heading, what the column holds; shown when the pointer rests on it.
+        """
         head = "".join(
-            f'<th scope="col"{css(i)}><button type="button">{escape(title)}</button></th>'
+            f'<th scope="col"{_css(["text"] * (i < text_columns))}>{_heading(title, (hints or {}).get(title))}</th>'
             for i, title in enumerate(header)
         )
+        marks = any(cell.style is not None for row in rows for cell in row)
         body = []
         for row in rows:
-            cells = (
-                f'<td{css(i, *(["best"] if cell.is_best else []))} data-value="{_sort_value(cell)}">{escape(cell.text)}</td>'
-                for i, cell in enumerate(row)
-            )
+            cells = (_data(cell, i < text_columns, mark=marks and i == 0) for i, cell in enumerate(row))
             body.append(f"<tr>{''.join(cells)}</tr>")
         self._parts.append(
             f'<div class="scroll"><table class="sortable"><thead><tr>{head}</tr></thead>\n'
@@ -137,6 +152,12 @@ class Page:
         """Charts of ``report/charts.py`` side by side, each with its caption."""
         figures = (f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>" for svg, text in charts)
         self._parts.append(f'<div class="charts">{"".join(figures)}</div>')
+
+    def details(self, summary: str, texts: Sequence[str]) -> None:
+        """A list that opens by a click."""
+        if texts:
+            items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+            self._parts.append(f"<details><summary>{escape(summary)}</summary><ul>{items}</ul></details>")
 
     def code(self, summary: str, text: str) -> None:
         """Text that opens by a click, set as it is."""
@@ -152,10 +173,37 @@ class Page:
         )
 
 
+def _css(names: Sequence[str]) -> str:
+    return f' class="{" ".join(names)}"' if names else ""
+
+
+def _heading(title: str, hint: str | None) -> str:
+    told = f' title="{escape(hint)}"' if hint else ""
+    return f'<button type="button"{told}>{escape(title)}</button>'
+
+
+def _data(cell: Cell, is_text: bool, *, mark: bool) -> str:
+    """One ``td``; with ``mark`` a dot in the colour of its series, grey for one without."""
+    names = ["text"] * is_text + ["best"] * cell.is_best + ["faint"] * cell.is_faint
+    colour = "" if cell.style is None else f' style="background: var(--s{cell.style % len(_LIGHT)})"'
+    chip = f'<span class="chip"{colour}></span>' if mark else ""
+    return f'<td{_css(names)} data-value="{_sort_value(cell)}">{chip}{escape(cell.text)}</td>'
+
+
 def _sort_value(cell: Cell) -> str:
     if cell.value is None:
         return ""
     return escape(repr(cell.value) if isinstance(cell.value, float) else str(cell.value))
+
+
+def standalone_svg(svg: str) -> str:
+    """A chart of ``report/charts.py`` as a file of its own, with its colours for light and for dark."""
+    return (
+        svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
+            ">", f"><style>{_style()}</style>", 1
+        )
+        + "\n"
+    )
 
 
 def _style() -> str:

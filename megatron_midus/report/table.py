@@ -21,12 +21,14 @@ class Cell:
         value: what it sorts by: a number or a text; ``None`` = missing, always last.
         is_best: whether it stands out.
         is_faint: whether it stands back.
+        style: which series of the charts the row is; a page marks it with that colour.
     """
 
     text: str
     value: float | str | None = None
     is_best: bool = False
     is_faint: bool = False
+    style: int | None = None
 
 
 def text_cells(texts: Sequence[str]) -> list[Cell]:

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from megatron_midus.benchmark import ceilings
 from megatron_midus.benchmark.hml import run_hml
+from megatron_midus.benchmark.output import print_result, result_to_markdown
 from megatron_midus.benchmark.plot import plot_result, require_matplotlib
 from megatron_midus.benchmark.settings import HmlSettings
-from megatron_midus.benchmark.terminal import print_result
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,14 @@ def test_json(report):
     assert set(row["total"]) == {"median", "lower_quartile", "upper_quartile", "minimum", "rounds"}
     assert row["total"]["rounds"] == 3 and found["sections"][1]["rows"][0]["total"]["rounds"] == 2
     assert found["sections"][0]["shape"]["num_keys"] == 11
+
+
+def test_markdown_has_a_table_for_every_section(report):
+    text = result_to_markdown(report)
+    assert text.startswith("# Benchmark hml\n") and text.count("\n## ") == len(report.sections)
+    assert text.count("|---|") == len(report.sections) and "parity:" in text
+    rows = [line for line in text.splitlines() if line.startswith("| naive ")]
+    assert len(rows) == len(report.sections)
 
 
 def test_table_names_everything(report):

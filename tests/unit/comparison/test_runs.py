@@ -114,7 +114,7 @@ def test_learning_rates_of_other_settings_are_not_chosen_from(tmp_path, monkeypa
         train = runs.chain(midus, 1, rate).train
         for path in train.makes:
             path.mkdir(parents=True)
-        train.finish(train.fingerprint(hashes), seconds=1.0)
+        train.finish(train.fingerprint(hashes), seconds=1.0, machine={})
     assert choose_rate(runs, midus, hashes) == 1e-2
     assert [(c.arm.arm.name, c.seed, c.rate) for c in chosen_chains(runs, hashes)] == [
         ("pro", 1, 1e-3), ("midus", 1, 1e-2), ("base", 1, None), ("pro", 2, 1e-3), ("midus", 2, 1e-2)]  # fmt: skip

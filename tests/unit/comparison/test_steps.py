@@ -84,7 +84,7 @@ def test_done_means_ended_and_still_there(tmp_path, hashes):
     step.begin(mark)
     step.makes[0].mkdir()
     assert not step.is_done(mark)
-    step.finish(mark, seconds=1.5)
+    step.finish(mark, seconds=1.5, machine={"cores": 2})
     assert step.is_done(mark) and not step.is_done("another") and read_marker(step.marker)["seconds"] == 1.5
     step.makes[0].rmdir()
     assert not step.is_done(mark)

@@ -1,4 +1,4 @@
-"""A benchmark as tables for the terminal."""
+"""A benchmark as tables, for the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.table import Table
 from megatron_midus.benchmark.result import BenchmarkResult, Row, Section
 from megatron_midus.benchmark.timing import Summary
 from megatron_midus.report.machine import versions_text
-from megatron_midus.report.table import MISSING, terminal_table, text_cells
+from megatron_midus.report.table import MISSING, Cell, markdown_table, terminal_table, text_cells
 
 
 def print_result(result: BenchmarkResult, console: Console | None = None) -> None:
@@ -23,24 +23,46 @@ def print_result(result: BenchmarkResult, console: Console | None = None) -> Non
             console.print(f"  not timed: {note}", style="dim")
 
 
+def result_to_markdown(result: BenchmarkResult) -> str:
+    """Machine, one table per section, and what was left out."""
+    lines = [f"# Benchmark {result.kind}", "", f"{result.device_text}; {versions_text(result.machine)}"]
+    for section in result.sections:
+        lines += ["", f"## {section.title}: {section.description}", "", *markdown_table(*section_rows(section))]
+        lines += [text for caption in section_captions(section) for text in ("", f"{caption}.")]
+        lines += [text for note in section.notes for text in ("", f"not timed: {note}")]
+    return "\n".join(lines) + "\n"
+
+
 def section_table(section: Section) -> Table:
     """Medians with quartiles; a ratio under 1 is faster than the baseline."""
-    caption = []
+    header, rows = section_rows(section)
+    caption = "\n".join(section_captions(section)) or None
+    return terminal_table(header, rows, title=f"{section.title}: {section.description}", caption=caption)
+
+
+def section_captions(section: Section) -> list[str]:
+    """Ceilings of the machine, and how near parity came to its bounds."""
+    captions = []
     if section.ceilings:
-        caption.append(
+        captions.append(
             f"ceilings of this run: copy {section.ceilings.gigabytes_per_second:.1f} GB/s, "
             f"matrix product {section.ceilings.teraflops:.3g} TFLOP/s"
         )
     if section.checks:
         worst = max(section.checks, key=lambda check: check.error / check.allowed)
-        caption.append(f"parity: {len(section.checks)} tensors within bounds, the nearest {worst}")
+        captions.append(f"parity: {len(section.checks)} tensors within bounds, the nearest {worst}")
+    return captions
+
+
+def section_rows(section: Section) -> tuple[list[str], list[list[Cell]]]:
+    """Header and a row per contender, with the columns that were measured."""
     baselines = [b for b in section.baselines if any(b in row.ratios for row in section.rows)]
     phases = list(section.rows[0].phases)
     has_memory = any(row.peak_bytes is not None for row in section.rows)
     has_rates = any(row.roofline_share is not None for row in section.rows)
-    columns = ["contender", *(f"{phase}, ms" for phase in phases)] + (["total, ms"] if len(phases) > 1 else [])
-    columns += [f"time / {baseline}" for baseline in baselines]
-    columns += ["peak, MB"] * has_memory + ["GB/s", "TFLOP/s", "roofline"] * has_rates
+    header = ["contender", *(f"{phase}, ms" for phase in phases)] + (["total, ms"] if len(phases) > 1 else [])
+    header += [f"time / {baseline}" for baseline in baselines]
+    header += ["peak, MB"] * has_memory + ["GB/s", "TFLOP/s", "roofline"] * has_rates
     rows = []
     for row in section.rows:
         texts = [row.name, *(_time(row.phases[phase]) for phase in phases)]
@@ -48,9 +70,7 @@ def section_table(section: Section) -> Table:
         texts += [_ratio(row.ratios.get(baseline)) for baseline in baselines]
         texts += ([_megabytes(row)] * has_memory) + (_rates(row) if has_rates else [])
         rows.append(text_cells(texts))
-    return terminal_table(
-        columns, rows, title=f"{section.title}: {section.description}", caption="\n".join(caption) or None
-    )
+    return header, rows
 
 
 def _time(summary: Summary) -> str:
