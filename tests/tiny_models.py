@@ -23,7 +23,11 @@ _FAMILIES = {
     "mistral": {"sliding_window": 9},
     "qwen2": {},
     "qwen3": {"head_dim": 12},
-}
+    "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "beta_fast": 8}, "max_position_embeddings": 16},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 3.0}, "max_position_embeddings": 8},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}},
+    "llama3 short": {"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0, "original_max_position_embeddings": 16}},
+}  # fmt: skip
 
 
 class DictSource:
@@ -73,7 +77,7 @@ def make_model(family: str = "llama", *, seed: int = 1, **changes) -> torch.nn.M
         **_FAMILIES[family],
         **changes,
     }
-    name = {"mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}.get(family, "Llama")
+    name = {"mistral": "Mistral", "qwen2": "Qwen2", "yarn": "Qwen2", "qwen3": "Qwen3"}.get(family, "Llama")
     config = getattr(transformers, f"{name}Config")(**settings)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     return randomize(model, seed).eval()

@@ -22,7 +22,7 @@ from megatron_midus.conversion.checkpoint_layout import ASSETS_DIRECTORY, find_c
 from megatron_midus.conversion.checksums import CHECKSUMS_FILE, check_checkpoint
 from megatron_midus.conversion.common_state import read_training_record
 from megatron_midus.conversion.directories import source_config, write_hf_directory, write_megatron_checkpoint
-from megatron_midus.conversion.families import check_model, check_plan, from_hf_config
+from megatron_midus.conversion.families import check_model, check_plan, from_hf_config, notes_on
 from megatron_midus.conversion.hf_io import (
     CastTensors,
     SafetensorsReader,
@@ -127,6 +127,11 @@ def with_dtype(source: TensorSource, name: str) -> TensorSource:
     return source if dtype is None else CastTensors(source, dtype)
 
 
+def print_notes(config: dict[str, Any]) -> None:
+    for note in notes_on(config):
+        print(f"note: {note}", file=sys.stderr)
+
+
 def progress_bar(title: str, total: int) -> tqdm:
     return tqdm(total=total, desc=title, unit="tensor", file=sys.stderr, leave=False, disable=None)
 
@@ -156,13 +161,23 @@ def check_logits(hf: str | Path, iteration: Path, model: ModelConfig, *, dtype: 
     print(f"verified: {comparison.describe()}")
 
 
+def check_export_loads(directory: Path) -> None:
+    from megatron_midus.conversion.verify import check_loads
+    from megatron_midus.hf import register
+
+    register()
+    check_loads(directory)
+
+
 def to_hf(args: argparse.Namespace) -> str:
     directory, iteration = find_checkpoint(args.load, args.ckpt_step)
     if args.verify_checkpoint and not check_checkpoint(directory):
         print(f"{directory} has no {CHECKSUMS_FILE}, so it is read without having been verified", file=sys.stderr)
     model, plan = ModelConfig.load(directory), UpscalePlan.load(directory)
     assets = directory / ASSETS_DIRECTORY
-    check_model(source_config(assets, model, plan), model, plan)
+    config = source_config(assets, model, plan)
+    check_model(config, model, plan)
+    print_notes(config)
     check_tokenizer(assets, model.vocab_size)
     training = read_training_record(directory, iteration)
     evaluation = None if args.evaluation is None else read_evaluation(args.evaluation)
@@ -188,6 +203,7 @@ def to_hf(args: argparse.Namespace) -> str:
                 evaluation=evaluation,
                 progress=lambda name: bar.update(),
             )
+        check_export_loads(target)
         if args.verify:
             check_round_trip(source, SafetensorsReader(target))
         if args.verify == "logits":
@@ -211,6 +227,7 @@ def to_megatron(args: argparse.Namespace) -> str:
     model = from_hf_config(config)
     plan = read_plan(args, model, config)
     check_plan(config, plan)
+    print_notes(config)
     check_parallel_sizes(
         model,
         plan,

@@ -24,7 +24,7 @@ from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.config.run_file import parse_arguments_with_file
 from megatron_midus.conversion.checkpoint_layout import iteration_directory
 from megatron_midus.conversion.directories import write_hf_directory, write_megatron_checkpoint
-from megatron_midus.conversion.families import from_hf_config, to_hf_config
+from megatron_midus.conversion.families import from_hf_config, notes_on, to_hf_config
 from megatron_midus.conversion.hf_io import dtype_name, open_hf_weights, parse_size, read_hf_config, source_hash
 from megatron_midus.conversion.megatron_io import MegatronReader, check_parallel_sizes
 from megatron_midus.conversion.streaming import check_workers, default_workers
@@ -263,6 +263,15 @@ def write_hf(directory: Path, source: TensorSource, args: argparse.Namespace, mo
     )
 
 
+def check_result_loads(config: dict[str, Any], model: ModelConfig, plan: UpscalePlan) -> None:
+    """Raises ``ValueError`` when transformers could not load the result, or a later export of it; before any work."""
+    from megatron_midus.conversion.verify import check_loadable
+    from megatron_midus.hf import register
+
+    register()
+    check_loadable(config, model_shapes(model, plan))
+
+
 def verify(args: argparse.Namespace, directory: Path, model: ModelConfig, plan: UpscalePlan) -> str:
     """Compares the written model with its base; ``ValueError`` when a promised identity does not hold."""
     from megatron_midus.conversion.verify import compare_logits, load_fp32, round_parameters
@@ -293,6 +302,8 @@ def main(argv: list[str] | None = None) -> int:
     check_arguments(args)
     config = read_hf_config(args.hf_model)
     model = from_hf_config(config)
+    for note in notes_on(config):
+        print(f"note: {note}", file=sys.stderr)
     plan = plan_from(args, model)
     check_tokenizer(args.hf_model, model.vocab_size)
     base_shapes = model_shapes(model, none(num_layers=model.num_layers))
@@ -306,6 +317,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         return 0
 
+    from megatron_midus.conversion.verify import check_loads
+
+    check_result_loads(to_hf_config(config, model, plan, dtype=dtype), model, plan)
     with progress_bar("hashing", len(base_shapes)) as bar:
         plan = dataclasses.replace(
             plan, source_hash=source_hash(base, list(base_shapes), lambda name: bar.update(), workers=args.workers)
@@ -316,6 +330,8 @@ def main(argv: list[str] | None = None) -> int:
         source = UpscaledTensors(base, model, plan, dtype=args.dtype, calibrated=keys)
     with staged_directory(args.save, overwrite=args.overwrite) as directory:
         write(args, directory, source, model, plan)
+        if args.save_format == "hf":
+            check_loads(directory)
         if args.verify:
             console.print(f"verified: {verify(args, directory, model, plan)}", soft_wrap=True)
     console.print(f"written: {args.save} ({args.save_format}, {dtype})", soft_wrap=True)

@@ -7,11 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_midus.config.rope import normalise_rope
 from megatron_midus.errors import UserError
 
 MODEL_CONFIG_FILE = "model_config.json"
-# megatron-core's rope scaling has these as constants, and only the factor as an argument.
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def padded_vocab_size(vocab_size: int, *, divisible_by: int = 1, tensor_model_parallel_size: int = 1) -> int:
@@ -50,7 +49,7 @@ class ModelConfig:
     rotary_base: float = 10000.0
     """Base of the rotary position embedding."""
     rope_scaling: dict[str, Any] | None = dataclasses.field(default=None, metadata={"flag": False})
-    """Hugging Face's rope_scaling entry, kept as it was; None = no scaling."""
+    """Hugging Face's rope_scaling entry: rope_type and what this type knows (config/rope.py); None = no scaling."""
     tie_word_embeddings: bool = False
     """Whether the output layer is the embedding."""
     add_qkv_bias: bool = False
@@ -75,6 +74,12 @@ class ModelConfig:
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"num_query_groups={self.num_query_groups}"
             )
+        # Files of earlier versions hold the entry as config.json spelt it.
+        rope = normalise_rope(self.rope_scaling or {})
+        rope.pop("rope_theta", None)
+        if rope["rope_type"] == "dynamic" and self.kv_channels <= 2:
+            raise UserError(f"rope scaling 'dynamic' with kv_channels={self.kv_channels} is not defined; it needs 4")
+        object.__setattr__(self, "rope_scaling", None if rope["rope_type"] == "default" else rope)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:

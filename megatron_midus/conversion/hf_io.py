@@ -31,6 +31,13 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
+# What quantisers store beside weights or instead of them: GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8, HQQ, quanto.
+_QUANTISED = re.compile(
+    r".*\.(qweight|qzeros|g_idx|scales|(weight|input|output|k|v)_(scale(_inv)?|zero_point|global_scale|shape|packed|g_idx)"
+    r"|weight_(scale_2|format)|SCB|absmax|quant_map|weight\.(absmax|quant_map|nested_\w+|quant_state\..*)|(weight\.)?_(data|scale|shift)"
+    r"|W_q|tensor_data\..*|\w+_(blocks|scales))"
+)
+_REMEDY = "take the model that was quantised, or write its weights in full precision (model.dequantize(), model.save_pretrained(DIR))"
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Written by transformers before 4.32; computed since.
@@ -118,7 +125,8 @@ class SafetensorsReader:
                 raise UserError(f"tensor {name} is in {self._where[name]} and in {file_name}; one must go")
             if entry["dtype"] not in _DTYPES:
                 raise UserError(
-                    f"tensor {name} in {path} has dtype {entry['dtype']}; only {', '.join(_DTYPES)} can be converted"
+                    f"tensor {name} in {path} has dtype {entry['dtype']}; only {', '.join(_DTYPES)} can be converted. "
+                    f"Quantised weights cannot: {_REMEDY}"
                 )
             self._where[name] = file_name
             self._offsets[name] = start + entry["data_offsets"][0]
@@ -185,6 +193,9 @@ def open_hf_weights(directory: str | Path, model: ModelConfig, expected: dict[st
     if model.tie_word_embeddings and OUTPUT_LAYER in reader.names():
         _check_tied(reader)
         reader.drop(OUTPUT_LAYER)
+    quantised = [name for name in reader.names() if name not in expected and _QUANTISED.fullmatch(name)]
+    if quantised:
+        raise UserError(f"{directory} holds quantised weights ({quantised[0]}), which cannot be converted: {_REMEDY}")
     check_tensors(str(directory), {name: reader.shape(name) for name in reader.names()}, expected)
     return reader
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import transformers
 
-from megatron_midus.upscaling.tensors import TensorSource
+from megatron_midus.conversion.hf_io import SafetensorsReader, read_hf_config
+from megatron_midus.errors import UserError
+from megatron_midus.upscaling.tensors import OUTPUT_LAYER, Shape, TensorSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +45,50 @@ def load_fp32(directory: str | Path) -> Any:
     """A causal model of transformers from a local directory, in fp32 and evaluation mode."""
     # transformers 4 knows the argument by its old name, 5 by the new one.
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    # Beside weights in full precision it would have them quantised; the readers here refuse any others.
+    for entry in ("quantization_config", "compression_config"):
+        if hasattr(config, entry):
+            delattr(config, entry)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(directory), local_files_only=True, **{name: torch.float32}
+        str(directory), config=config, local_files_only=True, **{name: torch.float32}
     )
     return model.eval()
+
+
+def check_loadable(config: dict[str, Any], expected: dict[str, Shape]) -> None:
+    """Builds the model of ``config`` without memory for it, as loading does first.
+
+    Args:
+        config: of a ``config.json``; for a MIDUS model ``megatron_midus.hf.register()`` must have been called.
+        expected: names and shapes of the tensors that are, or will be, in the files.
+
+    Raises:
+        ValueError: transformers cannot read the configuration, or makes other tensors of it.
+    """
+    try:
+        made = transformers.AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(made)
+    # Whatever transformers raises about a configuration: KeyError, TypeError, ValueError, StrictDataclassFieldError.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"transformers cannot load the config.json of the result ({reason}); mend the base's"
+        ) from error
+    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if made.tie_word_embeddings:
+        found.pop(OUTPUT_LAYER, None)
+    wanted = {name: tuple(shape) for name, shape in expected.items()}
+    if found != wanted:
+        odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        raise UserError(f"transformers makes another model of the config.json of the result: {odd[0]} is {found.get(odd[0])} there and {wanted.get(odd[0])} here")  # fmt: skip
+
+
+def check_loads(directory: str | Path) -> None:
+    """Raises ``ValueError`` when ``from_pretrained(directory)`` would fail; reads ``config.json`` and headers alone."""
+    reader = SafetensorsReader(directory)
+    check_loadable(read_hf_config(directory), {name: reader.shape(name) for name in reader.names()})
 
 
 def round_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:

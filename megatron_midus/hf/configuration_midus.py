@@ -1,6 +1,9 @@
 """MidusConfig: a Llama-style decoder some of whose blocks are Memory blocks. Travels inside every exported model."""
 
 from transformers.configuration_utils import PretrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 BLOCK_TYPES = ("transformer", "memory")
 CHOICES = {
@@ -11,11 +14,16 @@ CHOICES = {
     "memory_key_init": ("uniform", "normal", "calibrated"),
     "memory_attention": ("attn_prime", "full"),
 }
-# rope_type -> entries of rope_parameters that it needs beside rope_theta
+# rope_type -> entries of rope_parameters that it needs, entries that it may have, beside rope_theta
 ROPE_TYPES = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
 }
 DEFAULT_ROPE_THETA = 10000.0
 AUTO_MAP = {
@@ -25,39 +33,59 @@ AUTO_MAP = {
 }
 
 
-def merge_rope_parameters(rope_parameters=None, rope_theta=None, rope_scaling=None):
-    """One dictionary ``{rope_type, rope_theta, ...}`` out of the new way to describe rotary embeddings and the old one.
+def choose_rope(rope_parameters, rope_scaling, rope_theta):
+    """One of the two descriptions of rotary embeddings, with its theta, as transformers chooses.
 
-    transformers 4 keeps ``rope_theta`` and ``rope_scaling``, transformers 5 only ``rope_parameters``; a file written by
-    one and read by the other must mean the same.
+    ``rope_scaling``, the name of transformers 4, wins where it says anything; nothing of the other counts then.
+    """
+    given = {
+        "rope_type" if key == "type" else key: value for key, value in (rope_scaling or rope_parameters or {}).items()
+    }
+    if given.get("rope_theta") is None:
+        given["rope_theta"] = DEFAULT_ROPE_THETA if rope_theta is None else rope_theta
+    if rope_scaling and any(given.get(key) != value for key, value in (rope_parameters or {}).items() if key != "type"):
+        logger.warning(f"rope_scaling={rope_scaling} takes the place of rope_parameters={rope_parameters}")
+    return given
+
+
+def normalise_rope(rope, max_position_embeddings):
+    """``{rope_type, rope_theta, ...}`` with what this type knows; other entries are of no effect, as in transformers.
 
     Raises:
-        ValueError: the descriptions contradict each other, or the kind of scaling is not supported.
+        ValueError: a type that is not supported, an entry that is missing or out of range.
     """
-    merged = {}
-    old = {} if rope_theta is None else {"rope_theta": float(rope_theta)}
-    for given in (rope_parameters or {}, rope_scaling or {}, old):
-        given = {"rope_type" if key == "type" else key: value for key, value in given.items() if value is not None}
-        for key, value in given.items():
-            if merged.setdefault(key, value) != value:
-                raise ValueError(
-                    f"{key}={value!r} contradicts {merged[key]!r} in rope_parameters or rope_scaling; keep one of them"
-                )
-    merged.setdefault("rope_type", "default")
-    merged["rope_theta"] = float(merged.get("rope_theta", DEFAULT_ROPE_THETA))
-    rope_type = merged["rope_type"]
+    rope = rope or {}
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError("rope_parameters that differ between layer types are not supported; give one set")
+    given = {key: value for key, value in rope.items() if value is not None}
+    rope_type = given.get("rope_type") or given.get("type") or "default"
     if rope_type not in ROPE_TYPES:
         raise ValueError(f"rope_type={rope_type!r} is not supported; choose one of {list(ROPE_TYPES)}")
-    missing = [key for key in ROPE_TYPES[rope_type] if key not in merged]
+    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor is not supported; all channels of a head rotate: remove it or set 1.0")
+    if rope_type in ("llama3", "yarn"):
+        given.setdefault("original_max_position_embeddings", max_position_embeddings)
+    if rope_type == "yarn" and "factor" in rope and rope["factor"] is None:
+        given["factor"] = max_position_embeddings / given["original_max_position_embeddings"]
+    required, optional = ROPE_TYPES[rope_type]
+    missing = [key for key in required if key not in given]
     if missing:
         raise ValueError(f"rope_type={rope_type!r} needs {missing} in rope_parameters")
-    if merged.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor is not supported; all channels of a head rotate: remove it or set 1.0")
-    known = {"rope_type", "rope_theta", "original_max_position_embeddings", *ROPE_TYPES[rope_type]}
-    unknown = sorted(set(merged) - known)
+    unknown = sorted(set(given) - {"rope_type", "type", "rope_theta", "original_max_position_embeddings", *required, *optional})  # fmt: skip
     if unknown:
-        raise ValueError(f"rope_type={rope_type!r} does not know {unknown}; remove them from rope_parameters")
-    return {key: merged[key] for key in ("rope_type", "rope_theta", *ROPE_TYPES[rope_type])}
+        logger.warning(f"rope_type={rope_type!r} does not know {unknown}; they are dropped from rope_parameters")
+    kept = {key: given[key] for key in ("rope_theta", *required, *optional) if key in given}
+    for key, value in kept.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # mscale may be 0, which says nothing
+        ok = isinstance(value, bool) if key == "truncate" else is_number and (value > 0 or "mscale" in key)
+        if not ok:
+            raise ValueError(f"{key}={value!r} of rope_type={rope_type!r} is out of range; give a positive number")
+    if rope_type == "llama3" and not kept["low_freq_factor"] < kept["high_freq_factor"]:
+        raise ValueError(
+            f"low_freq_factor={kept['low_freq_factor']} must be smaller than high_freq_factor={kept['high_freq_factor']}"
+        )
+    return {"rope_type": rope_type, **kept, "rope_theta": float(kept["rope_theta"])}
 
 
 class MidusConfig(PretrainedConfig):
@@ -69,7 +97,7 @@ class MidusConfig(PretrainedConfig):
     Args:
         head_dim: channels of one attention head; hidden_size / num_attention_heads when absent.
         rope_theta, rope_scaling, rope_parameters: the old and the new way to describe rotary embeddings; either will
-            do. Types ``default``, ``linear`` and ``llama3``.
+            do, ``rope_scaling`` wins. Types ``default``, ``linear``, ``dynamic``, ``llama3`` and ``yarn``.
         attention_bias: whether the query, key and value projections have a bias (Qwen2).
         attention_output_bias: whether the attention's output projection has a bias.
         qk_norm: whether queries and keys are RMS-normalised per head before they are rotated (Qwen3).
@@ -162,7 +190,10 @@ class MidusConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
         self.use_cache = use_cache
-        self.rope_parameters = merge_rope_parameters(rope_parameters, rope_theta, rope_scaling)
+        rope = choose_rope(rope_parameters, rope_scaling, rope_theta)
+        # Beside the description, as Phi-3 has it, it wins over the one in it.
+        original = kwargs.pop("original_max_position_embeddings", None)
+        self.rope_parameters = rope if original is None else {**rope, "original_max_position_embeddings": original}
         self.attention_bias = attention_bias
         self.attention_output_bias = attention_output_bias
         self.attention_dropout = attention_dropout
@@ -194,13 +225,22 @@ class MidusConfig(PretrainedConfig):
         self.auto_map = dict(AUTO_MAP)
 
     # -- rotary embedding: rope_parameters is the one truth, the names of transformers 4 are views of it --------------
+    def __setattr__(self, key, value):
+        # from_pretrained(..., rope_parameters=...) sets the attribute; one without theta leaves theta as it is.
+        if key == "rope_parameters":
+            value = dict(value or {})
+            if value.get("rope_theta") is None:
+                value["rope_theta"] = self.__dict__.get(key, {}).get("rope_theta", DEFAULT_ROPE_THETA)
+            value = normalise_rope(value, self.max_position_embeddings)
+        super().__setattr__(key, value)
+
     @property
     def rope_theta(self):
         return self.rope_parameters["rope_theta"]
 
     @rope_theta.setter
     def rope_theta(self, value):
-        self.rope_parameters = merge_rope_parameters({**self.rope_parameters, "rope_theta": float(value)})
+        self.rope_parameters = {**self.rope_parameters, "rope_theta": value}
 
     @property
     def rope_scaling(self):
@@ -210,7 +250,7 @@ class MidusConfig(PretrainedConfig):
 
     @rope_scaling.setter
     def rope_scaling(self, value):
-        self.rope_parameters = merge_rope_parameters({"rope_theta": self.rope_theta, **(value or {})})
+        self.rope_parameters = value
 
     def to_dict(self):
         """As the base class; with rope_theta and rope_scaling for readers that know the names of transformers 4."""
@@ -263,6 +303,7 @@ class MidusConfig(PretrainedConfig):
     # -- validation --------------------------------------------------------------------------------------------------
     def check(self):
         """Raises ``ValueError`` when the fields do not describe a model."""
+        self.rope_parameters = self.rope_parameters  # its entries may have been changed
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim", "memory_num_keys", "memory_latent_size"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -274,6 +315,8 @@ class MidusConfig(PretrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings turn pairs of channels")
+        if self.head_dim == 2 and self.rope_parameters["rope_type"] == "dynamic":
+            raise ValueError("head_dim=2 does not go with rope_type='dynamic'; choose another type")
         unknown = sorted(set(self.block_types) - set(BLOCK_TYPES))
         if unknown:
             raise ValueError(f"block_types has {unknown}; choose from {list(BLOCK_TYPES)}")

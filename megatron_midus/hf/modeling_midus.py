@@ -70,16 +70,56 @@ class MidusRMSNorm(nn.Module):
         return self.weight * hidden_states.to(dtype)
 
 
-def compute_inverse_frequencies(config):
-    """``[head_dim / 2]`` angles per position, fp32, made on the CPU so that every device gets the same bits."""
-    rope = config.rope_parameters
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
-    frequencies = 1.0 / (rope["rope_theta"] ** exponents)
-    if rope["rope_type"] == "linear":
-        return frequencies / rope["factor"]
-    if rope["rope_type"] == "llama3":
+def compute_inverse_frequencies(config, seq_len=None):
+    """``[head_dim / 2]`` angles per position, fp32, made on the CPU so that every device gets the same bits.
+
+    As ``transformers.modeling_rope_utils`` computes them. ``seq_len``, a tensor ``[]``, counts for ``dynamic`` alone.
+    """
+    rope, size = config.rope_parameters, config.head_dim
+    base, rope_type = rope["rope_theta"], rope["rope_type"]
+    if rope_type == "dynamic" and seq_len is not None:
+        base = base * ((rope["factor"] * seq_len / config.max_position_embeddings) - (rope["factor"] - 1)) ** (
+            size / (size - 2)
+        )
+    powers = base ** (torch.arange(0, size, 2, dtype=torch.int64, device="cpu").float() / size)
+    if rope_type == "yarn":
+        return _yarn_frequencies(powers, rope, size)
+    frequencies = 1.0 / powers
+    if rope_type == "llama3":
         return _llama3_frequencies(frequencies, rope)
-    return frequencies
+    return frequencies / rope["factor"] if rope_type == "linear" else frequencies
+
+
+def compute_attention_factor(rope):
+    """What cosines and sines are multiplied with; 1 for everything but ``yarn``."""
+
+    def scale(mscale):
+        return 1.0 if rope["factor"] <= 1 else 0.1 * mscale * math.log(rope["factor"]) + 1.0
+
+    if rope["rope_type"] != "yarn":
+        return 1.0
+    if "attention_factor" in rope:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return scale(rope["mscale"]) / scale(rope["mscale_all_dim"])
+    return scale(1)
+
+
+def _yarn_frequencies(powers, rope, size):
+    """Channels that turn often are kept, those that turn seldom stretched, with a ramp between (arXiv 2309.00071)."""
+    context = rope["original_max_position_embeddings"]
+
+    def channel(rotations):  # the channel that turns so often within the original context
+        return (size * math.log(context / (rotations * 2 * math.pi))) / (2 * math.log(rope["rope_theta"]))
+
+    low, high = channel(rope.get("beta_fast") or 32), channel(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    if low == high:
+        high += 0.001
+    kept = 1 - ((torch.arange(size // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
+    return 1.0 / (rope["factor"] * powers) * (1 - kept) + 1.0 / powers * kept
 
 
 def _llama3_frequencies(frequencies, rope):
@@ -103,16 +143,37 @@ class MidusRotaryEmbedding(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
+        self.attention_factor = compute_attention_factor(config.rope_parameters)
+        self.is_dynamic = config.rope_parameters["rope_type"] == "dynamic"
+        self.longest = config.max_position_embeddings  # that the frequencies are for
         self.frequencies_on_cpu = compute_inverse_frequencies(config)
         self.frequencies = self.frequencies_on_cpu
 
     @torch.no_grad()
     def forward(self, hidden_states, position_ids):
+        if self.is_dynamic:
+            self._follow(position_ids.max().cpu() + 1)
         if self.frequencies.device != hidden_states.device:
             self.frequencies = self.frequencies_on_cpu.to(hidden_states.device)
         angles = position_ids[..., None].float() * self.frequencies  # [B, S, head_dim / 2], never a matmul: no TF32
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if self.attention_factor != 1.0:
+            cos, sin = cos * self.attention_factor, sin * self.attention_factor
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+    def _follow(self, seq_len):
+        """``dynamic``: frequencies grow with the longest sequence so far, until one comes that needs no scaling."""
+        before, original = self.longest, self.config.max_position_embeddings
+        if seq_len > before:
+            self._use(compute_inverse_frequencies(self.config, seq_len), seq_len)
+        if seq_len < original and before > original:
+            self._use(compute_inverse_frequencies(self.config), original)
+
+    def _use(self, frequencies, longest):
+        self.frequencies_on_cpu = self.frequencies = frequencies
+        self.longest = longest
 
 
 def rotate_half(x):

@@ -34,6 +34,14 @@ from megatron_midus.upscaling import PLAN_FILE, UpscalePlan
 
 UPSTREAM = "https://github.com/NVIDIA/Megatron-LM, tag core_v0.16.1"
 
+# The rope scaling that upstream has built in, its factor aside.
+_UPSTREAM_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
 # Arguments under which upstream would build another model, or another wrapper around it, than checkpoints of ours are for.
 _UNSUPPORTED = (
     "use_legacy_models",
@@ -167,9 +175,9 @@ def architecture_arguments(model: ModelConfig, plan: UpscalePlan) -> dict[str, A
 
 
 def _rope_factor(model: ModelConfig) -> float | None:
+    """Factor of a scaling that upstream can compute itself; for any other ``model_provider`` puts in a module of ours."""
     scaling = model.rope_scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    return float(scaling["factor"]) if kind == "llama3" else None
+    return float(scaling["factor"]) if scaling.items() >= _UPSTREAM_ROPE.items() else None
 
 
 def check_arguments(arguments: argparse.Namespace, upscaled: Upscaled) -> None:
@@ -332,8 +340,9 @@ def _check_spec_arguments(arguments: argparse.Namespace, upscaled: Upscaled) -> 
         raise UserError(f"train=inserted freezes parameters, which --spec cannot; give --train all, or {instead}")
     if arguments.virtual_pipeline_model_parallel_size is not None:
         raise UserError(f"virtual pipeline stages have specs of their own, which --spec does not tell apart; {instead}")
-    if _rope_factor(upscaled.model) not in (None, 8.0):
-        raise UserError(f"upstream's gpt_builder knows rope_scaling_factor=8 only; {instead}")
+    scaling = upscaled.model.rope_scaling
+    if scaling is not None and _rope_factor(upscaled.model) != 8.0:
+        raise UserError(f"upstream's gpt_builder cannot compute {scaling}, only llama3 with a factor of 8; {instead}")
 
 
 midus_block_spec = _BlockSpec()

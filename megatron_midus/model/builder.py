@@ -12,11 +12,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_midus.config import LLAMA3_ROPE, ModelConfig, padded_vocab_size
+from megatron_midus.config import ModelConfig, padded_vocab_size
 from megatron_midus.errors import UserError
 from megatron_midus.memory import ValuePlacement
 from megatron_midus.model.config import make_transformer_config
 from megatron_midus.model.layer import layer_index
+from megatron_midus.model.rotary import ScaledRotaryEmbedding, attention_settings
 from megatron_midus.model.specs import TransformerImpl, get_midus_block_spec
 from megatron_midus.upscaling import UpscalePlan
 
@@ -45,7 +46,7 @@ def build_model(
     where weights are not loaded afterwards.
 
     Args:
-        config: from ``make_transformer_config``.
+        config: from ``make_transformer_config``; gets what a scaled rotary embedding asks of the attention.
         model: the architecture.
         plan: the blocks.
         sequence_length: longest training sequence, tokens.
@@ -59,8 +60,7 @@ def build_model(
         model_class: a subclass of ``GPTModel`` to build instead.
 
     Raises:
-        ValueError: a sequence that sequence parallelism cannot split, an unsupported rope scaling, a backend that
-            cannot run.
+        ValueError: a sequence that sequence parallelism cannot split, a backend that cannot run.
     """
     ranks = config.tensor_model_parallel_size
     if config.sequence_parallel and sequence_length % ranks:
@@ -71,6 +71,8 @@ def build_model(
     vocab_size = padded_vocab_size(
         model.vocab_size, divisible_by=make_vocab_size_divisible_by, tensor_model_parallel_size=ranks
     )
+    for name, value in attention_settings(model).items():
+        setattr(config, name, value)
     gpt = model_class(
         config=config,
         transformer_layer_spec=get_midus_block_spec(
@@ -94,8 +96,11 @@ def build_model(
         rotary_base=model.rotary_base,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         vp_stage=vp_stage,
-        **_rope_scaling(model.rope_scaling),
     )
+    if model.rope_scaling is not None:
+        gpt.rotary_pos_emb = ScaledRotaryEmbedding(
+            model, use_cpu_initialization=config.use_cpu_initialization, cp_group=gpt.pg_collection.cp
+        )
     gpt.unpadded_vocab_size = model.vocab_size
     if gpt.post_process and vocab_size > model.vocab_size:
         gpt.output_layer.register_forward_hook(_LogitMask(model.vocab_size, vocab_size, gpt.pg_collection.tp.rank()))
@@ -119,23 +124,6 @@ class _LogitMask:
             return output
         padding = torch.arange(width, device=logits.device) >= valid
         return (logits.masked_fill(padding, torch.finfo(logits.dtype).min), *output[1:])
-
-
-def _rope_scaling(scaling: dict[str, Any] | None) -> dict[str, Any]:
-    """Hugging Face's rope scaling as arguments of ``GPTModel``."""
-    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
-    if scaling is None or kind == "default":
-        return {}
-    if kind != "llama3":
-        raise UserError(f"rope scaling {kind!r} is not supported; only llama3 and none are")
-    for name, built_in in LLAMA3_ROPE.items():
-        if scaling.get(name, built_in) != built_in:
-            raise UserError(
-                f"rope scaling {name}={scaling[name]} is not supported; Megatron-Core has {built_in} built in"
-            )
-    if "factor" not in scaling:
-        raise UserError("rope scaling llama3 has no factor")
-    return {"rope_scaling": True, "rope_scaling_factor": float(scaling["factor"])}
 
 
 def freeze(model_chunks: Sequence[torch.nn.Module], plan: UpscalePlan, train: Literal["inserted", "all"]) -> int:

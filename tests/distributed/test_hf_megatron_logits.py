@@ -46,6 +46,10 @@ MODELS = {
     "qwen2 bias": ("qwen2", True, {"memory_output_projection": "linear"}),
     "qwen3 head norm": ("qwen3", False, {"memory_output_projection": "silu", "memory_query_norm": "rms"}),
     "llama full attention": ("llama", False, {"memory_attention": "full"}),
+    "yarn": ("yarn", False, {}),
+    "dynamic": ("dynamic", False, {}),
+    "linear": ("linear", False, {}),
+    "llama3 of another length": ("llama3 short", False, "llama_pro"),
     "llama_pro": ("llama", False, "llama_pro"),
     "solar": ("qwen3", True, "solar"),
 }

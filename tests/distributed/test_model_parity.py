@@ -26,7 +26,17 @@ SETTINGS = {
     "attention full": Setting(memory={"memory_attention": "full", "memory_query_norm": "rms", "memory_num_keys": 10}),
     "tied, bias, qk norm": Setting(model={"tie_word_embeddings": True, "add_qkv_bias": True, "qk_layernorm": True}),
     "window, llama3 rope": Setting(
-        model={"sliding_window": 5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rotary_base": 500.0}
+        model={
+            "sliding_window": 5,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+            "rotary_base": 500.0,
+        }
     ),
     "frozen base": Setting(train="inserted", distributed_optimizer=True),
     "frozen base, recompute": Setting(train="inserted", config={"recompute_granularity": "full"}),

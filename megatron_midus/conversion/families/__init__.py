@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_midus.config import ModelConfig
 from megatron_midus.conversion.families import llama, midus, mistral, qwen2, qwen3
-from megatron_midus.conversion.families.common import Family, model_config_from
+from megatron_midus.conversion.families.common import DROPPED, Family, model_config_from, notes_on
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan
 
@@ -24,6 +24,7 @@ __all__ = [
     "family_of",
     "fresh_config",
     "from_hf_config",
+    "notes_on",
     "to_hf_config",
 ]
 
@@ -55,8 +56,10 @@ def to_hf_config(source: dict[str, Any], model: ModelConfig, plan: UpscalePlan, 
         plan: Memory blocks make it a MIDUS config; any other plan leaves the architecture what it was.
         dtype: of the weights, for instance ``bfloat16``.
     """
-    config = copy.deepcopy(source)
+    config = {name: copy.deepcopy(value) for name, value in source.items() if name not in DROPPED}
     config["num_hidden_layers"] = plan.num_layers
+    # Where architectures alone said it, transformers could not load the result.
+    config["model_type"] = config.get("model_type") or family_of(source).name
     if config.get("layer_types"):
         # All alike, or from_hf_config had refused; transformers wants one entry per layer.
         config["layer_types"] = config["layer_types"][:1] * plan.num_layers

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_midus.config import LLAMA3_ROPE, ModelConfig
+from megatron_midus.config import ModelConfig
+from megatron_midus.config.rope import chosen_rope, ignored_entries, normalise_rope
 from megatron_midus.errors import UserError
 
 _SIZES = (
@@ -17,6 +18,12 @@ _SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+# Entries about files that an export does not have: it holds all weights, in full precision, under the usual names.
+DROPPED = {
+    "quantization_config": "the weights are in full precision",
+    "compression_config": "the weights are in full precision",
+    "transformers_weights": "the weights get the usual names",
+}
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")
 
 
@@ -85,24 +92,25 @@ def _check_numbers(config: dict[str, Any]) -> None:
 
 
 def read_rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling of the rotary embedding: ``rope_parameters`` (transformers 5) or ``rope_theta`` (4)."""
-    parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    if any(isinstance(value, dict) for value in parameters.values()):
-        raise UserError("rope_parameters that differ between layer types are not supported; only one set is")
-    base = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    if (parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError("partial_rotary_factor other than 1 is not supported")
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind == "default":
-        return base, None
-    if kind != "llama3":
-        raise UserError(f"rope scaling {kind!r} is not supported; only 'default' and 'llama3' are")
-    if not isinstance(parameters.get("factor"), (int, float)):
-        raise UserError("rope scaling 'llama3' has no numeric factor")
-    for name, wanted in LLAMA3_ROPE.items():
-        if parameters.get(name) != wanted:
-            raise UserError(f"rope scaling 'llama3' with {name}={parameters.get(name)} is not supported; only {wanted} is")  # fmt: skip
-    return base, {key: value for key, value in parameters.items() if key != "rope_theta"}
+    """Base and scaling of the rotary embedding, whichever entries of ``config`` they lie in."""
+    rope = normalise_rope(chosen_rope(config))
+    base = float(rope.pop("rope_theta"))
+    return base, None if rope["rope_type"] == "default" else rope
+
+
+def notes_on(config: dict[str, Any]) -> list[str]:
+    """What of ``config`` is not used, in words, for people to read."""
+    notes = []
+    for name, why in DROPPED.items():
+        if config.get(name):
+            notes.append(f"{name} of config.json is left out of what is written: {why}")
+    rope, scaling, parameters = chosen_rope(config), config.get("rope_scaling"), config.get("rope_parameters") or {}
+    renamed = {"rope_type" if name == "type" else name: value for name, value in parameters.items()}
+    if scaling and any(rope.get(name) != value for name, value in renamed.items()):
+        notes.append(f"rope_scaling={scaling} takes the place of rope_parameters={parameters}, as in transformers")
+    if ignored := ignored_entries(rope):
+        notes.append(f"{', '.join(ignored)} of the rope scaling has no effect and is left out, as in transformers")
+    return notes
 
 
 def hf_dtype(config: dict[str, Any]) -> str | None:
@@ -118,7 +126,10 @@ def check_full_attention(config: dict[str, Any]) -> None:
 
 
 def uniform_sliding_window(config: dict[str, Any]) -> int | None:
-    """The window of models whose layers all have the same attention; ``ValueError`` for a mixture."""
+    """The window of models whose layers all have the same attention; ``ValueError`` for a mixture.
+
+    With ``layer_types`` transformers takes its class Ministral for a Mistral, and that follows them.
+    """
     types = set(config.get("layer_types") or ())
     if len(types) > 1:
         raise UserError(f"layer_types mixes {', '.join(sorted(types))}; only one kind for all layers is supported")

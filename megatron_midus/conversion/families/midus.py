@@ -22,6 +22,8 @@ _DROPPED = (
     "layer_types",
     "max_window_layers",
     "mlp_bias",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
     "pretraining_tp",
     "rope_scaling",
     "rope_theta",
@@ -52,7 +54,6 @@ def midus_config(base: dict[str, Any], model: ModelConfig, plan: UpscalePlan) ->
     assert plan.memory is not None
     config = {key: copy.deepcopy(value) for key, value in base.items() if key not in _DROPPED}
     rope = {"rope_type": "default", **(model.rope_scaling or {}), "rope_theta": model.rotary_base}
-    rope.pop("type", None)  # older name of rope_type
     return {
         **config,
         "architectures": [ARCHITECTURE],

@@ -18,7 +18,13 @@ MODEL = ModelConfig(
     kv_channels=10,
     vocab_size=63,
     max_position_embeddings=77,
-    rope_scaling={"rope_type": "llama3", "factor": 8.0},
+    rope_scaling={
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
 )
 
 

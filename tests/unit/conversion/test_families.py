@@ -65,7 +65,7 @@ def test_scaled_rope_of_both_generations(kind_key):
     old = from_hf_config({**LLAMA, "rope_theta": 5000.0, "rope_scaling": scaling})
     new = from_hf_config({**LLAMA, "rope_parameters": {**scaling, "rope_theta": 5000.0}})
     assert old.rotary_base == new.rotary_base == 5000.0
-    assert old.rope_scaling == new.rope_scaling == scaling
+    assert old.rope_scaling == new.rope_scaling == {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
 
 
 def test_what_old_and_short_configs_leave_out():
@@ -141,12 +141,16 @@ REFUSED = [
     ({"attention_bias": True}, "attention_bias=True"),
     ({"mlp_bias": True}, "mlp_bias=True"),
     ({"hidden_act": "gelu"}, "hidden_act=gelu"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
-    ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, "low_freq_factor=2.0"),
-    ({"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 8.0}}, "high_freq_factor=8.0"),
-    ({"rope_scaling": {**LLAMA3_ROPE, "original_max_position_embeddings": 64}}, "original_max_position_embeddings=64"),
-    ({"rope_scaling": {**LLAMA3_ROPE, "factor": None}}, "no numeric factor"),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope scaling 'longrope'"),
+    ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2'"),
+    ({"rope_scaling": {"type": "dynamic", "factor": True}}, "factor=True"),
+    ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 4.0}}, "low_freq_factor=4.0"),
+    ({"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": None}}, "has no high_freq_factor"),
+    ({"rope_scaling": {**LLAMA3_ROPE, "original_max_position_embeddings": -1}}, "original_max_position_embeddings=-1"),
+    ({"rope_scaling": {**LLAMA3_ROPE, "factor": None}}, "has no factor"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate=1"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "kv_channels=2"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ between layer types"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"num_key_value_heads": 4}, "num_attention_heads=6 is not divisible by num_query_groups=4"),

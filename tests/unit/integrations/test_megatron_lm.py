@@ -149,7 +149,7 @@ def test_rope_scaling_and_window():
     model = ModelConfig(
         num_layers=3, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, kv_channels=8,
         vocab_size=101, max_position_embeddings=64, sliding_window=9, tie_word_embeddings=True,
-        rope_scaling={"rope_type": "llama3", "factor": 32.0},
+        rope_scaling={"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
     )  # fmt: skip
     plan = argparse.Namespace(num_layers=3)
     found = megatron_lm.architecture_arguments(model, plan)

@@ -1,0 +1,124 @@
+"""Scaled rotary embeddings for Megatron: its own module, with the frequencies that transformers computes.
+
+Megatron-Core knows ``llama3`` with constants of its own, and a ``yarn`` whose factors are not all settable; ``linear``
+and ``dynamic`` it has not. Frequencies are ``[kv_channels / 2]`` angles per position, fp32, bit for bit those of
+``transformers.modeling_rope_utils``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+from megatron_midus.config import ModelConfig
+
+
+class ScaledRotaryEmbedding(RotaryEmbedding):
+    """Megatron's rotary embedding for a model with ``rope_scaling``.
+
+    Args:
+        model: its kv_channels, rotary_base, rope_scaling and max_position_embeddings.
+        options: of ``RotaryEmbedding``: use_cpu_initialization, cp_group.
+    """
+
+    def __init__(self, model: ModelConfig, **options: Any) -> None:
+        super().__init__(model.kv_channels, rotary_percent=1.0, rotary_base=model.rotary_base, **options)
+        self.model = model
+        self.inv_freq = scaled_frequencies(model).to(self.inv_freq.device)
+
+    def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
+        assert self.model.rope_scaling is not None
+        if self.model.rope_scaling["rope_type"] == "dynamic":
+            # As transformers: one set of frequencies for a whole sequence, by its length.
+            self.inv_freq = scaled_frequencies(self.model, max_seq_len + offset).to(self.inv_freq.device)
+        return super().get_freqs_non_repeated(max_seq_len, offset)
+
+
+def attention_settings(model: ModelConfig) -> dict[str, float]:
+    """Attributes of ``TransformerConfig`` with which Megatron's attention scales cosines and sines as ``yarn`` asks.
+
+    Megatron computes ``0.1 * mscale * log(scaling_factor) + 1``; a scaling factor of e makes any number of it.
+    """
+    factor = attention_factor(model.rope_scaling)
+    if factor == 1.0:
+        return {}
+    return {
+        "yarn_rotary_scaling_factor": math.e,
+        "yarn_mscale": 10 * (factor - 1),
+        "yarn_mscale_all_dim": 0.0,
+    }
+
+
+def attention_factor(rope: dict[str, Any] | None) -> float:
+    """What cosines and sines are multiplied with; 1 for everything but ``yarn``."""
+    if rope is None or rope["rope_type"] != "yarn":
+        return 1.0
+    if "attention_factor" in rope:
+        return float(rope["attention_factor"])
+    factor, mscale, mscale_all_dim = rope["factor"], rope.get("mscale"), rope.get("mscale_all_dim")
+    if mscale and mscale_all_dim:
+        return _yarn_scale(factor, mscale) / _yarn_scale(factor, mscale_all_dim)
+    return _yarn_scale(factor, 1)
+
+
+def _yarn_scale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def scaled_frequencies(model: ModelConfig, seq_length: int = 0) -> torch.Tensor:
+    """``[kv_channels / 2]``, on the CPU.
+
+    Args:
+        model: with a ``rope_scaling`` (``config.rope.normalise_rope``).
+        seq_length: tokens of the sequence; counts for ``dynamic`` alone, beyond max_position_embeddings.
+    """
+    rope, base, size = model.rope_scaling, model.rotary_base, model.kv_channels
+    assert rope is not None
+    kind = rope["rope_type"]
+    if kind == "dynamic" and seq_length > model.max_position_embeddings:
+        # A tensor, so that the arithmetic is that of transformers: fp32.
+        length = rope["factor"] * torch.tensor(seq_length) / model.max_position_embeddings
+        base = base * (length - (rope["factor"] - 1)) ** (size / (size - 2))
+    exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
+    if kind == "yarn":
+        return _yarn_frequencies(base**exponents, model)
+    frequencies = 1.0 / (base**exponents)
+    if kind == "llama3":
+        return _llama3_frequencies(frequencies, rope)
+    return frequencies / rope["factor"] if kind == "linear" else frequencies
+
+
+def _llama3_frequencies(frequencies: torch.Tensor, rope: dict[str, Any]) -> torch.Tensor:
+    """Long wavelengths are stretched by ``factor``, short ones kept, those between interpolated (Llama 3.1)."""
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    context = rope["original_max_position_embeddings"]
+    wavelengths = 2 * math.pi / frequencies
+    stretched = torch.where(wavelengths > context / low, frequencies / factor, frequencies)
+    smooth = (context / wavelengths - low) / (high - low)
+    between = (1 - smooth) * stretched / factor + smooth * stretched
+    is_between = ~(wavelengths < context / high) * ~(wavelengths > context / low)
+    return torch.where(is_between, between, stretched)
+
+
+def _yarn_frequencies(powers: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+    """Channels that turn often are kept, those that turn seldom stretched, with a ramp between (arXiv 2309.00071)."""
+    rope, size = model.rope_scaling, model.kv_channels
+    assert rope is not None
+    context = rope["original_max_position_embeddings"]
+
+    def channel(rotations: float) -> float:
+        """The channel that turns so often within the original context."""
+        return (size * math.log(context / (rotations * 2 * math.pi))) / (2 * math.log(model.rotary_base))
+
+    low, high = channel(rope.get("beta_fast") or 32), channel(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(size // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    kept = 1 - ramp
+    return 1.0 / (rope["factor"] * powers) * (1 - kept) + 1.0 / powers * kept
