@@ -31,8 +31,8 @@ from megatron_midus.planning.hardware import HARDWARE, LINK_SHARE, MATMUL_SHARE,
 from megatron_midus.planning.search import RESERVED_SHARE, Candidate, find_layouts
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.arguments import add_plan_arguments, plan_from_arguments
-from megatron_midus.upscaling.balance import format_layout
 from megatron_midus.upscaling.cost import flops_per_token, total_parameters, trainable_parameters
+from megatron_midus.upscaling.pipeline_layout import format_layout
 
 GIB = 2**30
 OVERRIDES = {

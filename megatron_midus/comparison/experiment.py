@@ -79,7 +79,7 @@ class Budget:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Processes:
     """Processes of one training run."""
 
     nproc: int = 1
@@ -208,7 +208,7 @@ class Experiment:
     """Learning rate at the end of the decay, as a share of the largest."""
     driver: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Flags of pretrain_midus.py for all arms."""
-    layout: Layout = dataclasses.field(default_factory=Layout)
+    layout: Processes = dataclasses.field(default_factory=Processes)
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
     latency: LatencySettings = dataclasses.field(default_factory=LatencySettings)
 

@@ -14,7 +14,7 @@ from megatron_midus.config import ModelConfig
 from megatron_midus.errors import UserError
 from megatron_midus.platform import is_cpu, transformer_engine_available
 from megatron_midus.upscaling import UpscalePlan
-from megatron_midus.upscaling.balance import parse_layout
+from megatron_midus.upscaling.pipeline_layout import parse_layout
 
 # Options whose meaning hangs on a layer's number; inserting blocks would move them to other layers without a word.
 _DEPTH_DEPENDENT = (

@@ -11,7 +11,7 @@ import dataclasses
 import math
 
 from megatron_midus.config import ModelConfig, padded_vocab_size
-from megatron_midus.planning.layout import Layout, Workload
+from megatron_midus.planning.parallel_layout import ParallelLayout, Workload
 from megatron_midus.upscaling.plan import UpscalePlan
 from megatron_midus.upscaling.tensors import block_shapes
 
@@ -42,7 +42,7 @@ class RankMemory:
 def rank_memory(
     model: ModelConfig,
     plan: UpscalePlan,
-    layout: Layout,
+    layout: ParallelLayout,
     workload: Workload,
     *,
     stage: int,
@@ -69,7 +69,7 @@ def rank_memory(
 
 
 # -- parameters ------------------------------------------------------------------------------------------------------
-def local_elements(name: str, shape: tuple[int, ...], layout: Layout) -> int:
+def local_elements(name: str, shape: tuple[int, ...], layout: ParallelLayout) -> int:
     """Elements of a tensor of a block (name without the layer prefix) that one tensor-parallel rank holds."""
     elements = math.prod(shape)
     if name.endswith(_REPLICATED):
@@ -80,7 +80,13 @@ def local_elements(name: str, shape: tuple[int, ...], layout: Layout) -> int:
 
 
 def stage_parameters(
-    model: ModelConfig, plan: UpscalePlan, layout: Layout, workload: Workload, *, stage: int, vocab_divisible_by: int
+    model: ModelConfig,
+    plan: UpscalePlan,
+    layout: ParallelLayout,
+    workload: Workload,
+    *,
+    stage: int,
+    vocab_divisible_by: int,
 ) -> tuple[int, int]:
     """``(all, trained)`` parameters of one rank of a stage."""
     trained = workload.trained(plan)
@@ -100,7 +106,9 @@ def stage_parameters(
 
 
 # -- activations -----------------------------------------------------------------------------------------------------
-def stage_activations(model: ModelConfig, plan: UpscalePlan, layout: Layout, workload: Workload, *, stage: int) -> int:
+def stage_activations(
+    model: ModelConfig, plan: UpscalePlan, layout: ParallelLayout, workload: Workload, *, stage: int
+) -> int:
     """Bytes that one micro-batch leaves on a rank between forward and backward pass."""
     gradient, trained = workload.gradient(plan, layout), workload.trained(plan)
     kept = 0.0
@@ -120,7 +128,7 @@ def stage_activations(model: ModelConfig, plan: UpscalePlan, layout: Layout, wor
 def block_activations(
     model: ModelConfig,
     plan: UpscalePlan,
-    layout: Layout,
+    layout: ParallelLayout,
     workload: Workload,
     index: int,
     *,
@@ -149,7 +157,9 @@ def block_activations(
     return norm + attention + _norm_activations(model, layout, item, trained=trained, needs_input=True) + mlp
 
 
-def _norm_activations(model: ModelConfig, layout: Layout, item: int, *, trained: bool, needs_input: bool) -> float:
+def _norm_activations(
+    model: ModelConfig, layout: ParallelLayout, item: int, *, trained: bool, needs_input: bool
+) -> float:
     """Of an RMSNorm and of the matrix behind it: input in fp32 and its scale, normalised input, output."""
     width = model.hidden_size / _sequence_share(layout)
     kept = (4 * width + 4 / _sequence_share(layout)) if needs_input else 0.0
@@ -158,7 +168,7 @@ def _norm_activations(model: ModelConfig, layout: Layout, item: int, *, trained:
     return kept
 
 
-def _memory_activations(model: ModelConfig, plan: UpscalePlan, layout: Layout, item: int) -> float:
+def _memory_activations(model: ModelConfig, plan: UpscalePlan, layout: ParallelLayout, item: int) -> float:
     """Slots (int32), weights (fp32) and latent sums of a look-up, and what the settings add to the query and to the result.
 
     The query itself is the attention's output, which is kept there.
@@ -178,7 +188,7 @@ def _memory_activations(model: ModelConfig, plan: UpscalePlan, layout: Layout, i
     return kept
 
 
-def _head_activations(model: ModelConfig, layout: Layout, workload: Workload) -> float:
+def _head_activations(model: ModelConfig, layout: ParallelLayout, workload: Workload) -> float:
     """Final norm, its output for the output layer, and the fp32 softmax of the logits."""
     trained = workload.train == "all"
     norm = _norm_activations(model, layout, workload.itemsize, trained=trained, needs_input=True)
@@ -186,7 +196,13 @@ def _head_activations(model: ModelConfig, layout: Layout, workload: Workload) ->
 
 
 def _transient(
-    model: ModelConfig, plan: UpscalePlan, layout: Layout, workload: Workload, *, stage: int, vocab_divisible_by: int
+    model: ModelConfig,
+    plan: UpscalePlan,
+    layout: ParallelLayout,
+    workload: Workload,
+    *,
+    stage: int,
+    vocab_divisible_by: int,
 ) -> int:
     """Logits in the compute precision and in fp32 on the last stage; one whole layer where it is recomputed."""
     found = 0.0
@@ -201,5 +217,5 @@ def _transient(
     return round(found * workload.tokens)
 
 
-def _sequence_share(layout: Layout) -> int:
+def _sequence_share(layout: ParallelLayout) -> int:
     return layout.tensor if layout.sequence_parallel else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_midus.upscaling.balance import Device
+from megatron_midus.upscaling.pipeline_layout import Device
 
 # What training reaches of a peak; measured shares differ by model and version, so they are settings too.
 MATMUL_SHARE = 0.42

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from megatron_midus.config import ModelConfig
 from megatron_midus.planning.footprint import RankMemory, rank_memory
 from megatron_midus.planning.hardware import Hardware
-from megatron_midus.planning.layout import Layout, Workload
+from megatron_midus.planning.parallel_layout import ParallelLayout, Workload
 from megatron_midus.planning.traffic import Axis, rank_traffic
-from megatron_midus.upscaling.balance import StageCosts, estimate_costs, partition_blocks
+from megatron_midus.upscaling.pipeline_layout import StageCosts, estimate_costs, partition_blocks
 from megatron_midus.upscaling.plan import UpscalePlan
 from megatron_midus.upscaling.value_placement import resolve_value_placement
 
@@ -31,7 +31,7 @@ class Candidate:
         value_reason: why the value banks lie where they lie.
     """
 
-    layout: Layout
+    layout: ParallelLayout
     workload: Workload
     memory: RankMemory
     fits: bool
@@ -73,7 +73,7 @@ def find_layouts(
 
 def _layouts(
     model: ModelConfig, plan: UpscalePlan, hardware: Hardware, workload: Workload, nodes: int, gpus_per_node: int
-) -> Iterator[tuple[Layout, Workload, str]]:
+) -> Iterator[tuple[ParallelLayout, Workload, str]]:
     """Tensor parallelism stays inside a node and divides the heads; every other product that divides is tried."""
     world = nodes * gpus_per_node
     memory_heads = plan.memory.num_memory_heads(model.num_attention_heads) if plan.memory else model.num_attention_heads
@@ -93,7 +93,7 @@ def _layouts(
                     continue
                 placement, reason = _placement(model, plan, tried, tensor, data)
                 for recompute in (False, True):
-                    layout = Layout(
+                    layout = ParallelLayout(
                         stages,
                         tensor=tensor,
                         data=data,
@@ -129,7 +129,7 @@ def _estimate(
     model: ModelConfig,
     plan: UpscalePlan,
     hardware: Hardware,
-    layout: Layout,
+    layout: ParallelLayout,
     workload: Workload,
     gpus_per_node: int,
     training_flops_per_token: float,
@@ -168,7 +168,7 @@ def _estimate(
 
 
 def _stage_seconds(
-    model: ModelConfig, plan: UpscalePlan, hardware: Hardware, layout: Layout, workload: Workload, stage: int
+    model: ModelConfig, plan: UpscalePlan, hardware: Hardware, layout: ParallelLayout, workload: Workload, stage: int
 ) -> float:
     """Of one micro-batch, forward and backward, on one rank."""
     costs = estimate_costs(model, plan, workload.seq_length, train=workload.train, device=hardware.device())
@@ -186,7 +186,7 @@ def _stage_seconds(
 
 
 def _sent(
-    model: ModelConfig, plan: UpscalePlan, layout: Layout, workload: Workload, vocab_divisible_by: int
+    model: ModelConfig, plan: UpscalePlan, layout: ParallelLayout, workload: Workload, vocab_divisible_by: int
 ) -> dict[Axis, float]:
     """Bytes that a rank sends in a step by axis, of the stage that sends most over it."""
     sent: dict[Axis, float] = {"tensor": 0.0, "pipeline": 0.0, "data": 0.0}
@@ -201,7 +201,7 @@ def _sent(
 
 def _exposed(
     hardware: Hardware,
-    layout: Layout,
+    layout: ParallelLayout,
     sent: dict[Axis, float],
     gpus_per_node: int,
     *,

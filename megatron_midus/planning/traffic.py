@@ -9,7 +9,7 @@ from typing import Literal
 
 from megatron_midus.config import ModelConfig, padded_vocab_size
 from megatron_midus.planning.footprint import GRADIENT_BYTES, local_elements, stage_parameters
-from megatron_midus.planning.layout import Layout, Workload
+from megatron_midus.planning.parallel_layout import ParallelLayout, Workload
 from megatron_midus.upscaling.plan import UpscalePlan
 from megatron_midus.upscaling.tensors import block_shapes
 
@@ -43,7 +43,7 @@ class Message:
 def rank_traffic(
     model: ModelConfig,
     plan: UpscalePlan,
-    layout: Layout,
+    layout: ParallelLayout,
     workload: Workload,
     *,
     stage: int,
@@ -84,7 +84,7 @@ def rank_traffic(
 
 
 def _tensor_parallel(
-    model: ModelConfig, plan: UpscalePlan, layout: Layout, workload: Workload, stage: int
+    model: ModelConfig, plan: UpscalePlan, layout: ParallelLayout, workload: Workload, stage: int
 ) -> Iterator[tuple[Kind, float]]:
     """Of one micro-batch: what enters and leaves the parts of the layers that tensor-parallel ranks share."""
     hidden = workload.tokens * model.hidden_size * workload.itemsize
@@ -105,7 +105,7 @@ def _tensor_parallel(
         yield "all_reduce", 3 * 4 * workload.tokens  # cross entropy: largest logit, the label's, sum of exponentials
 
 
-def _enter(hidden: float, layout: Layout, *, backward: bool, trained: bool) -> Iterator[tuple[Kind, float]]:
+def _enter(hidden: float, layout: ParallelLayout, *, backward: bool, trained: bool) -> Iterator[tuple[Kind, float]]:
     """A matrix split on its outputs."""
     if not layout.sequence_parallel:
         if backward:
@@ -118,7 +118,7 @@ def _enter(hidden: float, layout: Layout, *, backward: bool, trained: bool) -> I
             yield "all_gather", hidden  # the input once more, for the gradient of the weight
 
 
-def _leave(hidden: float, layout: Layout, *, backward: bool) -> Iterator[tuple[Kind, float]]:
+def _leave(hidden: float, layout: ParallelLayout, *, backward: bool) -> Iterator[tuple[Kind, float]]:
     """A matrix split on its inputs, or the embedding."""
     if not layout.sequence_parallel:
         yield "all_reduce", hidden
@@ -129,7 +129,7 @@ def _leave(hidden: float, layout: Layout, *, backward: bool) -> Iterator[tuple[K
 
 
 def _leave_memory(
-    model: ModelConfig, plan: UpscalePlan, layout: Layout, workload: Workload, *, backward: bool
+    model: ModelConfig, plan: UpscalePlan, layout: ParallelLayout, workload: Workload, *, backward: bool
 ) -> Iterator[tuple[Kind, float]]:
     """The memory: the exchanges of a bank that is split by columns, a head mixer, and the way out."""
     memory = plan.memory
@@ -151,7 +151,7 @@ def _leave_memory(
 
 
 def _latent_exchange(
-    model: ModelConfig, plan: UpscalePlan, layout: Layout, workload: Workload, *, backward: bool
+    model: ModelConfig, plan: UpscalePlan, layout: ParallelLayout, workload: Workload, *, backward: bool
 ) -> Iterator[tuple[Kind, float]]:
     """Slots and weights of all heads to every rank, and each head's columns together again (not for variant block)."""
     memory = plan.memory
@@ -174,7 +174,7 @@ def _split_projection(hidden: float, *, backward: bool) -> Iterator[tuple[Kind, 
 
 
 def _replicated_gradients(
-    model: ModelConfig, plan: UpscalePlan, layout: Layout, workload: Workload, stage: int
+    model: ModelConfig, plan: UpscalePlan, layout: ParallelLayout, workload: Workload, stage: int
 ) -> float:
     """Once a step: value banks that every rank holds, and under sequence parallelism the norms."""
     trained = workload.trained(plan)
@@ -192,7 +192,7 @@ def _replicated_gradients(
     return GRADIENT_BYTES * elements
 
 
-def _transfers(model: ModelConfig, plan: UpscalePlan, layout: Layout, workload: Workload, stage: int) -> float:
+def _transfers(model: ModelConfig, plan: UpscalePlan, layout: ParallelLayout, workload: Workload, stage: int) -> float:
     """Bytes of one micro-batch to the next and to the previous stage; chunks wrap around from the last to the first."""
     if layout.pipeline == 1:
         return 0.0

@@ -10,8 +10,8 @@ from megatron_midus.config.parallel import ParallelConfig
 from megatron_midus.errors import UserError
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.upscaling import UpscalePlan
-from megatron_midus.upscaling.balance import balanced_layout, format_layout, parse_layout
 from megatron_midus.upscaling.cost import Train
+from megatron_midus.upscaling.pipeline_layout import balanced_layout, format_layout, parse_layout
 
 
 @dataclasses.dataclass(frozen=True)

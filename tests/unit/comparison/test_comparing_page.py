@@ -16,7 +16,7 @@ from megatron_midus.comparison.experiment import (
     Evaluation,
     Experiment,
     LatencySettings,
-    Layout,
+    Processes,
     TrainData,
     read_experiment,
 )
@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 PAGE = (ROOT / "docs/comparing.md").read_text()
 SECTIONS = {
     "Top level": Experiment, "`data`": Data, "`data: train`, each": TrainData, "`budget`": Budget, "`arms`, each": Arm,
-    "`layout`": Layout, "`evaluation`": Evaluation, "`latency`": LatencySettings,
+    "`layout`": Processes, "`evaluation`": Evaluation, "`latency`": LatencySettings,
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_midus.config import MemoryConfig, ModelConfig
-from megatron_midus.planning import Layout, Message, Workload, rank_memory
+from megatron_midus.planning import Message, ParallelLayout, Workload, rank_memory
 from megatron_midus.planning.hardware import HARDWARE
 from megatron_midus.planning.search import find_layouts
 from megatron_midus.upscaling import make_plan
@@ -72,7 +72,7 @@ def test_slower_links_cost_those_who_use_them():
 
 @pytest.mark.parametrize("train", ["inserted", "all"])
 def test_recomputing_trades_time_for_memory(train):
-    plain = Layout((tuple(range(PLAN.num_layers)),), tensor=8, sequence_parallel=True)
+    plain = ParallelLayout((tuple(range(PLAN.num_layers)),), tensor=8, sequence_parallel=True)
     again = dataclasses.replace(plain, recompute=True)
     workload = Workload(4096, 1, 1, train=train)
     sizes = [rank_memory(BASE, PLAN, layout, workload, stage=0) for layout in (plain, again)]
@@ -82,7 +82,9 @@ def test_recomputing_trades_time_for_memory(train):
 def test_a_latent_bank_is_held_once_by_the_tensor_parallel_ranks():
     blocks = (tuple(range(PLAN.num_layers)),)
     held = [
-        rank_memory(BASE, PLAN, Layout(blocks, tensor=4, latent_values=latent), Workload(4096), stage=0).parameters
+        rank_memory(
+            BASE, PLAN, ParallelLayout(blocks, tensor=4, latent_values=latent), Workload(4096), stage=0
+        ).parameters
         for latent in (False, True)
     ]
     assert held[0] - held[1] == 16 * 512**2 * 128 * 3 // 4

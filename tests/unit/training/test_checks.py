@@ -18,7 +18,7 @@ from megatron_midus.training.checks import (
     resolve_pipeline,
 )
 from megatron_midus.upscaling import make_plan
-from megatron_midus.upscaling.balance import parse_layout
+from megatron_midus.upscaling.pipeline_layout import parse_layout
 
 
 def arguments(flags: str = "", length: str = "--train-iters 3"):

@@ -1,4 +1,4 @@
-"""Layout and Workload: how processes share a model, and what they do in one step."""
+"""ParallelLayout and Workload: how processes share a model, and what they do in one step."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Workload:
         """Which blocks learn."""
         return [self.train == "all" or block.inserted for block in plan.blocks]
 
-    def gradient(self, plan: UpscalePlan, layout: Layout) -> list[Literal["none", "starts", "passes"]]:
+    def gradient(self, plan: UpscalePlan, layout: ParallelLayout) -> list[Literal["none", "starts", "passes"]]:
         """What the backward pass does in each block: nothing, begins there, or goes through to the one below.
 
         Below the first block that learns nothing has to be kept. But what a pipeline stage receives is always asked for
@@ -71,7 +71,7 @@ class Workload:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """How processes share a model.
 
     Attributes:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.upscaling import make_plan
-from megatron_midus.upscaling.balance import (
+from megatron_midus.upscaling.pipeline_layout import (
     balanced_layout,
     estimate_costs,
     format_layout,
