@@ -43,7 +43,8 @@ python tools/upscale.py --hf-model "$base" --save "$out/upscaled" --policy inter
 
 step "4/6  Continual pre-training of the inserted blocks, base frozen, $place"
 torchrun --nproc-per-node "$processes" pretrain_midus.py "${layout[@]}" \
-    --load "$out/upscaled" --save "$out/checkpoints" --save-interval 40 --tensorboard-dir "$out/tensorboard" \
+    --pretrained-checkpoint "$out/upscaled" --load "$out/checkpoints" --save "$out/checkpoints" --save-interval 40 \
+    --tensorboard-dir "$out/tensorboard" \
     --train-data-path "$out/data/train_text_document" --valid-data-path "$out/data/heldout_text_document" \
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$base" \
     --seq-length 512 --micro-batch-size 16 --global-batch-size 16 --train-iters "$train_iters" \

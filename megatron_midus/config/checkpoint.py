@@ -15,7 +15,8 @@ class CheckpointConfig:
     """Checkpoint directory to continue from. May be empty or equal to --save before the first run."""
 
     save: str | None = None
-    """Directory for checkpoints; nothing is saved when absent."""
+    """Directory for checkpoints; nothing is saved when absent. A run never begins before the latest iteration in it: it goes
+    on from there where --load or --pretrained-checkpoint is what that run began with, else it is refused."""
 
     save_interval: int | None = None
     """Steps between checkpoints; only at the end of the run when absent."""

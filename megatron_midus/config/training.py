@@ -16,7 +16,8 @@ class TrainingConfig:
     """Optimizer steps in total, the ones of earlier runs included. Give this or --train-samples."""
 
     train_samples: int | None = None
-    """Sequences in total, the ones of earlier runs included. Give this or --train-iters."""
+    """Sequences in total, the ones of earlier runs included, whatever batch sizes they came in; what is left after the last
+    whole batch is not trained on. Give this or --train-iters."""
 
     micro_batch_size: int = 1
     """Sequences per forward pass of one model replica."""
@@ -80,7 +81,8 @@ class TrainingConfig:
     """Save and exit after so many minutes of training."""
 
     exit_signal_handler: bool = True
-    """On SIGTERM or SIGUSR1 finish the step, save and exit with 0."""
+    """On SIGTERM, SIGUSR1 or Ctrl-C finish the step or leave the evaluation, save and exit with 0; a second Ctrl-C ends at
+    once."""
 
     check_for_nan_in_loss_and_grad: bool = True
     """Refuse a loss that is NaN or infinite before the optimizer sees it."""

@@ -170,9 +170,9 @@ def sample_indices(
 
 
 def _outlive_signals(worker: int) -> None:
-    """torchrun and SLURM send SIGTERM or SIGUSR1 to every process of a job; a reader that dies of it would take down the
-    rank, which is still to finish its step and save. Readers end with the rank anyway."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """torchrun, SLURM and terminals send their signals to every process of a job; a reader that dies of one would take
+    down the rank, which is still to finish its step and save. Readers end with the rank anyway."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -76,7 +76,7 @@ def _check_flags(given: dict[str, Any], stored: dict[str, Any], directory: Path)
 def _check_other_plans(checkpoint: CheckpointConfig, plan: UpscalePlan, directory: Path) -> None:
     """Neither ``--save`` nor ``--pretrained-checkpoint`` may belong to another model."""
     for flag, root in (("--save", checkpoint.save), ("--pretrained-checkpoint", checkpoint.pretrained_checkpoint)):
-        if root is None or not Path(root).is_dir() or Path(root).absolute() == directory.absolute().parent:
+        if root is None or not Path(root).is_dir() or Path(root).resolve() == directory.resolve().parent:
             continue
         if read_latest_iteration(root) is None:
             continue

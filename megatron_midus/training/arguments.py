@@ -49,12 +49,15 @@ class Arguments:
         groups |= {_ARCHITECTURE_TITLE: self.architecture, _MEMORY_TITLE: self.memory}
         return write_run_file(groups, only_changed=only_changed)
 
+    def without_saving(self) -> Arguments:
+        """The same run without ``--save``."""
+        return dataclasses.replace(self, checkpoint=dataclasses.replace(self.checkpoint, save=None, save_interval=None))
+
     def without_outputs(self) -> Arguments:
         """The same run, writing nothing, not even what a step needs that is computed again."""
         return dataclasses.replace(
-            self,
+            self.without_saving(),
             training=dataclasses.replace(self.training, rerun_mode="disabled"),
-            checkpoint=dataclasses.replace(self.checkpoint, save=None, save_interval=None),
             logging=dataclasses.replace(
                 self.logging, tensorboard_dir=None, wandb_project=None, log_progress=False, profile=False
             ),

@@ -36,12 +36,13 @@ from megatron_midus.conversion.checkpoint_layout import (
     write_latest_iteration,
 )
 from megatron_midus.conversion.checksums import file_sha256, write_checksums
+from megatron_midus.errors import UserError
 from megatron_midus.files import remove_partials
 from megatron_midus.megatron_compat import save_checkpoint
 from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.helper_process import start_result_queue
 from megatron_midus.training.optimizer_state import optimizer_metadata
-from megatron_midus.training.source import RUN_FILE
+from megatron_midus.training.source import RUN_FILE, held_iteration
 
 
 class CheckpointWriter:
@@ -141,6 +142,7 @@ class CheckpointWriter:
         Args:
             checksums: of the files that this rank wrote.
         """
+        self._check_not_overtaken(iteration)
         everyones: list[dict[str, str]] = [{} for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather_object(everyones, checksums)
         if torch.distributed.get_rank() == 0:
@@ -155,6 +157,19 @@ class CheckpointWriter:
             write_latest_iteration(self.root, iteration)
             apply_retention(self.root, self.keep_last, iteration)
         torch.distributed.barrier()
+
+    def _check_not_overtaken(self, iteration: int) -> None:
+        """Another run may have begun to save into the same directory. Collective."""
+        held = [held_iteration(self.root) if torch.distributed.get_rank() == 0 else None]
+        torch.distributed.broadcast_object_list(held)
+        if held[0] is None or held[0] <= iteration:
+            return
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(self._staging_directory(iteration), ignore_errors=True)
+        raise UserError(
+            f"{self.root} holds iteration {held[0]} of another run that was started meanwhile, so iteration {iteration} of "
+            "this one is not saved there; give every run a --save of its own"
+        )
 
     def _staging_directory(self, iteration: int) -> Path:
         # Hidden, so that nobody takes it for a checkpoint.

@@ -29,6 +29,7 @@ from megatron_midus.megatron_compat import load_checkpoint
 from megatron_midus.model.checkpoint import sharded_state_dict
 from megatron_midus.training.messages import warn_rank_0
 from megatron_midus.training.optimizer_state import load_optimizer_state, optimizer_metadata, stored_groups
+from megatron_midus.training.schedule import describe_change, flags_of, without_effect
 
 _TRAINING_STATE = "training_state"
 _SCHEDULE = "opt_param_scheduler"
@@ -63,6 +64,7 @@ def training_state(
     train: str,
     with_rng: bool,
     memory_usage: dict[str, Any] | None = None,
+    flags: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint holds.
 
@@ -73,6 +75,7 @@ def training_state(
         train: the resolved ``--train``, because optimizer state of other parameters cannot be resumed.
         with_rng: include the random number states.
         memory_usage: of ``MemoryTelemetry.state``.
+        flags: of ``schedule_flags``.
     """
     model_state = sharded_state_dict(model_chunks)
     state: dict[str, Any] = {
@@ -92,7 +95,7 @@ def training_state(
         synchronize_steps(optimizer)
         if not getattr(optimizer, "is_stub_optimizer", False):
             state["optimizer"] = optimizer.sharded_state_dict(dict(model_state), metadata=optimizer_metadata())
-        state[_SCHEDULE] = scheduler.state_dict()
+        state[_SCHEDULE] = {**_schedule_state(scheduler), "flags": flags}
     if with_rng:
         state["rng_state"] = _rng_state()
     return state
@@ -196,11 +199,15 @@ def load_training_state(
     scheduler: OptimizerParamScheduler,
     *,
     settings: OptimizerSettings,
+    flags: dict[str, Any],
     train: str,
     load_optim: bool,
     load_rng: bool,
 ) -> Progress:
     """Restores everything but the weights, and returns where the run is. Collective over all ranks.
+
+    Args:
+        flags: of ``schedule_flags``, to name what differs.
 
     A checkpoint without training state (as up-scaling and conversion write it) begins a run at iteration 0.
 
@@ -215,7 +222,7 @@ def load_training_state(
         return progress
     if load_optim and _has_matching_optimizer(stored, train, directory):
         _load_optimizer(directory, common, model_chunks, optimizer)
-        _load_schedule(common, optimizer, scheduler, settings, directory)
+        _load_schedule(common, optimizer, scheduler, settings, flags, directory)
     else:
         # The schedule goes on where the run is, though the moments begin anew.
         scheduler.step(increment=progress.consumed_train_samples)
@@ -278,28 +285,47 @@ def _check_groups(common: dict[str, Any], optimizer: MegatronOptimizer, director
             )
 
 
+def _schedule_state(scheduler: OptimizerParamScheduler) -> dict[str, Any]:
+    """Also what Megatron-Core's own leaves out."""
+    left_out = ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style")
+    return {**scheduler.state_dict(), **{name: getattr(scheduler, name) for name in left_out}}
+
+
 def _load_schedule(
     common: dict[str, Any],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     settings: OptimizerSettings,
+    flags: dict[str, Any],
     directory: Path,
 ) -> None:
     stored = common[_SCHEDULE]
-    free = settings.override_opt_param_scheduler or settings.use_checkpoint_opt_param_scheduler
-    if not free:
-        mine = scheduler.state_dict()
-        for name in sorted(set(mine) - {"num_steps"}):
-            if name in stored and mine[name] != stored[name]:
-                raise UserError(
-                    f"the schedule of {directory} has {name}={stored[name]}, the flags say {mine[name]}; give the same "
-                    "flags, --override-opt_param-scheduler (flags win) or --use-checkpoint-opt_param-scheduler"
-                )
+    mine = _schedule_state(scheduler)
     if settings.use_checkpoint_opt_param_scheduler:
         for group in optimizer.param_groups:
             group["max_lr"] = stored["max_lr"] * group.get("lr_mult", 1.0)
             group["min_lr"] = stored["min_lr"] * group.get("lr_mult", 1.0)
+        for name in mine.keys() & stored.keys() - scheduler.state_dict().keys():
+            setattr(scheduler, name, stored[name])
+    elif not settings.override_opt_param_scheduler:
+        free = without_effect(mine, stored)
+        differing = {name for name in mine if name in stored and mine[name] != stored[name]} - free - {"num_steps"}
+        if differing:
+            raise UserError(_other_schedule(differing, stored, flags, directory))
+        stored = {**stored, **{name: mine[name] for name in free}}
     scheduler.load_state_dict(stored)
+
+
+def _other_schedule(names: set[str], stored: dict[str, Any], flags: dict[str, Any], directory: Path) -> str:
+    change = describe_change(names, flags, stored.get("flags"))
+    if change is None:
+        said = f"has another schedule than this command ({flags_of(names)})"
+    else:
+        said = f"has the schedule of {change[0]}, and this command says {change[1]}"
+    return (
+        f"{directory} {said}; give --override-opt_param-scheduler to take the schedule of this command, "
+        "--use-checkpoint-opt_param-scheduler to keep that of the checkpoint, or the same flags"
+    )
 
 
 def _load_rng(directory: Path, common: dict[str, Any]) -> None:

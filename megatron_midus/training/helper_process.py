@@ -29,7 +29,7 @@ def start_result_queue() -> None:
 
 def live_as_long_as_the_rank(rank_pid: int) -> None:
     """Makes this process deaf to the signals that end a rank in order, and end with the rank itself."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

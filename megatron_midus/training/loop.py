@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from megatron_midus.training.messages import print_rank_0, rank, warn_rank_0
 from megatron_midus.training.optimizer import learning_rates
 from megatron_midus.training.profiler import StepProfiler
 from megatron_midus.training.replicas import check_replicas
+from megatron_midus.training.schedule import schedule_flags
 from megatron_midus.training.signals import TerminationSignal
 from megatron_midus.training.step import (
     BatchShape,
@@ -44,6 +46,7 @@ from megatron_midus.training.step import (
 from megatron_midus.training.telemetry import StepReport, Telemetry
 
 Split = Literal["validation", "test"]
+SPLITS: tuple[Split, ...] = ("validation", "test")
 
 # Names that Megatron-Core gives to the parts of a step; those of higher levels than asked for are not measured.
 _TIMERS = [
@@ -157,9 +160,7 @@ class Trainer:
     def run(self) -> int:
         """Trains to the end or to a reason to stop; returns the exit code."""
         if self.arguments.training.skip_train:
-            self._evaluate("validation")
-            self._evaluate("test")
-            return 0
+            return self._only_evaluate()
         if self.arguments.training.eval_at_start:
             self._evaluate("validation")
         code = self._train()
@@ -174,11 +175,23 @@ class Trainer:
             self._evaluate("test")
         return 0
 
+    def _only_evaluate(self) -> int:
+        for split in SPLITS:
+            if not self._evaluate(split):
+                # Unlike a saved checkpoint, figures that are missing are no success.
+                print_rank_0(f"exiting without the evaluation: {self._reason_to_leave()}")
+                return 1
+        return 0
+
     def _train(self) -> int | None:
         """Steps until the run is complete (``None``) or has to stop (the exit code)."""
         if self.progress.iteration >= self.train_iters:
             print_rank_0(f"nothing to train: iteration {self.progress.iteration} of {self.train_iters} is done")
+            self._describe_samples_left()
             return None
+        if reason := self._received_signal():
+            print_rank_0(f"exiting before a step is made: {reason}")
+            return 0
         iterator = self.training_iterator()
         if self.arguments.training.manual_gc:
             gc.disable()
@@ -200,7 +213,14 @@ class Trainer:
             self._advance(result, samples)
             if self._after_step():
                 return 0
+        self._describe_samples_left()
         return None
+
+    def _describe_samples_left(self) -> None:
+        """What ``--train-samples`` asks for and no whole batch holds."""
+        total, consumed = self.arguments.training.train_samples, self.progress.consumed_train_samples
+        if total is not None and consumed < total:
+            print_rank_0(f"{total - consumed} of {total} samples are less than a global batch and are not trained on")
 
     def _after_step(self) -> bool:
         """Evaluates and saves where that is due; whether the run has to stop here."""
@@ -218,6 +238,8 @@ class Trainer:
             gc.collect()
         if reason is not None:
             print_rank_0(f"exiting after iteration {iteration}: {reason}")
+            if "was received" in reason and "TORCHELASTIC_RUN_ID" in os.environ:
+                print_rank_0("what torchrun reports after this is the signal that it received itself; nothing is lost")
         return reason is not None
 
     def training_iterator(self) -> Any:
@@ -311,14 +333,26 @@ class Trainer:
         self.telemetry.pause(time.perf_counter() - start)
 
     # -- stopping ------------------------------------------------------------------------------------------------
-    def _reason_to_stop(self) -> str | None:
-        training = self.arguments.training
-        if training.exit_signal_handler and (name := self.signal.received_anywhere()):
+    def _received_signal(self) -> str | None:
+        if self.arguments.training.exit_signal_handler and (name := self.signal.received_anywhere()):
             return f"{name} was received"
+        return None
+
+    def _reason_to_leave(self) -> str | None:
+        """Why the run has to end soon, in a step or an evaluation. Collective."""
+        if reason := self._received_signal():
+            return reason
+        training = self.arguments.training
         if training.exit_duration_in_mins is not None and self._agree(
             time.monotonic() - self._start > training.exit_duration_in_mins * 60
         ):
             return f"it ran for more than {training.exit_duration_in_mins:g} minutes"
+        return None
+
+    def _reason_to_stop(self) -> str | None:
+        if reason := self._reason_to_leave():
+            return reason
+        training = self.arguments.training
         if training.exit_interval is not None and self.progress.iteration % training.exit_interval == 0:
             return f"--exit-interval {training.exit_interval}"
         return None
@@ -345,6 +379,7 @@ class Trainer:
             train=self.architecture.train,
             with_rng=checkpoint.save_rng,
             memory_usage=self.memory_telemetry.state() if self.memory_telemetry is not None else None,
+            flags=schedule_flags(self.arguments.optimizer, self.arguments.training, self.layout.global_batch_size),
         )
         self.writer.save(self.progress.iteration, state)
         seconds = time.perf_counter() - start
@@ -365,11 +400,11 @@ class Trainer:
         interval = self.arguments.training.eval_interval
         return bool(interval) and self.progress.iteration % interval == 0
 
-    def _evaluate(self, split: Split) -> None:
-        """Evaluates on a split, if it is there, and reports it."""
+    def _evaluate(self, split: Split) -> bool:
+        """Evaluates on a split, if it is there, and reports it; false where the run has to end before that is done."""
         num_batches, num_microbatches = self._evaluation_batches(split)
         if not num_batches:
-            return
+            return True
         start = time.perf_counter()
         # The same samples every time, so that evaluations compare.
         iterator = build_iterators(
@@ -379,22 +414,28 @@ class Trainer:
             consumed_samples=0,
             is_training=False,
         )
-        loss = evaluate(
+        result = evaluate(
             self.forward_step,
             iterator,
             self.model_chunks,
             self.shape,
             num_batches=num_batches,
             num_microbatches=num_microbatches,
+            must_leave=lambda: self._reason_to_leave() is not None,
         )
-        if loss is not None:
+        if result.num_batches < num_batches:
+            print_rank_0(
+                f"left the evaluation on the {split} split after {result.num_batches} of {num_batches} batches"
+            )
+        if result.loss is not None:
             self.telemetry.evaluation(
                 iteration=self.progress.iteration,
                 consumed_samples=self.progress.consumed_train_samples,
                 split=split,
-                loss=loss,
+                loss=result.loss,
             )
         self.telemetry.pause(time.perf_counter() - start)
+        return result.num_batches == num_batches
 
     def _dataset(self, split: Split) -> Any:
         return self.datasets[1 if split == "validation" else 2]

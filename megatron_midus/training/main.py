@@ -29,7 +29,7 @@ from megatron_midus.training.error_file import write_error_file
 from megatron_midus.training.messages import warn_rank_0
 from megatron_midus.training.preflight import check_data_contents, check_files, check_model_fits
 from megatron_midus.training.schedule import schedule_lengths
-from megatron_midus.training.source import find_source
+from megatron_midus.training.source import find_start
 
 # Libraries read these when they start: cuBLAS workspaces of one size, attention kernels of Transformer Engine without
 # atomic additions, and one order of summation in NCCL (not the switches').
@@ -50,12 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         ValueError: a user's mistake, in one line.
     """
     arguments = parse_arguments(argv)
+    if arguments.training.skip_train:
+        arguments = arguments.without_saving()
     check_environment(arguments)
     layout = resolve_layout(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     if not arguments.training.skip_train:
         schedule_lengths(arguments.optimizer, arguments.training, layout.global_batch_size)
     check_files(arguments)
-    source = find_source(arguments.checkpoint)
+    checkpoint, source = find_start(arguments.checkpoint)
+    arguments = dataclasses.replace(arguments, checkpoint=checkpoint)
     tokenizer, architecture = resolve_model(arguments, source)
     check_model_fits(arguments, architecture, warn_rank_0)
     parallel = resolve_pipeline(
@@ -132,6 +135,10 @@ def _main_of_rank() -> int:
         raise
     except Exception as error:
         _leave_for_torchrun(error)
+        raise
+    except KeyboardInterrupt:
+        if rank > 0:
+            sys.exit(130)  # everybody's as well
         raise
     finally:
         sys.stdout.flush()

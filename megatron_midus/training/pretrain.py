@@ -22,7 +22,6 @@ from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_
 from megatron.core.timers import Timers
 
 from megatron_midus import platform
-from megatron_midus.conversion.checkpoint_layout import read_latest_iteration
 from megatron_midus.data.tokenizer import Tokenizer
 from megatron_midus.files import write_text_atomically
 from megatron_midus.training import build
@@ -35,6 +34,7 @@ from megatron_midus.training.dry_run import dry_run
 from megatron_midus.training.loop import Trainer
 from megatron_midus.training.messages import is_last_rank, print_rank_0, rank, warn_rank_0
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
+from megatron_midus.training.schedule import schedule_flags
 from megatron_midus.training.signals import TerminationSignal
 from megatron_midus.training.source import RUN_FILE, Source
 from megatron_midus.training.summary import describe_groups, describe_run
@@ -62,7 +62,6 @@ def pretrain(
     if agreed != source:
         source = agreed
         tokenizer, architecture = resolve_model(arguments, source)
-    _warn_about_save(arguments, source)
     if arguments.training.bf16 and platform.is_cpu() and not platform.cpu_multiplies_bf16():
         warn_rank_0("this processor has no bf16 instructions: --bf16 trains several times slower here than without it")
     build.initialize_model_parallel(parallel, arguments.training.seed, architecture.plan.num_layers)
@@ -71,6 +70,8 @@ def pretrain(
         if arguments.training.dry_run:
             print_rank_0(dry_run(trainer))
     _record_configuration(arguments)
+    if arguments.training.exit_signal_handler and not arguments.training.dry_run:
+        signal.install_interrupt()
     try:
         code = 0 if arguments.training.dry_run else trainer.run()
     finally:
@@ -145,10 +146,10 @@ def _build_trainer(
         scheduler = build_scheduler(optimizer, arguments.optimizer, training, layout.global_batch_size)
         build.connect(config, chunks, optimizer, arguments.parallel)
         print_rank_0(describe_groups(optimizer))
-    progress = _restore(arguments, source, architecture, chunks, optimizer, scheduler)
-    train_iters = _train_iters(arguments, layout)
+    progress = _restore(arguments, source, architecture, layout, chunks, optimizer, scheduler)
+    train_iters = _train_iters(arguments, progress)
     datasets = build.build_datasets(
-        arguments.data, tokenizer, num_samples=_num_samples(arguments, layout, train_iters), seed=training.seed
+        arguments.data, tokenizer, num_samples=_num_samples(arguments, layout, progress), seed=training.seed
     )
     telemetry = Telemetry(
         arguments.logging,
@@ -188,6 +189,7 @@ def _restore(
     arguments: Arguments,
     source: Source,
     architecture: Architecture,
+    layout: Layout,
     chunks: list[torch.nn.Module],
     optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler | None,
@@ -204,6 +206,7 @@ def _restore(
         optimizer,
         scheduler,
         settings=arguments.optimizer,
+        flags=schedule_flags(arguments.optimizer, arguments.training, layout.global_batch_size),
         train=architecture.train,
         load_optim=arguments.checkpoint.load_optim,
         load_rng=arguments.checkpoint.load_rng,
@@ -216,47 +219,44 @@ def _restore(
 def _set_damaged_aside(arguments: Arguments, source: Source) -> None:
     """In the run's own directory, so that neither retention nor the next start counts damaged checkpoints."""
     save = arguments.checkpoint.save
-    if save is None or source.directory is None or source.directory.absolute().parent != Path(save).absolute():
+    if save is None or source.directory is None or source.directory.parent.resolve() != Path(save).resolve():
         return
     if rank() == 0 and source.damaged:
         set_aside(Path(save), source.damaged, go_on_from=source.iteration)
     torch.distributed.barrier()
 
 
-def _warn_about_save(arguments: Arguments, source: Source) -> None:
-    """Checkpoints that lie in ``--save`` and are not what this run goes on from will be written over."""
-    save = arguments.checkpoint.save
-    if save is None or not Path(save).is_dir():
-        return
-    if source.directory is not None and source.directory.absolute().parent == Path(save).absolute():
-        return
-    if read_latest_iteration(save) is not None:
-        warn_rank_0(f"{save} holds checkpoints up to iteration {read_latest_iteration(save)} that this run overwrites")
+def _train_iters(arguments: Arguments, progress: Progress) -> int:
+    """Steps of the whole run, earlier starts included.
 
-
-def _train_iters(arguments: Arguments, layout: Layout) -> int:
-    """Steps of the whole run; with ``--train-samples`` the ramp-up is walked through."""
+    ``--train-samples`` is counted from the samples consumed so far, whatever batch sizes they came in. As in Megatron-LM
+    the samples that are left after the last whole batch are not trained on.
+    """
     training = arguments.training
     if training.train_samples is None:
         return training.train_iters or 0
-    if training.rampup_batch_size is None:
-        return training.train_samples // layout.global_batch_size
-    consumed = iterations = 0
+    consumed, iterations = progress.consumed_train_samples, progress.iteration
+    ramp = training.rampup_batch_size[2] if training.rampup_batch_size is not None else 0
     while True:
         update_num_microbatches(consumed, consistency_check=False)
         step = get_current_running_global_batch_size()
-        if consumed + step > training.train_samples:
-            break
+        left = max(training.train_samples - consumed, 0)
+        if consumed > ramp or left < step:
+            update_num_microbatches(progress.consumed_train_samples, consistency_check=False)
+            return iterations + left // step
         consumed += step
         iterations += 1
-    update_num_microbatches(0, consistency_check=False)
-    return iterations
 
 
-def _num_samples(arguments: Arguments, layout: Layout, train_iters: int) -> tuple[int | None, int | None, int | None]:
+def _num_samples(arguments: Arguments, layout: Layout, progress: Progress) -> tuple[int | None, int | None, int | None]:
     """Samples of train, validation and test that the run will ask for."""
     training = arguments.training
-    train = training.train_samples or train_iters * layout.global_batch_size
+    if training.train_samples is not None:
+        train = training.train_samples
+    else:
+        # Earlier steps of the run may have had another batch size.
+        left = max((training.train_iters or 0) - progress.iteration, 0)
+        train = progress.consumed_train_samples + left * get_current_running_global_batch_size()
     if training.full_validation:
         return train, None, None
     evaluated = training.eval_iters * layout.global_batch_size

@@ -1,4 +1,4 @@
-"""Where a run begins: the newest checkpoint that is as it was written."""
+"""Where a run begins: the newest checkpoint that is as it was written, and never before what ``--save`` holds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_midus.config.checkpoint import CheckpointConfig
+from megatron_midus.config.model import ModelConfig
 from megatron_midus.conversion.checkpoint_layout import (
     LATEST_FILE,
     find_checkpoint,
@@ -18,7 +19,8 @@ from megatron_midus.conversion.checkpoint_layout import (
 )
 from megatron_midus.conversion.checksums import CHECKSUMS_FILE, DamagedError, check_files, read_checksums
 from megatron_midus.errors import UserError
-from megatron_midus.training.messages import warn_rank_0
+from megatron_midus.training.messages import print_rank_0, warn_rank_0
+from megatron_midus.upscaling.plan import UpscalePlan
 
 # The configuration of the run that writes into a checkpoint directory, there before its first checkpoint.
 RUN_FILE = "run.yaml"
@@ -39,6 +41,94 @@ class Source:
     iteration: int = 0
     resume: bool = False
     damaged: Mapping[int, str] = dataclasses.field(default_factory=dict)
+
+
+def find_start(checkpoint: CheckpointConfig) -> tuple[CheckpointConfig, Source]:
+    """``find_source`` for a run that saves: it never begins before the latest iteration that ``--save`` holds.
+
+    What would begin at iteration 0 in a used ``--save`` of the same model is the command that began that run, given a
+    second time: it goes on from ``--save``, and says so. What else lies before that iteration is refused.
+
+    Returns:
+        The configuration, with ``--save`` as its ``--load`` where the run goes on from there; and its source.
+
+    Raises:
+        ValueError: see ``find_source``; a run that would take ``--save`` back, or is of another model.
+    """
+    source = find_source(checkpoint)
+    held = held_iteration(checkpoint.save)
+    first = source.iteration if source.resume else 0
+    if not held or (not is_chosen(checkpoint) and source.resume and _lies_in(source, checkpoint.save)):
+        return checkpoint, source
+    if first >= held:
+        if not _lies_in(source, checkpoint.save):
+            warn_rank_0(f"--save {checkpoint.save} holds iteration {held} of another run, which this one does not load")
+        return checkpoint, source
+    if checkpoint.finetune or checkpoint.ckpt_step is not None or first or _lies_in(source, checkpoint.save):
+        raise UserError(_would_take_back(checkpoint, first, held))
+    continued = dataclasses.replace(checkpoint, load=checkpoint.save)
+    found = find_source(continued)
+    _check_same_model(source, found)
+    print_rank_0(
+        f"--save {checkpoint.save} holds iteration {held} already: going on from there, not from "
+        f"{source.directory or 'fresh weights'}"
+    )
+    return continued, found
+
+
+def held_iteration(root: str | Path | None) -> int | None:
+    """The latest iteration that a directory for checkpoints holds; ``None`` for one without any."""
+    if root is None or not Path(root).is_dir():
+        return None
+    try:
+        latest = read_latest_iteration(root)
+    except UserError:
+        latest = None  # damaged
+    if latest is not None and iteration_directory(root, latest).is_dir():
+        return latest
+    return max(_with_checksums(Path(root)), default=None)
+
+
+def _lies_in(source: Source, root: str | None) -> bool:
+    """Whether links lead to the same directory."""
+    return (
+        root is not None and source.directory is not None and source.directory.parent.resolve() == Path(root).resolve()
+    )
+
+
+def _would_take_back(checkpoint: CheckpointConfig, first: int, held: int) -> str:
+    save = checkpoint.save
+    said = f"--save {save} holds iteration {held}, and this run would begin "
+    if checkpoint.finetune:
+        return (
+            f"{said}at iteration 0 (--finetune); give --load {save} without --finetune to go on with that run, or another "
+            "--save for a new one"
+        )
+    if is_chosen(checkpoint):
+        named = f"--load {checkpoint.load}" + (f" --ckpt-step {first}" if checkpoint.ckpt_step is not None else "")
+        return (
+            f"{said}at iteration {first} ({named}); give another --save to branch off there, or --load {save} alone to go "
+            "on with that run"
+        )
+    return (
+        f"{said}at iteration {first} of --load {checkpoint.load}; give --load {save} to go on with the run in --save, or "
+        "another --save"
+    )
+
+
+def _check_same_model(source: Source, found: Source) -> None:
+    """Refuses to go on with a run of another model. Flags of a model from scratch are compared when it is built."""
+    if source.directory is None or found.directory is None:
+        return
+    difference = UpscalePlan.load(source.directory).difference(UpscalePlan.load(found.directory))
+    mine, theirs = (ModelConfig.load(directory).to_dict() for directory in (source.directory, found.directory))
+    for name in mine:
+        if difference is None and mine[name] != theirs[name]:
+            difference = f"{name}: {mine[name]} against {theirs[name]}"
+    if difference is not None:
+        raise UserError(
+            f"{found.directory} in --save is of another model than {source.directory} ({difference}); choose another --save"
+        )
 
 
 def find_source(checkpoint: CheckpointConfig, *, damaged: Mapping[int, str] | None = None) -> Source:
@@ -79,7 +169,7 @@ def _holds_checkpoint(checkpoint: CheckpointConfig) -> bool:
     root = Path(checkpoint.load)
     must_exist = checkpoint.exit_on_missing_checkpoint or checkpoint.finetune or checkpoint.ckpt_step is not None
     if not root.exists():
-        same = checkpoint.save is not None and Path(checkpoint.save).absolute() == root.absolute()
+        same = checkpoint.save is not None and Path(checkpoint.save).resolve() == root.resolve()
         if must_exist or not (same or checkpoint.pretrained_checkpoint):
             raise UserError(
                 f"checkpoint directory {root} does not exist; give an existing one to --load, or the directory of "

@@ -60,6 +60,19 @@ class StepResult:
     save_before_exit: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Outcome of an evaluation.
+
+    Attributes:
+        loss: mean over the tokens of all batches, nats; ``None`` off the last pipeline stage, and where it was left early.
+        num_batches: global batches that were evaluated.
+    """
+
+    loss: float | None
+    num_batches: int
+
+
 def make_forward_step(shape: BatchShape, *, check_loss: bool) -> Callable[..., tuple[torch.Tensor, Callable]]:
     """The function that Megatron-Core's schedules call for every micro-batch."""
 
@@ -213,20 +226,27 @@ def evaluate(
     *,
     num_batches: int,
     num_microbatches: int,
-) -> float | None:
-    """Mean loss per token over ``num_batches`` global batches; ``None`` off the last pipeline stage."""
+    must_leave: Callable[[], bool],
+) -> Evaluation:
+    """Mean loss per token over ``num_batches`` global batches.
+
+    Args:
+        must_leave: asked before every batch, on all ranks together; a loss over a part of the batches is of no use.
+    """
     rerun = get_rerun_state_machine()
     mode = rerun.get_mode()
     rerun.set_mode(RerunMode.DISABLED)
     for chunk in model_chunks:
         chunk.eval()
     reports: list[dict[str, torch.Tensor]] = []
-    for _ in range(num_batches):
+    done = 0
+    while done < num_batches and not must_leave():
         reports += _run_schedule(forward_step, iterator, model_chunks, shape, num_microbatches, True)
+        done += 1
     for chunk in model_chunks:
         chunk.train()
     rerun.set_mode(mode)
-    return mean_loss(reports)
+    return Evaluation(mean_loss(reports) if done == num_batches else None, done)
 
 
 def parameter_norm(model_chunks: Sequence[torch.nn.Module]) -> float:

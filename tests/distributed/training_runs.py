@@ -33,6 +33,7 @@ from megatron_midus.training.checks import check_schedule, resolve_layout, resol
 from megatron_midus.training.memory_telemetry import MemoryTelemetry
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
 from megatron_midus.training.optimizer_state import stored_groups
+from megatron_midus.training.schedule import schedule_flags
 from megatron_midus.training.source import Source, find_source
 from megatron_midus.training.step import BatchShape, make_forward_step, train_step
 from megatron_midus.upscaling import make_plan
@@ -191,6 +192,7 @@ def train(run: Run, layout_flags: str, *, before_steps: Callable[[list], None] =
             optimizer,
             scheduler,
             settings=arguments.optimizer,
+            flags=schedule_flags(arguments.optimizer, arguments.training, layout.global_batch_size),
             train=architecture.train,
             load_optim=arguments.checkpoint.load_optim,
             load_rng=False,

@@ -206,7 +206,7 @@ def test_load_equal_to_an_empty_save_begins_from_scratch_and_then_resumes(tmp_pa
     second = train(*flags, "--exit-interval 4").check()
     assert list(first.losses) == [1, 2] and list(second.losses) == [3, 4]
     assert "weights: fresh" in first.out and "weights: fresh" not in second.out
-    third = train(*flags, "--ckpt-step 2 --exit-interval 4").check()
+    third = train(*flags, f"--ckpt-step 2 --exit-interval 4 --save {tmp_path / 'branch'}").check()
     assert third.losses == second.losses
 
 
@@ -237,13 +237,116 @@ def test_a_schedule_that_differs_is_refused_or_overridden(upscaled, tmp_path):
     train(*TINY_RUN, STEPS, "--exit-interval 2 --load", upscaled, "--save", tmp_path).check()
     other = STEPS.replace("cosine", "constant")
     run = train(*TINY_RUN, other, "--lr 2e-3 --load", tmp_path)
-    assert "lr_decay_style=cosine, the flags say constant" in run.error
+    assert "has the schedule of --lr 0.001 and --lr-decay-style cosine, and this command says" in run.error
+    assert (
+        "this command says --lr 0.002 and --lr-decay-style constant; give --override-opt_param-scheduler" in run.error
+    )
     run = train(*TINY_RUN, other, "--lr 2e-3 --override-opt_param-scheduler --exit-interval 3 --load", tmp_path)
     assert run.check().lines[0]["learning rate"] == "2.000000E-03"
     run = train(*TINY_RUN, other, "--lr 2e-3 --use-checkpoint-opt_param-scheduler --exit-interval 3 --load", tmp_path)
     assert run.check().lines[0]["learning rate"] == "9.330127E-04"
     run = train(*TINY_RUN, STEPS, "--value-lr-mult 3 --load", tmp_path)
     assert "--value-lr-mult" in run.error and "[1.0, 10.0]" in run.error and "[1.0, 3.0]" in run.error
+
+
+@pytest.mark.parametrize(
+    ("flags", "before", "now"),
+    [
+        ("--train-iters 12", "--train-iters 8", "--train-iters 12"),
+        ("--global-batch-size 8", "--global-batch-size 4", "--global-batch-size 8"),
+        ("--lr-decay-iters 7", "no --lr-decay-iters", "--lr-decay-iters 7"),
+        ("--lr-warmup-fraction 0.5 --lr-warmup-iters 0", "--lr-warmup-iters 2 and no --lr-warmup-fraction",
+         "--lr-warmup-iters 0 and --lr-warmup-fraction 0.5"),
+        ("--weight-decay 0.3 --value-weight-decay 0", "--weight-decay 0.01", "--weight-decay 0.3"),
+        ("--lr-decay-style WSD --lr-wsd-decay-iters 3", "--lr-decay-style cosine and no --lr-wsd-decay-iters",
+         "--lr-decay-style WSD and --lr-wsd-decay-iters 3"),
+    ],
+)  # fmt: skip
+def test_a_changed_schedule_is_named_by_the_flags_that_were_typed(flags, before, now, stopped):
+    error = train(*TINY_RUN, STEPS, flags, "--load", stopped).error
+    assert f"has the schedule of {before}, and this command says {now}; give --override-opt_param-scheduler" in error
+    assert "--use-checkpoint-opt_param-scheduler" in error and "steps" not in error
+
+
+@pytest.fixture(scope="module")
+def stopped(upscaled, tmp_path_factory) -> Path:
+    """Two of eight steps."""
+    root = tmp_path_factory.mktemp("stopped")
+    train(*TINY_RUN, STEPS, "--exit-interval 2 --load", upscaled, "--save", root).check()
+    return root
+
+
+def test_longer_training_ends_its_decay_where_it_is_told(stopped):
+    longer = [*TINY_RUN, STEPS, "--train-iters 10 --load", stopped]
+    new_end = train(*longer, "--override-opt_param-scheduler").check()
+    old_end = train(*longer, "--use-checkpoint-opt_param-scheduler").check()
+    rates = [[float(line["learning rate"]) for line in run.lines] for run in (new_end, old_end)]
+    assert [len(each) for each in rates] == [8, 8]
+    assert rates[0][5] > 0 == rates[0][7] and rates[1][5] == rates[1][7] == 0
+
+
+def test_a_constant_rate_has_nothing_to_contradict(upscaled, tmp_path):
+    constant = "--lr-warmup-fraction 0.2 --lr-decay-style constant"
+    train(*TINY_RUN, constant, "--train-iters 5 --load", upscaled, "--save", tmp_path).check()
+    longer = train(*TINY_RUN, constant, "--train-iters 7 --min-lr 1e-4 --load", tmp_path, "--save", tmp_path).check()
+    assert [line["learning rate"] for line in longer.lines] == ["1.000000E-03"] * 2
+    other_batch = "--train-iters 8 --global-batch-size 2 --load"
+    assert list(train(*TINY_RUN, constant, other_batch, tmp_path).check().losses) == [8]
+
+
+def test_another_length_of_the_last_phase_is_no_silent_change(upscaled, tmp_path):
+    wsd = "--train-iters 8 --lr-decay-style WSD --lr-wsd-decay-iters"
+    train(*TINY_RUN, wsd, "4 --exit-interval 2 --load", upscaled, "--save", tmp_path).check()
+    error = train(*TINY_RUN, wsd, "2 --load", tmp_path).error
+    assert "has the schedule of --lr-wsd-decay-iters 4, and this command says --lr-wsd-decay-iters 2" in error
+    kept = train(*TINY_RUN, wsd, "2 --use-checkpoint-opt_param-scheduler --load", tmp_path).check()
+    assert kept.losses == train(*TINY_RUN, wsd, "4 --load", tmp_path).check().losses
+
+
+# -- samples ---------------------------------------------------------------------------------------------------------
+SAMPLES = "--train-samples 24 --lr-decay-style constant"
+
+
+@pytest.mark.parametrize(
+    ("flags", "batches", "left"),
+    [
+        ("--global-batch-size 2", [2] * 6, 0),
+        ("--global-batch-size 4", [4] * 3, 0),
+        ("--global-batch-size 8", [8], 4),
+        ("--global-batch-size 10 --decrease-batch-size-if-needed --micro-batch-size 3", [9], 3),
+        ("--global-batch-size 6 --rampup-batch-size 2 2 20", [4, 4], 4),
+        ("--global-batch-size 6 --rampup-batch-size 2 2 4", [6, 6], 0),
+    ],
+)
+def test_samples_are_counted_from_what_was_consumed(flags, batches, left, twelve_of_24, tmp_path):
+    run = train(*TINY_RUN, SAMPLES, flags, "--load", twelve_of_24, "--save", tmp_path).check()
+    assert [int(line["global batch size"]) for line in run.lines] == batches
+    assert list(run.losses) == [4 + i for i in range(len(batches))]
+    assert int(run.lines[-1]["consumed samples"]) == 24 - left
+    assert (f"{left} of 24 samples are less than a global batch" in run.out) == bool(left)
+    again = train(*TINY_RUN, SAMPLES, flags, "--load", tmp_path).check()
+    assert not again.lines and "nothing to train" in again.out
+    assert (f"{left} of 24 samples are less than a global batch" in again.out) == bool(left)
+
+
+@pytest.fixture(scope="module")
+def twelve_of_24(upscaled, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("twelve")
+    run = train(*TINY_RUN, SAMPLES, "--exit-interval 3 --load", upscaled, "--save", root).check()
+    assert run.lines[-1]["consumed samples"] == "12"
+    return root
+
+
+def test_a_ramp_up_ends_with_the_samples_that_were_asked_for(upscaled, tmp_path):
+    """Also where a start ends within it."""
+    ramp = "--train-samples 50 --global-batch-size 8 --rampup-batch-size 2 2 24"
+    whole = train(*TINY_RUN, ramp, "--load", upscaled).check()
+    resumed = f"--pretrained-checkpoint {upscaled} --load {tmp_path / 'run'} --save {tmp_path / 'run'}"
+    stops = ("--exit-interval 5", "--exit-interval 9", "")
+    parts = [train(*TINY_RUN, ramp, resumed, stop).check() for stop in stops]
+    joined = {iteration: loss for run in parts for iteration, loss in run.losses.items()}
+    assert joined == whole.losses and len(parts[1].losses) == 4
+    assert 50 - 8 < int(whole.lines[-1]["consumed samples"]) <= 50
 
 
 def test_a_checkpoint_without_optimizer_is_refused_until_told(upscaled, tmp_path):

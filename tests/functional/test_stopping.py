@@ -11,10 +11,11 @@ import time
 
 import pytest
 import torch
-from driver import TINY_MODEL, TINY_RUN, train
+from driver import TINY_MODEL, TINY_RUN, fork_server, train
 from upscaled import read_weights, write_upscaled
 
 from megatron_midus.conversion.checksums import check_checkpoint
+from megatron_midus.training.signals import TerminationSignal
 
 ENDLESS = "--train-iters 100000 --lr-warmup-iters 2"
 
@@ -56,7 +57,7 @@ def test_a_save_that_fails_is_one_line_and_leaves_the_checkpoint_before(mode, pr
 
 
 # -- signals and time ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_to_one_rank_saves_and_exits_with_0(number, processes, upscaled, tmp_path):
     told = []
@@ -73,8 +74,9 @@ def test_a_signal_to_one_rank_saves_and_exits_with_0(number, processes, upscaled
     assert f"exiting after iteration {last}: {number.name} was received" in run.out
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("flags", ["", "--async-save", "--num-workers 1"])
-def test_a_signal_to_every_process_of_the_job_saves_as_well(flags, upscaled, tmp_path):
+def test_a_signal_to_every_process_of_the_job_saves_as_well(flags, number, upscaled, tmp_path):
     """Schedulers do not tell ranks from what they started; checkpoint writers are at work already."""
     told = []
 
@@ -82,13 +84,84 @@ def test_a_signal_to_every_process_of_the_job_saves_as_well(flags, upscaled, tmp
         if not told and "a checkpoint of iteration 2" in output():
             for pid in (ranks[0].pid, *descendants(ranks[0].pid)):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
+                    os.kill(pid, number)
             told.append(True)
 
     run = train(
         *TINY_RUN, ENDLESS, "--save-interval 2", flags, "--load", upscaled, "--save", tmp_path, while_running=tell_all
     ).check()
-    assert latest(tmp_path) == max(run.losses) and "SIGTERM was received" in run.out
+    assert latest(tmp_path) == max(run.losses) and f"{number.name} was received" in run.out
+    assert run.err.count("interrupted") == (number == signal.SIGINT)
+
+
+# Without a signal these take minutes.
+EVALUATES = "--eval-interval 2 --eval-iters 100000"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 3"])
+def test_a_signal_during_an_evaluation_leaves_it_and_saves(number, layout, upscaled, tmp_path):
+    processes = int(layout[-1]) if layout else 1
+    told: list[float] = []
+
+    def tell_one_rank(ranks, output):
+        if not told and "] iteration        2/" in output():
+            told.append(time.monotonic() + 0.1)
+        if told and told[0] and time.monotonic() > told[0]:
+            os.kill(ranks[0].pid, number)
+            told[0] = 0.0
+
+    flags = [EVALUATES, layout, "--load", upscaled, "--save", tmp_path]
+    run = train(*TINY_RUN, ENDLESS, *flags, processes=processes, while_running=tell_one_rank).check()
+    assert latest(tmp_path) == 2 and not run.evaluations
+    assert re.search(r"left the evaluation on the validation split after \d+ of 100000 batches", run.out)
+    assert f"exiting after iteration 2: {number.name} was received" in run.out
+
+
+def test_the_time_that_was_given_is_kept_in_an_evaluation_too(upscaled, tmp_path):
+    time_limit = "--eval-interval 1 --exit-duration-in-mins 0.0001 --load"
+    run = train(*TINY_RUN, ENDLESS, EVALUATES, time_limit, upscaled, "--save", tmp_path).check()
+    assert latest(tmp_path) == 1 and "left the evaluation" in run.out
+
+
+def test_an_evaluation_that_is_left_without_training_is_no_success(upscaled):
+    told = []
+
+    def tell(ranks, output):
+        if not told and "configuration (what is not the default)" in output():
+            told.append(os.kill(ranks[0].pid, signal.SIGTERM))
+
+    run = train(*TINY_RUN, ENDLESS, EVALUATES, "--skip-train --load", upscaled, while_running=tell)
+    assert run.codes == [1] and "exiting without the evaluation: SIGTERM was received" in run.out
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interrupt_ends_at_once(second):
+    """torchrun passes a second Ctrl-C on as SIGTERM."""
+    process = fork_server().Process(target=interrupted_twice, args=(second,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -second
+
+
+def interrupted_twice(second: int) -> None:
+    signals = TerminationSignal()
+    signals.install()
+    signals.install_interrupt()
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):  # a scheduler's warnings are no second Ctrl-C
+        os.kill(os.getpid(), number)
+    assert TerminationSignal.received_here == signal.SIGUSR1
+    os.kill(os.getpid(), second)
+
+
+def test_an_interrupt_before_there_is_anything_to_save_is_one_line(upscaled):
+    def interrupt(ranks, output):
+        if ranks[0].is_alive() and not told and "model:" in output():
+            told.append(os.kill(ranks[0].pid, signal.SIGINT))
+
+    told: list[None] = []
+    run = train(*TINY_RUN, ENDLESS, "--load", upscaled, while_running=interrupt)
+    assert run.codes[0] in (0, 130) and "Traceback" not in run.err
 
 
 def descendants(pid: int) -> list[int]:
