@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_midus.hf.modeling_midus import no_autocast, read_values, select_slots
+from megatron_midus.hf.lookup_midus import activate, no_autocast, pieces, read_values, select_slots
 
 Selected = tuple[torch.Tensor, torch.Tensor]
 """Slots int64 and their weights, ``[T, M, K]`` each, best first."""
@@ -22,8 +22,7 @@ Read = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
 def select(memory: Any, query_TMD: torch.Tensor) -> Selected:
     slots, scores = select_slots(query_TMD, memory.row_keys, memory.col_keys, memory.config.memory_topk)
-    activation = memory.config.memory_score_activation
-    return slots, scores.softmax(-1) if activation == "softmax" else getattr(scores, activation)()
+    return slots, activate(scores, memory.config.memory_score_activation)
 
 
 def read(memory: Any, slots_TMK: torch.Tensor, weights_TMK: torch.Tensor) -> torch.Tensor:
@@ -40,7 +39,8 @@ def look_up_with(memory: Any, *, select: Select = select, read: Read = read) -> 
 
     def look_up(query_TMD: torch.Tensor) -> torch.Tensor:
         with no_autocast(query_TMD.device.type):
-            return read(memory, *select(memory, query_TMD)).to(query_TMD.dtype)
+            found = [read(memory, *select(memory, part)) for part in pieces(query_TMD, memory.row_keys.shape[1])]
+        return torch.cat(found).to(query_TMD.dtype)
 
     memory.look_up = look_up
     try:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from megatron_midus.analysis.lookup import Read, Selected, look_up_with, read, select
 from megatron_midus.analysis.windows import Windows
 from megatron_midus.errors import UserError
+from megatron_midus.hf.lookup_midus import plain_torch
 
 Progress = Callable[[int], Any]
 
@@ -79,6 +80,11 @@ def own_passes(model: Any, windows: Windows, *, batch_size: int, progress: Progr
     Raises:
         ValueError: a loss that is not finite.
     """
+    with plain_torch():  # also while the caller changes a pass: watched and unwatched memories compute the same bits
+        yield from _own_passes(model, windows, batch_size, progress)
+
+
+def _own_passes(model: Any, windows: Windows, batch_size: int, progress: Progress | None) -> Iterator[Pass]:
     device = next(model.parameters()).device
     for batch in windows.batches(batch_size):
         batch = Windows(batch.inputs.to(device), batch.labels.to(device))

@@ -35,7 +35,7 @@ from megatron_midus.analysis.passes import (
 )
 from megatron_midus.analysis.usage import SlotCounts, empty_counts
 from megatron_midus.analysis.windows import Estimate, Windows, loss_change
-from megatron_midus.hf.modeling_midus import read_values
+from megatron_midus.hf.lookup_midus import read_values
 
 SHARINGS = {
     "shared": "one for all heads, the best by least squares",

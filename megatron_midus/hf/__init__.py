@@ -5,7 +5,8 @@ from pathlib import Path
 from megatron_midus.hf.configuration_midus import MidusConfig
 from megatron_midus.hf.modeling_midus import MidusForCausalLM, MidusModel
 
-CODE_FILES = tuple(Path(__file__).with_name(name) for name in ("configuration_midus.py", "modeling_midus.py"))
+NAMES = ("configuration_midus.py", "lookup_midus.py", "modeling_midus.py")
+CODE_FILES = tuple(Path(__file__).with_name(name) for name in NAMES)
 
 
 def register() -> None:

@@ -8,7 +8,6 @@ Shapes: B batch, S sequence, T = B * S tokens, H attention heads, M memory heads
 N sub-keys per half (N * N slots), K top-k, L latent, O = hidden size / H.
 """
 
-import contextlib
 import inspect
 import json
 import math
@@ -28,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from .configuration_midus import MidusConfig
+from .lookup_midus import look_up
 
 logger = logging.get_logger(__name__)
 
@@ -40,8 +40,6 @@ PLAN_FILE = "midus_plan.json"
 PLAN_SCHEMA = 2
 # Arguments of from_pretrained that say where files of a model come from.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# Elements of the largest temporary of a look-up (scores of all sub-keys, fp32: 64 MiB); longer inputs go in pieces.
-MAX_SCORES = 2**24
 # transformers 4 wants a list of tied tensors, 5 a mapping to their source.
 TIED_WEIGHTS = {"lm_head.weight": "model.embed_tokens.weight"}
 if int(transformers.__version__.split(".")[0]) < 5:
@@ -300,62 +298,44 @@ class MidusDecoderLayer(GradientCheckpointingLayer):
 
 
 # -- the Memory block ------------------------------------------------------------------------------------------------
-def select_slots(query_TMD, row_keys_MND, col_keys_MND, topk):
-    """The K best of N * N slots per token and head; slot ``(i, j)`` = ``i * N + j`` scores ``row_i . q1 + col_j . q2``.
+class HeadShare:
+    """The heads of a memory that this process computes: all of them, but for tensor parallelism in vLLM.
 
-    Exact: the best K slots are among (best K rows) x (best K columns), and there only where
-    ``(rank of row) * (rank of column) <= K``.
-
-    Returns:
-        ``(slots int64 [T, M, K], scores [T, M, K])``, in fp32 at least; the scores are differentiable.
+    There each rank has its share of the attention's heads; sub-keys and projections are split like these, and a latent
+    bank that the heads share is whole on every rank.
     """
-    dtype = torch.promote_types(query_TMD.dtype, torch.float32)
-    query_MTD = query_TMD.transpose(0, 1).to(dtype)
-    best, index = [], []
-    for half, keys in zip(query_MTD.chunk(2, dim=-1), (row_keys_MND, col_keys_MND)):
-        scores_MTN = torch.bmm(half, keys.to(dtype).transpose(1, 2))
-        values, places = scores_MTN.topk(topk, dim=-1)  # [M, T, K]
-        best.append(values)
-        index.append(places)
-    with torch.no_grad():
-        rows, cols = candidate_pairs(topk, query_TMD.device)  # [P]
-        chosen = (best[0][..., rows] + best[1][..., cols]).topk(topk, dim=-1).indices  # [M, T, K], into P
-        rows, cols = rows[chosen], cols[chosen]
-        slots = index[0].gather(-1, rows) * row_keys_MND.shape[1] + index[1].gather(-1, cols)
-    scores = best[0].gather(-1, rows) + best[1].gather(-1, cols)
-    return slots.transpose(0, 1), scores.transpose(0, 1)
 
+    # Axis along which a parameter is split; others are whole on every rank.
+    AXES = {
+        "attn_proj": 1, "query_norm": 0, "log_temperature": 0, "row_keys": 0, "col_keys": 0, "head_proj": 0,
+        "mixer": 0, "gate": 0,
+    }  # fmt: skip
 
-def candidate_pairs(topk, device):
-    """Ranks ``(i, j)``, 0-based, with ``(i + 1) * (j + 1) <= topk``; made on the device, so nothing waits for the host."""
-    ranks = torch.arange(1, topk + 1, device=device)
-    count = sum(topk // rank for rank in range(1, topk + 1))
-    order = (ranks[:, None] * ranks).flatten().argsort(stable=True)[:count]
-    return order.div(topk, rounding_mode="floor"), order % topk
+    def __init__(self, config):
+        self.rank, self.ranks = 0, 1
+        self.axes = {**self.AXES, "value_bank": 0} if config.memory_variant == "full" else self.AXES
+        if config._attn_implementation == "vllm":
+            try:
+                from vllm import distributed
+            except ImportError as error:
+                raise ImportError("attn_implementation='vllm' is for vLLM alone, which is not installed") from error
+            self.rank = distributed.get_tensor_model_parallel_rank()
+            self.ranks = distributed.get_tensor_model_parallel_world_size()
+            self.reduce = distributed.tensor_model_parallel_all_reduce
+            self.gather = distributed.tensor_model_parallel_all_gather  # along the last axis
+        if config.num_lookup_heads() % self.ranks:
+            raise ValueError(
+                f"{config.num_lookup_heads()} memory heads are not divisible by tensor_parallel_size={self.ranks}; "
+                "choose a divisor of them"
+            )
 
+    def shape(self, name, shape):
+        axis = self.axes.get(name)
+        return tuple(size // self.ranks if index == axis else size for index, size in enumerate(shape))
 
-def read_values(slots_TMK, weights_TMK, values, variant):
-    """Weighted sums of rows of the value bank: ``[T, M, width]``, for ``block`` summed over the heads, ``[T, 1, d]``."""
-    tokens, heads, topk = slots_TMK.shape
-    bags = (tokens, heads * topk) if variant == "block" else (tokens * heads, topk)
-    if variant == "full":
-        offsets = torch.arange(heads, device=slots_TMK.device) * values.shape[1]
-        slots_TMK = slots_TMK + offsets[:, None]
-    # embedding_bag never makes the [T, M, K, width] tensor of gathered rows, neither forward nor backward.
-    summed = F.embedding_bag(
-        slots_TMK.reshape(bags),
-        values.flatten(0, -2),
-        mode="sum",
-        per_sample_weights=weights_TMK.reshape(bags).to(values.dtype),
-    )
-    return summed.view(tokens, -1, values.shape[-1])
-
-
-def no_autocast(device_type):
-    """Scores and weights stay in fp32; devices without autocast (meta) have nothing to switch off."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    def part(self, name, tensor):
+        """This rank's part of a parameter."""
+        return tensor.chunk(self.ranks, self.axes[name])[self.rank] if name in self.axes else tensor
 
 
 class MidusMemory(nn.Module):
@@ -368,7 +348,8 @@ class MidusMemory(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        shapes = config.memory_parameter_shapes()
+        self.share = HeadShare(config)
+        shapes = {name: self.share.shape(name, shape) for name, shape in config.memory_parameter_shapes().items()}
         for name in self.PARAMETERS:
             self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])) if name in shapes else None)
 
@@ -394,21 +375,34 @@ class MidusMemory(nn.Module):
             else:  # head_proj [M, L, O], gate [M, D, O], attn_proj [d, H * head_dim]: fan-in is axis 1
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
 
+    def load_weights(self, weights):
+        """vLLM's way to fill a module: ``(name, whole tensor)`` pairs; returns the names."""
+        parameters, loaded = dict(self.named_parameters()), set()
+        for name, tensor in weights:
+            name = OLD_NAMES.get(name, name)
+            parameters[name].data.copy_(self.share.part(name, tensor))
+            loaded.add(name)
+        return loaded
+
     def forward(self, attended):
-        """``[..., H * head_dim] -> [..., d]``."""
+        """``[..., H * head_dim] -> [..., d]``; under tensor parallelism from the attention output of this rank's heads."""
+        share = self.share
         if self.attn_proj is not None:
             attended = F.linear(attended, self.attn_proj)
-        raw_TMD = attended.reshape(-1, self.config.num_lookup_heads(), self.config.memory_query_size())
-        query_TMD = self.transform_query(raw_TMD)
-        piece = max(1, MAX_SCORES // (query_TMD.shape[1] * self.config.memory_num_keys))
-        output = torch.cat([self.look_up(part) for part in query_TMD.split(piece)])  # [T, M, O]; block: [T, 1, d]
+            if share.ranks > 1:
+                attended = share.reduce(attended).chunk(share.ranks, -1)[share.rank]
+        raw_TMD = attended.reshape(-1, self.row_keys.shape[0], self.config.memory_query_size())
+        output = self.look_up(self.transform_query(raw_TMD))  # [T, M, O]; block: [T, 1, d]
         if self.gate is not None:
             output = output * F.silu(torch.einsum("tmd,mdo->tmo", raw_TMD, self.gate))
         output = output.reshape(*attended.shape[:-1], -1).to(attended.dtype)
+        mixed = None
         if self.mixer is not None:
-            mixed = attended if self.config.memory_output_projection == "attention" else output
-            output = output + mixed @ self.mixer
-        return output
+            mixed = (attended if self.config.memory_output_projection == "attention" else output) @ self.mixer
+        if share.ranks > 1:
+            output = share.reduce(output) if self.config.memory_variant == "block" else share.gather(output)
+            mixed = None if mixed is None else share.reduce(mixed)
+        return output if mixed is None else output + mixed
 
     def transform_query(self, query_TMD):
         if self.query_norm is None and self.log_temperature is None:
@@ -422,14 +416,9 @@ class MidusMemory(nn.Module):
 
     def look_up(self, query_TMD):
         """``[T, M, D] -> [T, M, O]``, for ``block`` ``[T, 1, d]``."""
-        with no_autocast(query_TMD.device.type):
-            slots, scores = select_slots(query_TMD, self.row_keys, self.col_keys, self.config.memory_topk)
-            activation = self.config.memory_score_activation
-            weights = scores.softmax(-1) if activation == "softmax" else getattr(scores, activation)()
-            read = read_values(slots, weights, self.value_bank, self.config.memory_variant)
-            if self.head_proj is not None:
-                read = torch.einsum("tml,mlo->tmo", read.to(self.head_proj.dtype), self.head_proj)
-        return read.to(query_TMD.dtype)
+        config = self.config
+        settings = (config.memory_topk, config.memory_variant, config.memory_score_activation)
+        return look_up(query_TMD, self.row_keys, self.col_keys, self.value_bank, self.head_proj, *settings)
 
 
 class MidusMemoryLayer(GradientCheckpointingLayer):

@@ -170,7 +170,7 @@ def check_files(model, directory, expected):
     model.save_pretrained(again)
     written = json.loads((again / "config.json").read_text())
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == THETA
-    assert {"configuration_midus.py", "modeling_midus.py"} <= {path.name for path in again.iterdir()}
+    assert {"configuration_midus.py", "lookup_midus.py", "modeling_midus.py"} <= {path.name for path in again.iterdir()}
     loaded = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True, **{DTYPE: torch.float32})
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     with torch.no_grad():

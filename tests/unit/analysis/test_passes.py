@@ -35,7 +35,7 @@ def test_replay_of_fixed_retrieval_is_exact(kind, pieces, monkeypatch):
     """Also where a look-up goes in pieces, as long inputs do."""
     model = midus(kind)
     if pieces > 1:
-        monkeypatch.setattr("megatron_midus.hf.modeling_midus.MAX_SCORES", 5 * 3 * 6)
+        monkeypatch.setattr("megatron_midus.hf.lookup_midus.MAX_SCORES", 5 * 3 * 6)
     for done in own_passes(model, make_windows(), batch_size=4):
         assert pieces == 1 or len(done.selected[1]) > 1
         for block in range(len(BLOCKS)):

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_midus import ops
-from megatron_midus.hf import MidusConfig, modeling_midus
+from megatron_midus.hf import MidusConfig, lookup_midus, modeling_midus
 
 TOKENS = 23
 VARIANTS = ("hive", "full", "block")
@@ -74,6 +74,14 @@ def all_settings():
     yield {"memory_num_keys": 1, "memory_topk": 1}
 
 
+@pytest.fixture(params=["package", "plain"])
+def both(request, monkeypatch):
+    """With the operators of the package, and as where it is not installed."""
+    if request.param == "plain":
+        monkeypatch.setattr(lookup_midus, "head_wise_memory", None)
+
+
+@pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("settings", all_settings(), ids=lambda s: "-".join(map(str, s.values())))
 def test_outputs_and_gradients_equal_the_definition(settings):
     memory, attended = make_memory(**settings)
@@ -89,6 +97,7 @@ def test_outputs_and_gradients_equal_the_definition(settings):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_single_precision_stays_within_its_rounding(variant):
     memory, attended = make_memory(torch.float32, memory_variant=variant)
@@ -97,6 +106,7 @@ def test_single_precision_stays_within_its_rounding(variant):
     torch.testing.assert_close(memory.float()(attended).double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_scores_are_single(variant, dtype):
@@ -108,6 +118,7 @@ def test_half_precision_scores_are_single(variant, dtype):
     assert (ours - exact).abs().max() <= 3 * torch.finfo(dtype).eps * exact.abs().max()
 
 
+@pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bfloat16_gradients(variant):
     """Against fp32 on the same rounded numbers: direction and size, since selections at near ties may differ."""
@@ -122,6 +133,7 @@ def test_bfloat16_gradients(variant):
         assert (ours.float() - theirs).norm() <= 0.02 * theirs.norm()
 
 
+@pytest.mark.usefixtures("both")
 def test_autocast_leaves_the_scores_alone():
     memory, attended = make_memory(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -132,7 +144,7 @@ def test_autocast_leaves_the_scores_alone():
 
 @pytest.mark.parametrize("topk", [1, 2, 3, 5, 8, 16, 31, 32])
 def test_candidates_are_all_pairs_that_can_win(topk):
-    rows, cols = modeling_midus.candidate_pairs(topk, torch.device("cpu"))
+    rows, cols = lookup_midus.candidate_pairs(topk, torch.device("cpu"))
     assert sorted(zip(rows.tolist(), cols.tolist())) == [
         (i, j) for i in range(topk) for j in range(topk) if (i + 1) * (j + 1) <= topk
     ]
@@ -142,7 +154,7 @@ def test_selection_is_the_best_of_all_slots():
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(19, 3, 6, generator=generator)
     row_keys, col_keys = torch.randn(2, 3, 10, 3, generator=generator)
-    slots, scores = modeling_midus.select_slots(query, row_keys, col_keys, 7)
+    slots, scores = lookup_midus.select_slots(query, row_keys, col_keys, 7)
     rows = torch.einsum("tmd,mnd->tmn", query[..., :3], row_keys)
     cols = torch.einsum("tmd,mnd->tmn", query[..., 3:], col_keys)
     every = (rows[..., :, None] + cols[..., None, :]).flatten(-2)
@@ -155,15 +167,16 @@ def test_selection_is_the_best_of_all_slots():
 def test_ties_select_each_slot_once():
     query = torch.zeros(4, 2, 6)
     keys = torch.ones(2, 9, 3)
-    slots, scores = modeling_midus.select_slots(query, keys, keys, 6)
+    slots, scores = lookup_midus.select_slots(query, keys, keys, 6)
     assert torch.equal(scores, torch.zeros(4, 2, 6))
     assert slots.min() >= 0 and slots.max() < 81
     assert all(len(set(row)) == 6 for row in slots.flatten(0, 1).tolist())
 
 
+@pytest.mark.usefixtures("both")
 def test_untouched_slots_get_no_gradient_and_nan_reads_in_range():
     memory, attended = make_memory(torch.float32, memory_num_keys=40)
-    slots, _ = modeling_midus.select_slots(attended.view(TOKENS, 6, 14), memory.row_keys, memory.col_keys, 5)
+    slots, _ = lookup_midus.select_slots(attended.view(TOKENS, 6, 14), memory.row_keys, memory.col_keys, 5)
     memory(attended).sum().backward()
     touched = torch.zeros(1600, dtype=torch.bool)
     touched[slots.flatten()] = True
@@ -178,10 +191,11 @@ def test_untouched_slots_get_no_gradient_and_nan_reads_in_range():
 
 
 def test_long_inputs_go_in_pieces(monkeypatch):
+    monkeypatch.setattr(lookup_midus, "head_wise_memory", None)
     memory, attended = make_memory(torch.float32, memory_num_keys=40, memory_latent_size=1)
     with torch.no_grad(), LargestTensor() as whole_run:
         whole = memory(attended)
-    monkeypatch.setattr(modeling_midus, "MAX_SCORES", 6 * 40 * 4)  # four tokens at a time
+    monkeypatch.setattr(lookup_midus, "MAX_SCORES", 6 * 40 * 4)  # four tokens at a time
     with torch.no_grad(), LargestTensor() as run:
         pieces = memory(attended)
     # the same fp32 sums in another blocking
@@ -201,6 +215,65 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.numel = max(self.numel, tensor.numel())
         return out
+
+
+# -- under a compiler ------------------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("both")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_compiler_cuts_nothing_and_memory_stays_bounded(variant, monkeypatch):
+    """One graph for all numbers of tokens, whose look-up cuts when it runs; outputs and gradients as without compiler."""
+    memory, attended = make_memory(torch.float32, memory_num_keys=40, memory_latent_size=1, memory_variant=variant)
+    expected = [memory(attended), *gradients(memory, attended)]
+    monkeypatch.setattr(lookup_midus, "MAX_SCORES", 6 * 40 * 4)  # four tokens at a time
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(memory, backend=recorder(graphs), fullgraph=True, dynamic=True)
+    found = [compiled(attended), *gradients(compiled, attended)]
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # the same fp32 sums in another blocking
+    for tokens in (2, 7, TOKENS - 1):
+        torch.testing.assert_close(compiled(attended[:tokens]), expected[0][:tokens], rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1
+    assert sum("midus.look_up" in str(node.target) for node in graphs[0].nodes) == 1
+    largest = max(t.numel() for t in (attended, *memory.parameters()))
+    assert largest < 6 * 40 * TOKENS or variant != "hive"
+    if lookup_midus.head_wise_memory is None:
+        p = dict(memory.named_parameters())
+        tensors = [p.get(name) for name in ("row_keys", "col_keys", "value_bank", "head_proj")]
+        with LargestTensor() as run:
+            lookup_midus.look_up_gradients(
+                expected[0].detach().view(TOKENS, 1 if variant == "block" else 6, -1),
+                attended.view(TOKENS, 6, 14), *tensors, 5, variant, "softmax",
+            )  # fmt: skip
+        assert run.numel <= largest
+
+
+def gradients(function, attended):
+    parameters = [p for p in function.parameters()]
+    return torch.autograd.grad(function(attended).square().sum(), [attended, *parameters])
+
+
+def recorder(graphs):
+    from torch._dynamo.backends.common import aot_autograd
+
+    compile_whole = aot_autograd(fw_compiler=lambda graph, inputs: graph.forward)
+
+    def backend(graph, inputs):
+        graphs.append(graph.graph)
+        return compile_whole(graph, inputs)
+
+    return backend
+
+
+def test_an_exported_graph_needs_no_operator_of_ours():
+    memory, attended = make_memory(torch.float32)
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    with torch.no_grad():
+        program = torch.export.export(memory, (attended.detach(),), dynamic_shapes=({0: tokens},))
+        assert "midus" not in str(program.graph)
+        for number in (2, 9, TOKENS):
+            ours = program.module()(attended[:number].detach())
+            torch.testing.assert_close(ours, memory(attended[:number]), rtol=1e-5, atol=1e-6)
 
 
 def test_start_values():
