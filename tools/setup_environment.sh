@@ -8,7 +8,7 @@
 _midus_fail() { printf 'error: %s\n' "$*" >&2; return 1; }
 
 _midus_setup() {
-    local root extras venv python stamp log
+    local root extras venv python stamp
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
     extras="${1:-}"
     venv="${MIDUS_VENV:-$root/.venv}"
@@ -19,22 +19,32 @@ _midus_setup() {
     command -v "$python" >/dev/null || { _midus_fail "$python was not found; install Python 3.10 or newer"; return 1; }
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         { _midus_fail "$("$python" --version) is too old; set MIDUS_PYTHON to Python 3.10 or newer"; return 1; }
+    # Installed once per content of the two files that say what to install, and per set of extras.
+    stamp="$venv/.midus-$(cat "$root/setup.py" "$root/constraints.txt" | cksum | tr ' ' '-')-${extras//,/-}"
+    if [ ! -e "$stamp" ]; then
+        mkdir -p "$(dirname "$venv")" || return 1
+        # Shells or nodes that start together: one makes it, the others wait and find it made.
+        (
+            if command -v flock >/dev/null; then flock 9; fi
+            [ -e "$stamp" ] || _midus_make
+        ) 9>"$venv.lock" || return 1
+    fi
+    # shellcheck disable=SC1091
+    source "$venv/bin/activate"
+}
+
+# Reads the variables of _midus_setup.
+_midus_make() {
+    local log="$venv/install.log"
     if [ ! -x "$venv/bin/python" ]; then
         "$python" -m venv "$venv" ||
             { rm -rf "$venv"; _midus_fail "$python cannot make a virtual environment; on Debian: apt install python3-venv"; return 1; }
     fi
-    # shellcheck disable=SC1091
-    source "$venv/bin/activate" || return 1
-
-    # Installed once per content of the two files that say what to install, and per set of extras.
-    stamp="$venv/.midus-$(cat "$root/setup.py" "$root/constraints.txt" | cksum | tr ' ' '-')-${extras//,/-}"
-    [ -e "$stamp" ] && return 0
-    log="$venv/install.log"
     printf 'Installing the Python environment into %s (once, a few minutes; log: %s)\n' "$venv" "$log"
     {
         # torch first: with it in place nothing later chooses another build of it.
-        pip install --disable-pip-version-check -c "$root/constraints.txt" setuptools torch &&
-            pip install --disable-pip-version-check -c "$root/constraints.txt" --no-build-isolation -e "$root${extras:+[$extras]}"
+        "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/constraints.txt" setuptools torch &&
+            "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/constraints.txt" --no-build-isolation -e "$root${extras:+[$extras]}"
     } >"$log" 2>&1 || { tail -n 15 "$log" >&2; _midus_fail "the installation failed; see $log"; return 1; }
     touch "$stamp"
 }

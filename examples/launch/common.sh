@@ -15,10 +15,13 @@
 #   WORKERS          processes that tokenise                          (as many as there are cores)
 #   MIDUS_VENV       Python environment (see tools/setup_environment.sh); "none" inside the image
 #
+# Words after -- are flags for pretrain_midus.py, behind those of 03_cpt.sh, so that they win:
+#     bash examples/llama3.2_1b/03_cpt.sh -- --lr 5e-4 --save-interval 100
+#
 # With --tiny the same commands run on a CPU in a minute: a random model in the shape of the real one, a little text
 # that every machine has, and the flags of the arrays below appended (the last one wins).
 
-TINY_UPSCALE=() TINY_CPT=() TINY_EVALUATE=()
+TINY_UPSCALE=() TINY_CPT=() TINY_EVALUATE=() MORE_FLAGS=()
 
 begin() {
     local model=$1
@@ -27,7 +30,12 @@ begin() {
     while [ $# -gt 0 ]; do
         case "$1" in
             --tiny) TINY=yes ;;
-            *) echo "error: unknown argument $1; the only one is --tiny, settings come from the environment" >&2; exit 1 ;;
+            --)
+                [[ "${0##*/}" == 03_cpt.sh ]] || { echo "error: 03_cpt.sh alone takes flags after --" >&2; exit 1; }
+                MORE_FLAGS=("${@:2}")
+                break
+                ;;
+            *) echo "error: unknown argument $1; --tiny is the only one, and flags for pretrain_midus.py come after --; other settings come from the environment" >&2; exit 1 ;;
         esac
         shift
     done
@@ -87,5 +95,5 @@ launch() {
     # exec: signals of a scheduler reach torchrun itself, not a shell that keeps them.
     run exec torchrun --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$gpus" \
         --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
-        --max-restarts "${MAX_RESTARTS:-0}" "$@"
+        --max-restarts "${MAX_RESTARTS:-0}" "$@" "${MORE_FLAGS[@]}"
 }
