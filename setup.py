@@ -46,7 +46,11 @@ setup(
         "zstandard",
     ],
     # vLLM calls it in each of its processes; nothing happens where vLLM is not installed.
-    entry_points={"vllm.general_plugins": ["midus = megatron_midus.integrations.vllm:register"]},
+    entry_points={
+        "console_scripts": ["midus = megatron_midus.command:main"],
+        "vllm.general_plugins": ["midus = megatron_midus.integrations.vllm:register"],
+    },
+    package_data={"megatron_midus": ["*.pyi"]},
     extras_require={
         # apex is not on the package index; megatron_midus.platform says how to get it when it is asked for.
         "gpu": ["transformer-engine[pytorch]>=2.1"],

@@ -8,25 +8,19 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import analyze
 import benchmark
-import compare
-import convert_checkpoint
-import evaluate
-import plan
-import preprocess_data
-import upscale
 
 from megatron_midus import cli
+from megatron_midus.command import PRETRAIN, SUMMARIES, make_parser
 from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.config.run_file import add_config_flag
 from megatron_midus.files import write_text_atomically
-from megatron_midus.training.arguments import build_parser
 
 PAGE = Path(__file__).parents[1] / "docs" / "flags.md"
 INTRODUCTION = """\
@@ -39,25 +33,29 @@ Written by `python tools/generate_flags.py` from the code that makes the flags; 
 - With `--config FILE`, flags may stand in a YAML file, `lr: 1e-4` for `--lr 1e-4`; flags on the command line win over it.
 """
 Parsers = dict[str, Callable[[], argparse.ArgumentParser]]
+# The scripts under the names that Megatron users look for, and the verbs that they are.
+SCRIPTS = {
+    "pretrain_midus.py": PRETRAIN,
+    "tools/upscale.py": "upscale",
+    "tools/convert_checkpoint.py": "convert",
+    "tools/preprocess_data.py": "preprocess",
+    "tools/evaluate.py": "evaluate",
+    "tools/compare.py": "compare",
+    "tools/analyze.py": "analyze",
+    "tools/plan.py": "plan",
+}
 PARSERS: Parsers = {
-    "pretrain_midus.py": build_parser,
-    "tools/upscale.py": upscale.make_parser,
-    "tools/convert_checkpoint.py": convert_checkpoint.make_parser,
-    "tools/preprocess_data.py": preprocess_data.make_parser,
-    "tools/evaluate.py": evaluate.make_parser,
-    "tools/compare.py": compare.make_parser,
-    "tools/analyze.py": analyze.make_parser,
-    "tools/plan.py": plan.make_parser,
+    **{f"midus {verb}": functools.partial(make_parser, verb) for verb in SUMMARIES},
     "tools/benchmark.py": benchmark.make_parser,
 }
-READ_A_CONFIG = ("pretrain_midus.py", "tools/upscale.py", "tools/preprocess_data.py")
 DEFAULT_IN_HELP = re.compile(r"(?: \(default: ([^()]*)\))+$")
 
 
 def parser_of(tool: str) -> argparse.ArgumentParser:
-    """The parser of a tool, with ``--config`` where the tool reads one."""
-    parser = PARSERS[tool]()
-    if tool in READ_A_CONFIG:
+    """The parser of a tool or a script, with ``--config`` where it reads one."""
+    name = f"midus {SCRIPTS[tool]}" if tool in SCRIPTS else tool
+    parser = PARSERS[name]()
+    if name.startswith("midus "):
         add_config_flag(parser)
     return parser
 
@@ -117,8 +115,10 @@ def _tables(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 def _sections(title: str, parser: argparse.ArgumentParser) -> Iterator[str]:
     commands = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    summary = (parser.description or "").strip().splitlines()[0]
-    yield f"\n## {title}\n\n{summary}\n"
+    summary = " ".join((parser.description or "").partition("\n\n")[0].split())
+    scripts = [f"`{script}`" for script, verb in SCRIPTS.items() if title == f"midus {verb}"]
+    same = f" {scripts[0]} is the same." if scripts else ""
+    yield f"\n## {title}\n\n{summary}{same}\n"
     yield from _tables(parser)
     for action in commands:
         for name, command in action.choices.items():

@@ -134,11 +134,11 @@ class Runs:
             name=f"tokenise-{name}",
             directory=self.output / "data",
             words=(
-                "tools/preprocess_data.py", "--input", text, "--json-keys", key, "--append-eod",
+                "preprocess", "--input", text, "--json-keys", key, "--append-eod",
                 "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", self.experiment.base,
                 "--output-prefix", str(directory / "part"),
             ),
-            launcher=(sys.executable,),
+            launcher=(sys.executable, *MIDUS),
             output=self.output,
             reads=(*reads, self.experiment.base),
             after=after,
@@ -192,7 +192,7 @@ class Runs:
 
     def _upscale(self, arm: ResolvedArm, seed: int, target: Path, more: Sequence[str]) -> Step:
         setting = arm.arm
-        words = ["tools/upscale.py", "--hf-model", self.experiment.base, "--save", str(target)]
+        words = ["upscale", "--hf-model", self.experiment.base, "--save", str(target)]
         words += ["--policy", setting.policy, "--seed", str(seed), *more]
         words += ["--num-blocks", str(setting.num_blocks)] if setting.num_blocks is not None else []
         words += ["--insert-after", *map(str, setting.insert_after)] if setting.insert_after is not None else []
@@ -211,7 +211,7 @@ class Runs:
             name="upscale",
             directory=target.parent,
             words=tuple(words),
-            launcher=(sys.executable,),
+            launcher=(sys.executable, *MIDUS),
             output=self.output,
             reads=(*reads, self.experiment.base),
             after=after,
@@ -222,7 +222,7 @@ class Runs:
         experiment, checkpoints = self.experiment, directory / "checkpoints"
         flags = words_of_entries(self.driver, {**experiment.driver, **arm.arm.driver}, where="driver")
         words = [
-            "pretrain_midus.py", *flags,
+            "pretrain", *flags,
             "--distributed-backend", experiment.layout.backend,
             # Weights of the up-scaling while there is no checkpoint of its own; after that it resumes.
             "--pretrained-checkpoint", str(upscale.makes[0]), "--load", str(checkpoints), "--save", str(checkpoints),
@@ -265,17 +265,26 @@ class Runs:
 
     def _launcher(self) -> tuple[str, ...]:
         if self.experiment.layout.nproc == 1:
-            return (sys.executable,)
+            return (sys.executable, *MIDUS)
         count = str(self.experiment.layout.nproc)
-        return (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count, "--master-port", FREE_PORT)
+        return (
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            count,
+            "--master-port",
+            FREE_PORT,
+            *MIDUS,
+        )
 
     def _export(self, directory: Path, train: Step) -> Step:
-        words = ("tools/convert_checkpoint.py", "--load", str(directory / "checkpoints"), "--to", "hf")
+        words = ("convert", "--load", str(directory / "checkpoints"), "--to", "hf")
         return Step(
             name="export",
             directory=directory,
             words=(*words, "--save", str(directory / "hf")),
-            launcher=(sys.executable,),
+            launcher=(sys.executable, *MIDUS),
             output=self.output,
             after=(train,),
             makes=(directory / "hf",),
@@ -284,7 +293,7 @@ class Runs:
     def _evaluate(self, directory: Path, model: Step) -> Step:
         data, settings = self.experiment.data, self.experiment.evaluation
         texts = [data.new, *([data.old] if data.old is not None else [])]
-        words = ["tools/evaluate.py", "--model", str(directory / "hf"), "--data", *texts, "--json-key", data.json_key]
+        words = ["evaluate", "--model", str(directory / "hf"), "--data", *texts, "--json-key", data.json_key]
         words += ["--seq-length", str(settings.seq_length or self.experiment.seq_length)]
         words += ["--batch-size", str(settings.batch_size), "--dtype", settings.dtype]
         words += ["--max-tokens", str(settings.max_tokens)] if settings.max_tokens is not None else []
@@ -294,7 +303,7 @@ class Runs:
             name="evaluate",
             directory=directory,
             words=(*words, "--json", str(directory / "evaluation.json")),
-            launcher=(sys.executable,),
+            launcher=(sys.executable, *MIDUS),
             output=self.output,
             reads=tuple(path for reads, _ in sources for path in reads),
             after=(model, *dict.fromkeys(step for _, after in sources for step in after)),
@@ -311,7 +320,7 @@ class Runs:
         if not settings.rounds or not chains:
             return None
         target = self.output / "latency.json"
-        words = ["tools/evaluate.py", "--model", *(str(chain.hf) for chain in chains), "--latency"]
+        words = ["evaluate", "--model", *(str(chain.hf) for chain in chains), "--latency"]
         words += ["--latency-rounds", str(settings.rounds), "--latency-batch-size", str(settings.batch_size)]
         words += ["--latency-prompt-tokens", str(settings.prompt_tokens)]
         words += ["--latency-decode-tokens", str(settings.decode_tokens), "--dtype", self.experiment.evaluation.dtype]
@@ -319,7 +328,7 @@ class Runs:
             name="latency",
             directory=self.output,
             words=(*words, *self._device(), "--json", str(target)),
-            launcher=(sys.executable,),
+            launcher=(sys.executable, *MIDUS),
             output=self.output,
             after=tuple(chain.model for chain in chains),
             makes=(target,),
@@ -327,6 +336,8 @@ class Runs:
 
 
 FREE_PORT = "{free port}"
+# What the interpreter, or torchrun, runs before a verb.
+MIDUS = ("-m", "megatron_midus")
 
 
 def free_port() -> str:

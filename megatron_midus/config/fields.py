@@ -6,10 +6,15 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import os
 import textwrap
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union
+
+from megatron_midus.config.schema import check_keys, convert
+from megatron_midus.errors import UserError
 
 Config = TypeVar("Config")
 
@@ -96,7 +101,7 @@ def add_arguments(
 
     A field without a default must be given. ``metadata`` of a field: ``flag=False`` (no flag), ``aliases`` (other
     names of the flag), ``metavar``, ``positional=True`` (no dashes), ``const`` (the flag alone means this value),
-    ``append=True`` (a list flag that is given twice adds).
+    ``append=True`` (a list flag that is given twice adds), ``separator`` (of values inside one word of a list).
 
     Args:
         parser: receives the group.
@@ -137,12 +142,26 @@ def _add_flag(group: Any, field: dataclasses.Field, hint: Any, doc: str, suppres
         kwargs |= {"nargs": "?", "const": metadata["const"]}
     if metadata.get("append"):
         kwargs["action"] = "extend"
+    if "separator" in metadata:
+        kwargs |= {"action": _Separated, "separator": metadata["separator"]}
     is_required = not has_default(field) and not suppress_defaults
     # A flag that adds must begin with what was given, not with its default.
     kwargs["default"] = argparse.SUPPRESS if suppress_defaults or metadata.get("append") else default
     # An alias that begins with "--" is taken literally: Megatron spells some flags with both dashes and underscores.
     aliases = [a if a.startswith("--") else flag_name(a) for a in metadata.get("aliases", ())]
     group.add_argument(flag_name(field.name), *aliases, dest=field.name, required=is_required, **kwargs)
+
+
+class _Separated(argparse.Action):
+    """A list whose words may hold several values: ``--tasks a,b c``."""
+
+    def __init__(self, *args: Any, separator: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.separator = separator
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        parts = (part.strip() for word in values for part in word.split(self.separator))
+        setattr(namespace, self.dest, [part for part in parts if part])
 
 
 def from_namespace(cls: type[Config], namespace: argparse.Namespace) -> Config:
@@ -163,3 +182,48 @@ def given(cls: type, namespace: argparse.Namespace) -> dict[str, Any]:
     """The flags of ``cls`` that stand in ``namespace``, as a dict."""
     names = [field.name for field in dataclasses.fields(cls) if field.metadata.get("flag", True)]
     return {name: getattr(namespace, name) for name in names if hasattr(namespace, name)}
+
+
+def config_from_settings(cls: type[Config], settings: Mapping[str, Any], *, where: str) -> Config:
+    """Builds ``cls`` from keywords with the names of its flags, those of its parts included.
+
+    Raises:
+        UserError: an unknown name (with the nearest known one), a missing one, a value of another type; begins with ``where``.
+    """
+    owners = flat_fields(cls)
+    check_keys(settings, owners, where)
+    return _build(cls, settings, where)
+
+
+def flat_fields(cls: type) -> dict[str, type]:
+    """Every field name of ``cls`` and its parts, with the dataclass that it belongs to."""
+    found: dict[str, type] = {}
+    for field in dataclasses.fields(cls):
+        found |= flat_fields(field.metadata["part"]) if "part" in field.metadata else {field.name: cls}
+    return found
+
+
+def _build(cls: type[Config], settings: Mapping[str, Any], where: str) -> Config:
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if "part" in field.metadata:
+            inner = field.metadata["part"]
+            if field.metadata["given_only"]:
+                inner_hints = typing.get_type_hints(inner)
+                names = [name for name in flat_fields(inner) if name in settings]
+                values[field.name] = {n: convert(inner_hints[n], settings[n], f"{where}: {n}") for n in names}
+            else:
+                values[field.name] = _build(inner, settings, where)
+        elif field.name in settings:
+            values[field.name] = convert(hints[field.name], _plain(settings[field.name]), f"{where}: {field.name}")
+        elif not has_default(field):
+            raise UserError(f"{where}: {field.name!r} is missing")
+    return cls(**values)
+
+
+def _plain(value: Any) -> Any:
+    """Paths as texts, also inside lists, as a command line would have them."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return [_plain(element) for element in value] if isinstance(value, (list, tuple)) else value

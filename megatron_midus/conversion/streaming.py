@@ -21,10 +21,13 @@ def default_workers() -> int:
     return min(4, len(os.sched_getaffinity(0)))
 
 
-def check_workers(workers: int) -> None:
-    """Raises ``ValueError`` for a number of workers that nobody means."""
+def resolve_workers(workers: int | None) -> int:
+    """The number that was given, else the default; ``UserError`` for a number of workers that nobody means."""
+    if workers is None:
+        return default_workers()
     if not 1 <= workers <= 64:
         raise UserError(f"--workers {workers} is out of range; choose 1 to 64")
+    return workers
 
 
 def in_parallel(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import sys
 import time
 from collections import deque
@@ -14,8 +13,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from megatron_midus.config.preprocess import PreprocessConfig
 from megatron_midus.data.corpus import TEXT_KEY, Record, find_inputs, open_parquet, read_raw, unescape
 from megatron_midus.data.encoding import (
     EncodedChunk,
@@ -30,6 +30,7 @@ from megatron_midus.data.statistics import PreprocessResult, statistics_path
 from megatron_midus.data.tokenizer import make_tokenizer
 from megatron_midus.data.writer import DatasetWriter, dtype_of
 from megatron_midus.errors import UserError
+from megatron_midus.progress import SILENT, Progress
 
 SPLITS = ("train", "valid", "test")
 
@@ -39,108 +40,7 @@ _CHUNK_DOCUMENTS = 2048
 _CHUNKS_AHEAD = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class PreprocessConfig:
-    """Preprocessing"""
-
-    input: list[str]
-    """Files (.jsonl or .txt, also .gz or .zst, and .parquet), directories of such files, or glob patterns. Must be given."""
-
-    output_prefix: str
-    """P of the outputs P_KEY_document.bin, .idx and .json (statistics). Must be given. Until they are whole, everything is in the
-    directory .P.partial beside them; a run that was killed goes on from there when it is started again."""
-
-    tokenizer_model: str
-    """Directory of a HuggingFaceTokenizer, or .model file of a SentencePieceTokenizer. Must be given."""
-
-    tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"] = "HuggingFaceTokenizer"
-    """Kind of tokenizer. NullTokenizer takes texts of numbers; its --tokenizer-model is the number of ids."""
-
-    json_keys: list[str] = dataclasses.field(default_factory=lambda: [TEXT_KEY])
-    """Keys of the texts in a JSON line, or columns of a parquet file; each key makes a dataset of its own."""
-
-    append_eod: bool = False
-    """End every document with the tokenizer's end-of-sequence token. Training wants this."""
-
-    prepend_bos: bool = False
-    """Start every document with the tokenizer's beginning-of-sequence token."""
-
-    split_special_tokens: bool = False
-    """Encode special tokens that are spelled out in a text as plain characters, not as the tokens themselves."""
-
-    workers: int = 1
-    """Processes that encode. The output does not depend on it."""
-
-    text_document_separator: str = "\\f"
-    """What divides a .txt file into documents; \\n, \\t, \\f (form feed) and \\r are understood. A file without it is
-    one document."""
-
-    skip_bad_lines: bool = False
-    """Leave malformed lines out and list them in P_malformed.txt, instead of ending at the first."""
-
-    min_document_bytes: int | None = None
-    """Leave out documents of fewer UTF-8 bytes."""
-
-    max_document_bytes: int | None = None
-    """Leave out documents of more UTF-8 bytes."""
-
-    min_document_tokens: int | None = None
-    """Leave out documents of fewer tokens, the beginning-of-sequence and end-of-document tokens not counted."""
-
-    max_document_tokens: int | None = None
-    """Leave out documents of more tokens, counted likewise."""
-
-    split_by_hash: list[str] | None = None
-    """Shares of train, valid and test, such as 98,1,1. Makes P_train_KEY_document and so on; a document goes by the
-    hash of its text (white space aside), so the same text is always on the same side."""
-
-    dedup: bool = dataclasses.field(default=False, metadata={"aliases": ["deduplicate"]})
-    """Leave out documents whose text came before (white space aside), the first stays. Takes about 100 bytes of memory
-    a document."""
-
-    commit_seconds: float = 15.0
-    """Seconds between the points from which a killed run can go on."""
-
-    overwrite: bool = False
-    """Replace outputs that exist, and throw away an unfinished run that had other settings."""
-
-    def __post_init__(self) -> None:
-        for name in ("input", "output_prefix", "tokenizer_model", "json_keys"):
-            if not getattr(self, name):
-                raise UserError(f"--{name.replace('_', '-')} is missing")
-        if self.workers < 1:
-            raise UserError(f"workers={self.workers} must be at least 1")
-        if len(set(self.json_keys)) != len(self.json_keys):
-            raise UserError(f"--json-keys {' '.join(self.json_keys)} names a key twice")
-        for key in self.json_keys:
-            if not re.fullmatch(r"[^/\0]+", key):
-                raise UserError(f"--json-keys {key!r} cannot be part of a file name")
-        for kind in ("bytes", "tokens"):
-            low, high = getattr(self, f"min_document_{kind}"), getattr(self, f"max_document_{kind}")
-            if (low is not None and low < 0) or (high is not None and high < max(1, low or 0)):
-                raise UserError(
-                    f"--min-document-{kind} {low} and --max-document-{kind} {high} leave no document; "
-                    "give 0 <= min <= max"
-                )
-        if not self.commit_seconds >= 0:
-            raise UserError(f"commit_seconds={self.commit_seconds} must be 0 or more")
-        self.shares()
-
-    def shares(self) -> list[float]:
-        """``--split-by-hash`` as numbers, separated by commas or blanks; ``[1.0]`` without it."""
-        if self.split_by_hash is None:
-            return [1.0]
-        words = [str(value) for value in self.split_by_hash]
-        try:
-            shares = [float(part) for word in words for part in word.split(",") if part]
-        except ValueError:
-            shares = []
-        if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf") or shares[0] == 0:
-            raise UserError(f"--split-by-hash {' '.join(words)} is not shares of train, valid and test, such as 98,1,1")
-        return shares
-
-
-def preprocess(config: PreprocessConfig) -> PreprocessResult:
+def preprocess(config: PreprocessConfig, progress: Progress = SILENT) -> PreprocessResult:
     """Encodes a corpus into indexed datasets, written beside their targets and renamed when all are whole.
 
     A run that ended early goes on from its last commit when it is started again with the same settings and inputs;
@@ -169,7 +69,7 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
             _check_absent(config)
         started = time.monotonic()
         try:
-            _fill(writer, files, settings, config, separator)
+            _fill(writer, files, settings, config, progress)
             writer.result.seconds = time.monotonic() - started
             writer.finish(provenance)
         except BaseException:
@@ -203,17 +103,17 @@ def _encode_settings(config: PreprocessConfig) -> EncodeSettings:
 
 
 def _fill(
-    writer: DatasetWriter, files: list[Path], settings: EncodeSettings, config: PreprocessConfig, separator: str
+    writer: DatasetWriter, files: list[Path], settings: EncodeSettings, config: PreprocessConfig, progress: Progress
 ) -> None:
     """Encodes and writes what the writer has not got yet, and commits now and then."""
     if writer.is_complete:
         return
     committed = time.monotonic()
-    records = _records_from(writer.position, files, settings.keys, separator)
-    with _progress_bar(files, writer.result.bytes_read) as bar:
+    records = _records_from(writer.position, files, settings.keys, unescape(config.text_document_separator))
+    with progress("encode", total=_total_bytes(files), unit="B", initial=writer.result.bytes_read) as advance:
         for chunk, position in _encode_in_order(_chunks(records), settings, config.workers):
             writer.add(chunk, position)
-            bar.update(chunk.num_bytes_read)
+            advance(chunk.num_bytes_read)
             if time.monotonic() - committed >= config.commit_seconds:
                 writer.commit()
                 committed = time.monotonic()
@@ -339,12 +239,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _progress_bar(files: list[Path], done: int) -> Any:
-    from tqdm import tqdm
-
-    is_compressed = any(file.suffix in (".gz", ".zst", ".parquet") for file in files)
-    total = None if is_compressed else sum(file.stat().st_size for file in files)
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(
-        total=total, initial=done, unit="B", unit_scale=True, desc="encode", mininterval=interval, smoothing=0.05
-    )
+def _total_bytes(files: list[Path]) -> int | None:
+    """Bytes of text in the corpus; ``None`` where files are packed, because only reading them would tell."""
+    is_packed = any(file.suffix in (".gz", ".zst", ".parquet") for file in files)
+    return None if is_packed else sum(file.stat().st_size for file in files)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from megatron_midus.errors import UserError
+from megatron_midus.progress import SILENT, Progress
 
 _IGNORED = -100
 
@@ -107,7 +108,8 @@ def measure_perplexity(
     mode: Literal["packed", "document"] = "packed",
     add_bos: bool = False,
     batch_size: int = 8,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress = SILENT,
+    title: str = "perplexity",
 ) -> Perplexity:
     """Measures the loss of ``model`` on every token of ``documents``.
 
@@ -121,7 +123,7 @@ def measure_perplexity(
         mode: ``packed`` = one stream of all documents; ``document`` = every document is a stream of its own.
         add_bos: start every document with the tokenizer's beginning-of-sequence token, which is read, not predicted.
         batch_size: windows in one call.
-        progress: called with the number of tokens read after every call of the model.
+        progress: shows how many tokens have been read, under ``title``.
 
     Raises:
         ValueError: no document, a setting out of range, or a loss that is not finite.
@@ -136,19 +138,20 @@ def measure_perplexity(
     # The first call of a model allocates and selects kernels; the shortest window takes that out of the timing.
     _batch_nats(model, windows[-1:], device)
     nats, tokens, tokens_read, seconds = 0.0, 0, 0, 0.0
-    for start in range(0, len(windows), batch_size):
-        batch = windows[start : start + batch_size]
-        began = time.perf_counter()
-        batch_nats, predicted = _batch_nats(model, batch, device)
-        seconds += time.perf_counter() - began
-        if not math.isfinite(batch_nats):
-            raise UserError("the loss is not finite; the weights hold NaN or infinity, or overflow in this dtype")
-        nats += batch_nats
-        tokens += predicted
-        read = sum(window.stop - window.start for window in batch)
-        tokens_read += read
-        if progress is not None:
-            progress(read)
+    total = sum(window.stop - window.start for window in windows)
+    with progress(title, total=total, unit="token") as advance:
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]
+            began = time.perf_counter()
+            batch_nats, predicted = _batch_nats(model, batch, device)
+            seconds += time.perf_counter() - began
+            if not math.isfinite(batch_nats):
+                raise UserError("the loss is not finite; the weights hold NaN or infinity, or overflow in this dtype")
+            nats += batch_nats
+            tokens += predicted
+            read = sum(window.stop - window.start for window in batch)
+            tokens_read += read
+            advance(read)
     num_bytes = sum(len(text.encode()) for text in documents)
     return Perplexity(len(documents), num_bytes, tokens, nats, seconds, tokens_read)
 

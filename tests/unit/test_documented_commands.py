@@ -23,10 +23,10 @@ class Refused(Exception):
 
 def parser_of(script: str) -> argparse.ArgumentParser | None:
     """The parser of a tool; ``None`` for scripts that have none that can be had without running them."""
-    from generate_flags import PARSERS
+    from generate_flags import PARSERS, SCRIPTS
     from generate_flags import parser_of as tool_parser
 
-    if script in PARSERS:
+    if script in PARSERS or script in SCRIPTS:
         return tool_parser(script)
     if Path(script).parent.name == "tools" and script.endswith(".py"):
         module = importlib.import_module(Path(script).stem)

@@ -18,10 +18,12 @@ def test_the_page_is_up_to_date():
 
 
 def test_every_tool_is_there():
-    from generate_flags import PARSERS
+    from generate_flags import PARSERS, SCRIPTS
 
     tools = {path.name for path in (ROOT / "tools").glob("*.py")} - DEVELOPER_TOOLS
-    assert {Path(name).name for name in PARSERS} == tools | {"pretrain_midus.py"}
+    scripts = {Path(name).name for name in (*PARSERS, *SCRIPTS) if not name.startswith("midus ")}
+    assert scripts == tools | {"pretrain_midus.py"}
+    assert {f"midus {verb}" for verb in SCRIPTS.values()} <= set(PARSERS)
 
 
 def test_every_flag_has_help():

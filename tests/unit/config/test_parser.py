@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from megatron_midus import cli
+from megatron_midus.config import ModelConfig
+from megatron_midus.config.fields import add_arguments, from_namespace
 from megatron_midus.config.parser import ArgumentParser, did_you_mean
+from megatron_midus.config.upscale import PolicyConfig
 from megatron_midus.errors import UsageError
 from megatron_midus.training.arguments import build_parser
-from megatron_midus.upscaling.arguments import add_plan_arguments
+from megatron_midus.upscaling.arguments import plan_from_config
 
 ROOT = Path(__file__).parents[3]
 
@@ -108,9 +111,20 @@ def test_programs_end_with_2_after_one_line(capsys):
 
 def test_midus_is_a_name_of_the_policy():
     parser = ArgumentParser()
-    add_plan_arguments(parser)
-    assert parser.parse_args(["--policy", "midus"]).policy == "interleave"
-    with pytest.raises(UsageError, match="'midas' is not one of none, interleave, .*; did you mean midus?"):
+    add_arguments(parser, PolicyConfig)
+    model = ModelConfig(
+        num_layers=2,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_query_groups=2,
+        kv_channels=8,
+        ffn_hidden_size=32,
+        vocab_size=32,
+        max_position_embeddings=64,
+    )
+    blocks = from_namespace(PolicyConfig, parser.parse_args(["--policy", "midus", "--num-blocks", "1"]))
+    assert plan_from_config(blocks, {"memory_num_keys": 8, "memory_topk": 2}, model).policy == "interleave"
+    with pytest.raises(UsageError, match="'midas' is not one of interleave, .*; did you mean midus?"):
         parser.parse_args(["--policy", "midas"])
 
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from tiny_models import DictSource
 
 from megatron_midus.conversion.hf_io import CastTensors, SafetensorsReader, source_hash, write_safetensors
-from megatron_midus.conversion.streaming import check_workers, default_workers, in_parallel, num_bytes, read_finite
+from megatron_midus.conversion.streaming import default_workers, in_parallel, num_bytes, read_finite, resolve_workers
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -40,9 +40,10 @@ def test_a_failure_ends_it(workers):
 
 def test_workers():
     assert 1 <= default_workers() <= 4
+    assert resolve_workers(None) == default_workers() and resolve_workers(3) == 3
     for workers in (0, -1, 65):
         with pytest.raises(ValueError, match=f"--workers {workers} is out of range"):
-            check_workers(workers)
+            resolve_workers(workers)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -9,6 +9,7 @@ import torch
 
 from megatron_midus.evaluation import measure_perplexity
 from megatron_midus.evaluation.perplexity import limit_documents
+from megatron_midus.progress import Callback
 
 DOCUMENTS = ["The memory block reads.", "zwei größere Wörter", "", "x", "It adds to the bank of values, slot by slot."]
 
@@ -97,8 +98,11 @@ def test_unigram_model_has_the_entropy_of_the_tokens_as_loss(byte_tokenizer):
 
 def test_progress_counts_the_tokens_read(llama, byte_tokenizer):
     seen = []
-    result = measure_perplexity(llama, byte_tokenizer, DOCUMENTS, seq_length=8, batch_size=2, progress=seen.append)
-    assert sum(seen) == result.tokens_read and len(seen) > 3
+    progress = Callback(lambda title, done, total: seen.append((title, done, total)))
+    result = measure_perplexity(
+        llama, byte_tokenizer, DOCUMENTS, seq_length=8, batch_size=2, progress=progress, title="text"
+    )
+    assert seen[-1] == ("text", result.tokens_read, result.tokens_read) and len(seen) > 3
     assert result.seconds > 0 and result.tokens_per_second == result.tokens_read / result.seconds
     assert result.to_dict()["perplexity"] == result.perplexity
 

@@ -1,0 +1,102 @@
+"""``midus compare``: runs an experiment and writes its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import signal
+import threading
+from pathlib import Path
+
+from megatron_midus.comparison.arms import resolve
+from megatron_midus.comparison.columns import to_markdown
+from megatron_midus.comparison.experiment import read_experiment
+from megatron_midus.comparison.results import Results, collect
+from megatron_midus.comparison.results_page import loss_svg, to_html
+from megatron_midus.comparison.runner import Runner, lock, run_experiment
+from megatron_midus.comparison.runs import Runs
+from megatron_midus.comparison.steps import FileHashes, StepFailed
+from megatron_midus.config.compare import CompareConfig
+from megatron_midus.conversion.families import from_hf_config
+from megatron_midus.conversion.hf_io import read_hf_config
+from megatron_midus.errors import UserError
+from megatron_midus.files import write_text_atomically
+from megatron_midus.progress import Progress
+from megatron_midus.training.arguments import build_parser
+from megatron_midus.verbs.verb import verb
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What was run.
+
+    Attributes:
+        results: of every arm and seed that is done.
+        directory: ``results.json``, ``table.md``, ``report.html`` and the runs lie there.
+        failures: message by the label of what failed.
+    """
+
+    results: Results
+    directory: Path
+    failures: dict[str, str]
+
+
+@verb(CompareConfig)
+def compare(config: CompareConfig, progress: Progress) -> Comparison:
+    """Runs an experiment, as far as it is not done, and writes its report. See ``CompareConfig`` for the settings.
+
+    Raises:
+        UserError: an experiment that cannot be run, or whose base fails.
+    """
+    output = Path(config.output or f"comparison_{Path(config.experiment).stem}").resolve()
+    runs = _make_runs(config, output)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with lock(output):
+        runner = Runner(FileHashes(output / "hashes.json"), say, jobs=config.jobs)
+        try:
+            if not config.report_only:
+                run_experiment(runs, runner)
+        except StepFailed as error:
+            raise UserError(str(error)) from None
+        return Comparison(_write_report(runs, runner, output), output, runner.failures)
+
+
+def say(text: str) -> None:
+    print(f"[{datetime.datetime.now():%H:%M:%S}] {text}", flush=True)
+
+
+def _make_runs(config: CompareConfig, output: Path) -> Runs:
+    """The experiment, checked as far as that goes without running anything."""
+    whole = read_experiment(config.experiment, output)
+    experiment = whole.select(config.arms, config.seeds)
+    driver = build_parser()
+    arms = resolve(whole, from_hf_config(read_hf_config(whole.base)), driver)
+    chosen = {arm.name for arm in experiment.arms}
+    # The order of the data is that of the whole file, whichever arms run now.
+    longest = max(arm.iterations for arm in arms)
+    return Runs(experiment, [arm for arm in arms if arm.arm.name in chosen], output, driver, data_iterations=longest)
+
+
+def _write_report(runs: Runs, runner: Runner, output: Path) -> Results:
+    """``results.json``, ``table.md``, ``report.html``, ``loss.svg``."""
+    notes = []
+    if runner.jobs > 1:
+        notes.append(f"{runner.jobs} runs went on at a time: compare times with care")
+    results = collect(runs, runner.hashes, failures=runner.failures, notes=notes)
+    write_text_atomically(output / "results.json", results.to_json())
+    write_text_atomically(output / "table.md", to_markdown(results))
+    write_text_atomically(output / "report.html", to_html(results))
+    write_text_atomically(output / "loss.svg", loss_svg(results))
+    return results
+
+
+def command(config: CompareConfig) -> int:
+    """``midus compare``: exit code 1 when a run failed."""
+    done = compare(config)
+    print(to_markdown(done.results), end="")
+    names = ("report.html", "table.md", "results.json")
+    say(f"report: {', '.join(str(done.directory / name) for name in names)}")
+    for label, message in done.failures.items():
+        say(f"FAILED: {label}: {message}")
+    return 1 if done.failures else 0

@@ -1,0 +1,250 @@
+"""``midus evaluate``: Hugging Face models side by side on held-out text, tasks, latency."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_midus.config.evaluate import EvaluateConfig
+from megatron_midus.data.corpus import read_documents, unescape
+from megatron_midus.data.tokenizer import HuggingFaceTokenizer, check_tokenizer_fits, load_hf_tokenizer
+from megatron_midus.errors import UserError
+from megatron_midus.evaluation.generation import generate_text
+from megatron_midus.evaluation.latency import measure_latency
+from megatron_midus.evaluation.loading import check_context, choose_device, load_model, num_embeddings, read_config
+from megatron_midus.evaluation.output import print_result, result_to_dict, result_to_markdown
+from megatron_midus.evaluation.parameters import check_safetensors, count_parameters
+from megatron_midus.evaluation.perplexity import limit_documents, measure_perplexity
+from megatron_midus.evaluation.result import EvaluationResult, ModelFigures, model_names, short_names
+from megatron_midus.files import check_output_file, write_text_atomically
+from megatron_midus.progress import Progress
+from megatron_midus.verbs.verb import verb
+
+
+@verb(EvaluateConfig)
+def evaluate(config: EvaluateConfig, progress: Progress) -> EvaluationResult:
+    """Measures models side by side. See ``EvaluateConfig`` for the settings.
+
+    Raises:
+        UserError: nothing to measure, a model or text that cannot be read, a tokenizer that does not fit its model.
+    """
+    config = _checked(config)
+    data = _read_data(config)
+    tokenizers = [HuggingFaceTokenizer(directory) for directory in config.model]
+    if config.windows.max_tokens is not None:
+        limit = config.windows.max_tokens
+        data = {name: limit_documents(texts, tokenizers[0], limit) for name, texts in data.items()}
+    result = EvaluationResult(models=[], settings=_settings(config))
+    with _requested_tasks(config) as manager:
+        for directory, name, tokenizer in zip(config.model, model_names(config.model), tokenizers):
+            work = _OneModel(config, directory, name, tokenizer, progress)
+            result.models.append(work.measure(data, manager))
+            result.notes += work.notes
+            del work
+            gc.collect()
+    if config.timing.latency:
+        _measure_latencies(config, result, progress)
+    if config.json:
+        write_text_atomically(config.json, json.dumps(result_to_dict(result), indent=2) + "\n")
+    if config.markdown:
+        write_text_atomically(config.markdown, result_to_markdown(result))
+    return result
+
+
+def _checked(config: EvaluateConfig) -> EvaluateConfig:
+    """Says whatever is wrong with the inputs before the first model is loaded, and settles defaults."""
+    from megatron_midus.evaluation.zero_shot import default_max_length
+
+    if not config.model:
+        raise UserError("there is no model to evaluate; give --model DIR")
+    tasks = config.zero_shot
+    if not (config.text.data or tasks.tasks or config.timing.latency or config.generate):
+        raise UserError("there is nothing to measure; give --data FILE, --tasks NAMES, --latency or --generate PROMPT")
+    if not tasks.tasks and (tasks.task_data or tasks.task_limit is not None):
+        raise UserError("--task-data and --task-limit belong to --tasks; name the tasks")
+    for output in filter(None, (config.json, config.markdown)):
+        check_output_file(output)
+    runtime = dataclasses.replace(config.runtime, device=str(choose_device(config.runtime.device)))
+    configs = [read_config(directory) for directory in config.model]
+    for directory in config.model:
+        check_safetensors(directory)
+    if tasks.max_length is None:
+        tasks = dataclasses.replace(tasks, max_length=default_max_length(configs))
+    return dataclasses.replace(config, runtime=runtime, zero_shot=tasks)
+
+
+def _read_data(config: EvaluateConfig) -> dict[str, list[str]]:
+    """The documents of every ``--data``, by short name."""
+    text = config.text
+    separator = unescape(text.text_document_separator)
+    return {
+        name: [document for _, document in read_documents([source], key=text.json_key, separator=separator)]
+        for name, source in zip(short_names(text.data), text.data)
+    }
+
+
+class _OneModel:
+    """Loads one model and measures it; the model goes with this object."""
+
+    def __init__(
+        self, config: EvaluateConfig, directory: str, name: str, tokenizer: HuggingFaceTokenizer, progress: Progress
+    ) -> None:
+        self.config, self.tokenizer, self.progress = config, tokenizer, progress
+        runtime = config.runtime
+        self.model = load_model(
+            directory, dtype=runtime.dtype, device=runtime.device, trust_remote_code=runtime.trust_remote_code
+        )
+        check_tokenizer_fits(tokenizer, num_embeddings(self.model), where=directory)
+        self.figures = ModelFigures(
+            name=name,
+            directory=directory,
+            parameters=count_parameters(directory, self.model),
+            tokenizer=tokenizer.unique_identifiers,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+        )
+        self.notes: list[str] = []
+
+    def measure(self, data: dict[str, list[str]], tasks: Any) -> ModelFigures:
+        lengths = {self.config.text.seq_length} if data else set()
+        if tasks is not None:
+            lengths.add(self.config.zero_shot.max_length)
+        notes = (check_context(self.model, length, name=self.figures.name) for length in sorted(lengths))
+        self.notes += [note for note in notes if note]
+        for name, documents in data.items():
+            self._measure_text(name, documents)
+        if tasks is not None:
+            self._measure_tasks(tasks)
+        for prompt in self.config.generate:
+            self.figures.generations[prompt] = self._continue(prompt)
+        return self.figures
+
+    def _measure_text(self, name: str, documents: list[str]) -> None:
+        text, windows = self.config.text, self.config.windows
+        self.figures.results[name] = measure_perplexity(
+            self.model,
+            self.tokenizer,
+            documents,
+            seq_length=text.seq_length,
+            stride=windows.stride,
+            mode=windows.mode,
+            add_bos=self.config.add_bos,
+            batch_size=self.config.runtime.batch_size,
+            progress=self.progress,
+            title=f"{self.figures.name} on {name}",
+        )
+
+    def _measure_tasks(self, manager: Any) -> None:
+        from megatron_midus.evaluation.zero_shot import run_tasks
+
+        tasks = self.config.zero_shot
+        print(f"{self.figures.name}: zero-shot tasks", flush=True)
+        self.figures.tasks = run_tasks(
+            self.model,
+            load_hf_tokenizer(self.figures.directory),
+            tasks.tasks,
+            manager,
+            batch_size=self.config.runtime.batch_size,
+            max_length=tasks.max_length,
+            limit=tasks.task_limit,
+            add_bos=self.config.add_bos,
+        )
+
+    def _continue(self, prompt: str) -> str:
+        sampling = self.config.sampling
+        return generate_text(
+            self.model,
+            self.tokenizer,
+            prompt,
+            max_new_tokens=sampling.generate_tokens,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            add_bos=self.config.add_bos,
+        )
+
+
+def _measure_latencies(config: EvaluateConfig, result: EvaluationResult, progress: Progress) -> None:
+    """Fills in latency and memory of all models; they are in memory together, to be timed in turns."""
+    runtime, timing = config.runtime, config.timing
+    models = [
+        load_model(path, dtype=runtime.dtype, device=runtime.device, trust_remote_code=runtime.trust_remote_code)
+        for path in config.model
+    ]
+    with progress("latency", total=len(models) * (timing.latency_rounds + 1), unit="round") as advance:
+        latencies = measure_latency(
+            models,
+            prompt_tokens=timing.latency_prompt_tokens,
+            decode_tokens=timing.latency_decode_tokens,
+            batch_size=timing.latency_batch_size,
+            rounds=timing.latency_rounds,
+            seed=config.sampling.seed,
+            progress=advance,
+        )
+    for figures, latency in zip(result.models, latencies):
+        figures.latency = latency
+
+
+@contextlib.contextmanager
+def _requested_tasks(config: EvaluateConfig) -> Iterator[Any]:
+    """lm-eval's task manager with the data of ``--tasks`` at hand, or ``None`` without tasks."""
+    tasks = config.zero_shot
+    if not tasks.tasks:
+        yield None
+        return
+    from megatron_midus.evaluation.zero_shot import load_tasks, open_tasks
+
+    with open_tasks(tasks.tasks, tasks.task_data) as manager:
+        load_tasks(manager, tasks.tasks)
+        yield manager
+
+
+def _settings(config: EvaluateConfig) -> dict[str, Any]:
+    """What the figures depend on, for the report."""
+    text, windows, tasks, runtime = config.text, config.windows, config.zero_shot, config.runtime
+    found: dict[str, Any] = {
+        "seq_length": text.seq_length,
+        "stride": windows.stride,
+        "mode": windows.mode,
+        "add_bos": config.add_bos,
+        "max_tokens": windows.max_tokens,
+        "dtype": runtime.dtype,
+        "data": text.data,
+    }
+    if tasks.tasks:
+        found |= {
+            "tasks": tasks.tasks,
+            "task_data": tasks.task_data,
+            "task_limit": tasks.task_limit,
+            "max_length": tasks.max_length,
+            "batch_size": runtime.batch_size,
+        }
+    found["device"] = runtime.device
+    if tasks.tasks:
+        has_lm_eval = importlib.util.find_spec("lm_eval") is not None
+        found |= {"num_fewshot": 0, "lm_eval": importlib.metadata.version("lm_eval") if has_lm_eval else None}
+    return found
+
+
+def save_data(config: EvaluateConfig) -> list[str]:
+    """``--save-task-data``: the files that were written."""
+    from megatron_midus.evaluation.task_data import check_local_names, save_task_data
+    from megatron_midus.evaluation.zero_shot import load_tasks, open_tasks
+
+    tasks = config.zero_shot
+    check_local_names(tasks.tasks)
+    with open_tasks(tasks.tasks, tasks.task_data) as manager:
+        return [str(path) for path in save_task_data(load_tasks(manager, tasks.tasks), tasks.save_task_data)]
+
+
+def command(config: EvaluateConfig) -> int:
+    """``midus evaluate``."""
+    if config.zero_shot.save_task_data:
+        print("\n".join(save_data(config)))
+    else:
+        print_result(evaluate(config))
+    return 0

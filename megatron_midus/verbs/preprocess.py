@@ -1,0 +1,49 @@
+"""``midus preprocess``: encodes a corpus into indexed datasets and says what was in it."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megatron_midus.config.preprocess import PreprocessConfig
+from megatron_midus.data import preprocess as corpus
+from megatron_midus.data.statistics import PreprocessResult
+from megatron_midus.progress import Progress
+from megatron_midus.verbs.verb import verb
+
+
+@verb(PreprocessConfig)
+def preprocess(config: PreprocessConfig, progress: Progress) -> PreprocessResult:
+    """Encodes a corpus. See ``PreprocessConfig`` for the settings; returns what was written and left out.
+
+    Raises:
+        UserError: inputs, tokenizer or outputs that cannot be used, a malformed line, no document at all.
+    """
+    return corpus.preprocess(config, progress)
+
+
+def command(config: PreprocessConfig) -> int:
+    """``midus preprocess``."""
+    print_result(preprocess(config))
+    return 0
+
+
+def print_result(result: PreprocessResult) -> None:
+    """The table at the end."""
+    # Whole numbers and paths, also where the output is a file or a narrow window.
+    console = Console(width=max(200, 60 + max(map(len, result.datasets))), soft_wrap=True)
+    table = Table("dataset", box=box.SIMPLE_HEAD)
+    for heading in ("documents", "tokens", "text bytes", "bytes/token"):
+        table.add_column(heading, justify="right")
+    for prefix, statistics in result.datasets.items():
+        counts = (f"{n:,}" for n in (statistics.documents, statistics.tokens, statistics.bytes))
+        table.add_row(prefix, *counts, f"{statistics.bytes_per_token:.3f}")
+    console.print(table)
+    skipped = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in result.skipped.counts().items())
+    print(f"left out: {skipped}")
+    done = result.bytes_read - result.bytes_resumed
+    resumed = f" (and {result.bytes_resumed / 1e6:.1f} MB before)" if result.bytes_resumed else ""
+    print(f"{done / 1e6:.1f} MB{resumed} in {result.seconds:.1f} s, {result.megabytes_per_second:.2f} MB/s")
+    for example in result.skipped.malformed_examples:
+        print(f"  malformed: {example}")

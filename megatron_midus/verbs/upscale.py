@@ -1,0 +1,297 @@
+"""``midus upscale``: plans the inserted blocks of a Hugging Face model, says what they cost, writes the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_midus.config import ModelConfig
+from megatron_midus.config.upscale import UpscaleConfig
+from megatron_midus.errors import UserError
+from megatron_midus.files import check_output_directory, staged_directory
+from megatron_midus.progress import Bars, Progress
+from megatron_midus.upscaling import UpscalePlan
+from megatron_midus.upscaling.cost import Cost, block_flops, block_parameters, cost_of
+from megatron_midus.verbs.exports import check_export_loads, code_files, print_notes
+from megatron_midus.verbs.verb import verb
+
+
+@dataclasses.dataclass(frozen=True)
+class Upscaled:
+    """What was made.
+
+    Attributes:
+        model: the base's architecture.
+        plan: the blocks of the up-scaled model.
+        cost: parameters, FLOPs, bytes, before and after.
+        dtype: of the written weights.
+        directory: where it lies; ``None`` after a dry run.
+        verified: how base and result compare; empty when nothing was compared.
+    """
+
+    model: ModelConfig
+    plan: UpscalePlan
+    cost: Cost
+    dtype: str
+    directory: Path | None = None
+    verified: str = ""
+
+
+@verb(UpscaleConfig)
+def upscale(config: UpscaleConfig, progress: Progress) -> Upscaled:
+    """Up-scales a model. See ``UpscaleConfig`` for the settings; returns ``Upscaled``.
+
+    Raises:
+        UserError: settings that do not fit the model, an output that is in the way, a promised identity that broke.
+    """
+    return _Work(config).run(progress)
+
+
+class _Work:
+    """One up-scaling: everything that can be wrong is found while it is made, before anything is written."""
+
+    def __init__(self, config: UpscaleConfig) -> None:
+        from megatron_midus.conversion.families import from_hf_config, to_hf_config
+        from megatron_midus.conversion.hf_io import dtype_name, open_hf_weights, parse_size, read_hf_config
+        from megatron_midus.conversion.streaming import resolve_workers
+        from megatron_midus.conversion.tokenizer import check_tokenizer
+        from megatron_midus.upscaling.policies import none
+        from megatron_midus.upscaling.tensors import EMBEDDING, model_shapes
+
+        self.config = config
+        self.workers = resolve_workers(config.workers)
+        self.max_shard_size = parse_size(config.max_shard_size)
+        check_paths(config)
+        self.hf_config = read_hf_config(config.hf_model)
+        model = from_hf_config(self.hf_config)
+        print_notes(self.hf_config)
+        self.plan = plan_of(config, model)
+        check_tokenizer(config.hf_model, model.vocab_size)
+        self.base_shapes = model_shapes(model, none(num_layers=model.num_layers))
+        self.base = open_hf_weights(config.hf_model, model, self.base_shapes)
+        self.dtype = dtype_name(self.base.dtype(EMBEDDING)) if config.dtype == "keep" else config.dtype
+        self.model = dataclasses.replace(model, hf_dtype=self.dtype)
+        self.result_config = to_hf_config(self.hf_config, self.model, self.plan, dtype=self.dtype)
+
+    def cost(self) -> Cost:
+        return cost_of(self.model, self.plan, seq_length=self.config.seq_length, dtype=self.dtype)
+
+    def run(self, progress: Progress) -> Upscaled:
+        """Writes the result, unless it is a dry run."""
+        if self.config.dry_run:
+            return Upscaled(self.model, self.plan, self.cost(), self.dtype)
+        assert self.config.save is not None
+        self._check_loadable()
+        self._hash(progress)
+        source = self._tensors(progress)
+        with staged_directory(self.config.save, overwrite=self.config.overwrite) as directory:
+            self._write(directory, source, progress)
+            if self.config.save_format == "hf":
+                check_export_loads(directory)
+            verified = self._verify(directory) if self.config.verify else ""
+        return Upscaled(self.model, self.plan, self.cost(), self.dtype, Path(self.config.save), verified)
+
+    def _check_loadable(self) -> None:
+        """Raises ``UserError`` when transformers could not load the result, or a later export of it; before any work."""
+        from megatron_midus.conversion.verify import check_loadable
+        from megatron_midus.hf import register
+        from megatron_midus.upscaling.tensors import model_shapes
+
+        register()
+        check_loadable(self.result_config, model_shapes(self.model, self.plan))
+
+    def _hash(self, progress: Progress) -> None:
+        from megatron_midus.conversion.hf_io import source_hash
+
+        with progress("hashing", total=len(self.base_shapes), unit="tensor") as advance:
+            found = source_hash(self.base, list(self.base_shapes), lambda name: advance(1), workers=self.workers)
+        self.plan = dataclasses.replace(self.plan, source_hash=found)
+
+    def _tensors(self, progress: Progress) -> Any:
+        """Every tensor of the result, made when it is read."""
+        from megatron_midus.upscaling.initialize import UpscaledTensors
+
+        make = functools.partial(UpscaledTensors, self.base, self.model, self.plan, dtype=self.config.dtype)
+        if self.plan.memory is None or self.plan.memory.memory_key_init != "calibrated":
+            return make()
+        return make(calibrated=self._calibrate(make()))
+
+    def _calibrate(self, source: Any) -> dict:
+        """Sub-keys by canonical name, from the queries that the up-scaled model's memories see on the calibration text."""
+        import torch
+        from transformers import AutoTokenizer
+
+        from megatron_midus.hf import MidusConfig, MidusForCausalLM
+        from megatron_midus.upscaling.calibration import calibration_tokens, collect_queries, keys_from_queries
+
+        assert self.config.calibration_data is not None
+        config = self.result_config
+        sequences = calibration_tokens(
+            self.config.calibration_data,
+            AutoTokenizer.from_pretrained(self.config.hf_model, local_files_only=True),
+            num_tokens=self.config.calibration_tokens,
+            seq_length=min(512, config["max_position_embeddings"]),
+        )
+        # The values are zero, so this is the base: every memory sees what the base's attention would hand it.
+        model = MidusForCausalLM(MidusConfig(**config)).float().eval()
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name in source.names():
+                parameters[name].copy_(source.read(name))
+        return keys_from_queries(collect_queries(model, sequences), self.plan)
+
+    def _write(self, directory: Path, source: Any, progress: Progress) -> None:
+        """Writes the result into ``directory``, in the format that was asked for."""
+        from megatron_midus.conversion.directories import write_megatron_checkpoint
+
+        with progress("writing", total=len(source.names()), unit="tensor") as advance:
+            if self.config.save_format == "hf":
+                self._write_hf(directory, source, progress=lambda name: advance(1))
+                return
+            target = self.config.target
+            write_megatron_checkpoint(
+                source,
+                directory,
+                assets=self.config.hf_model,
+                model=self.model,
+                plan=self.plan,
+                tensor_parallel_size=target.target_tensor_parallel_size,
+                pipeline_parallel_size=target.target_pipeline_parallel_size,
+                make_vocab_size_divisible_by=target.make_vocab_size_divisible_by,
+                workers=self.workers,
+                progress=lambda name: advance(1),
+            )
+
+    def _write_hf(self, directory: Path, source: Any, **options: Any) -> None:
+        from megatron_midus.conversion.directories import write_hf_directory
+
+        write_hf_directory(
+            source,
+            directory,
+            assets=self.config.hf_model,
+            model=self.model,
+            plan=self.plan,
+            code_files=code_files(self.plan),
+            max_shard_size=self.max_shard_size,
+            workers=self.workers,
+            **options,
+        )
+
+    def _verify(self, directory: Path) -> str:
+        """Compares the written model with its base; ``UserError`` when a promised identity does not hold."""
+        from megatron_midus.conversion.checkpoint_layout import iteration_directory
+        from megatron_midus.conversion.megatron_io import MegatronReader
+        from megatron_midus.conversion.verify import compare_logits, load_fp32, round_parameters
+        from megatron_midus.upscaling.initialize import DTYPES
+
+        base = load_fp32(self.config.hf_model)
+        if self.config.dtype != "keep":
+            round_parameters(base, DTYPES[self.config.dtype])
+        with tempfile.TemporaryDirectory(prefix=".verify.", dir=directory.parent) as temporary:
+            hf = directory
+            if self.config.save_format == "megatron":
+                # Through the checkpoint and back, so that what is compared is what lies on the disk.
+                hf = Path(temporary)
+                self._write_hf(hf, MegatronReader(iteration_directory(directory, 0), self.model, self.plan))
+            if self.plan.memory_indices:
+                # The package's own classes: the files in the output are copies of them.
+                from megatron_midus.hf import register
+
+                register()
+            comparison = compare_logits(base, load_fp32(hf), vocab_size=self.model.vocab_size)
+        if self.plan.is_identity and not comparison.bit_equal:
+            raise UserError(
+                f"policy {self.plan.policy} promises the base's function and broke it: {comparison.describe()}"
+            )
+        return comparison.describe()
+
+
+# -- what is asked for -----------------------------------------------------------------------------------------------
+def check_paths(config: UpscaleConfig) -> None:
+    """What the configuration cannot check without looking at the file system."""
+    if config.calibration_data is not None and not Path(config.calibration_data).is_file():
+        raise UserError(f"--calibration-data {config.calibration_data} does not exist")
+    if config.save is None or config.dry_run:
+        return
+    save, base = Path(config.save).resolve(), Path(config.hf_model).resolve()
+    if save == base or save in base.parents:
+        raise UserError(f"--save {config.save} would replace the base model; choose another directory")
+    check_output_directory(config.save, overwrite=config.overwrite)
+
+
+def plan_of(config: UpscaleConfig, model: ModelConfig) -> UpscalePlan:
+    """The plan that the settings ask for, with its origin."""
+    from megatron_midus.conversion.megatron_io import check_parallel_sizes
+    from megatron_midus.upscaling.arguments import plan_from_config
+
+    if model.family == "midus":
+        raise UserError(f"{config.hf_model} is a MIDUS model already; up-scale its base instead")
+    plan = plan_from_config(config.blocks, config.memory, model)
+    check_parallel_sizes(
+        model,
+        plan,
+        tensor_parallel_size=config.target.target_tensor_parallel_size,
+        pipeline_parallel_size=config.target.target_pipeline_parallel_size,
+    )
+    return dataclasses.replace(plan, seed=config.seed, source_name=Path(config.hf_model).resolve().name)
+
+
+# -- what is printed -------------------------------------------------------------------------------------------------
+def print_layers(console: Console, model: ModelConfig, plan: UpscalePlan, seq_length: int) -> None:
+    table = Table(title=f"{plan.num_base_layers} -> {plan.num_layers} layers, policy {plan.policy}")
+    for heading, justify in (("layer", "right"), ("block", "left"), ("source", "right"), ("filled", "left"), ("parameters", "right"), ("MFLOP/token", "right")):  # fmt: skip
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for index, (block, parameters) in enumerate(zip(plan.blocks, block_parameters(model, plan))):
+        flops = block_flops(model, plan, index, seq_length)
+        table.add_row(
+            str(index),
+            block.kind,
+            ", ".join(map(str, block.source)),
+            block.init,
+            f"{parameters:,}",
+            f"{(flops.weights + flops.activations) / 1e6:,.2f}",
+            style="bold" if block.inserted else None,
+        )
+    console.print(table)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def print_cost(console: Console, cost: Cost, *, seq_length: int, dtype: str) -> None:
+    table = Table(title=f"cost (sequences of {seq_length} tokens, {dtype})")
+    for heading in ("", "base", "up-scaled", "change"):
+        table.add_column(heading, justify="right" if heading else "left")
+    rows = [
+        ("parameters", cost.base_parameters, cost.parameters, "{:,.0f}"),
+        ("forward GFLOP/token", cost.base_forward_flops / 1e9, cost.forward_flops / 1e9, "{:,.4f}"),
+        ("KV cache bytes/token", cost.base_kv_bytes, cost.kv_bytes, "{:,.0f}"),
+    ]
+    for name, base, scaled, form in rows:
+        table.add_row(name, form.format(base), form.format(scaled), f"{100 * (scaled - base) / base:+.1f} %")
+    mebibytes = [b / 2**20 for b in (cost.weight_bytes, cost.training_bytes_inserted, cost.training_bytes_all)]
+    table.add_row("parameters in inserted blocks", "", f"{cost.trainable_inserted:,}", "")
+    table.add_row("training GFLOP/token, --train inserted", "", f"{cost.training_flops / 1e9:,.4f}", "")
+    table.add_row("weights, MiB", "", f"{mebibytes[0]:,.1f}", "")
+    table.add_row("weights + AdamW, --train inserted, MiB", "", f"{mebibytes[1]:,.1f}", "")
+    table.add_row("weights + AdamW, --train all, MiB", "", f"{mebibytes[2]:,.1f}", "")
+    console.print(table)
+
+
+def command(config: UpscaleConfig) -> int:
+    """``midus upscale``."""
+    work = _Work(config)
+    console = Console(highlight=False)
+    print_layers(console, work.model, work.plan, config.seq_length)
+    print_cost(console, work.cost(), seq_length=config.seq_length, dtype=work.dtype)
+    result = work.run(Bars())
+    if result.verified:
+        console.print(f"verified: {result.verified}", soft_wrap=True)
+    if result.directory is not None:
+        console.print(f"written: {config.save} ({config.save_format}, {result.dtype})", soft_wrap=True)
+    return 0
