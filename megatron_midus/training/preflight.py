@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from megatron_midus.config import ModelConfig
 from megatron_midus.config.parallel import ParallelConfig
 from megatron_midus.data.sources import check_data, check_data_files
 from megatron_midus.data.tokenizer import Tokenizer
@@ -63,13 +64,22 @@ def check_model_fits(arguments: Arguments, architecture: Architecture, warn: Cal
             "needs; change --seq-length or leave --sequence-parallel out"
         )
     _check_context_parallel(parallel, seq_length)
-    longest = architecture.model.max_position_embeddings
-    if seq_length > longest:
-        warn(
-            f"--seq-length {seq_length} is longer than the {longest} positions that the model was made for. Rotary "
-            "positions go on beyond them with the same frequencies, at angles that the model has not seen; checkpoints and "
-            f"exports keep max_position_embeddings={longest}"
-        )
+    if seq_length > architecture.model.max_position_embeddings:
+        warn(_beyond_positions(architecture.model, seq_length))
+
+
+def _beyond_positions(model: ModelConfig, seq_length: int) -> str:
+    """What happens to sequences that are longer than the model was made for."""
+    longest, kind = model.max_position_embeddings, (model.rope_scaling or {}).get("rope_type", "default")
+    if kind == "dynamic":
+        rope = f"Rope scaling 'dynamic' lowers all frequencies to {seq_length} positions, as transformers does"
+    else:
+        scaled = "" if kind == "default" else f" that rope scaling {kind!r} gives"
+        rope = f"Rotary positions go on beyond them with the same frequencies{scaled}, at angles that the model has not seen"
+    return (
+        f"--seq-length {seq_length} is longer than the {longest} positions that the model was made for. {rope}; "
+        f"checkpoints and exports keep max_position_embeddings={longest}"
+    )
 
 
 def _check_context_parallel(parallel: ParallelConfig, seq_length: int) -> None:
