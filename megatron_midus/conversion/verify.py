@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from megatron_midus.conversion.hf_io import SafetensorsReader, read_hf_config
+from megatron_midus.conversion.hf_io import CONFIG_FILE, SafetensorsReader, read_hf_config
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling.tensors import OUTPUT_LAYER, Shape, TensorSource
 
@@ -45,7 +47,11 @@ def load_fp32(directory: str | Path) -> Any:
     """A causal model of transformers from a local directory, in fp32 and evaluation mode."""
     # transformers 4 knows the argument by its old name, 5 by the new one.
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"transformers cannot load {directory}/{CONFIG_FILE} ({reason}); mend it") from error
     # Beside weights in full precision it would have them quantised; the readers here refuse any others.
     for entry in ("quantization_config", "compression_config"):
         if hasattr(config, entry):
@@ -57,32 +63,43 @@ def load_fp32(directory: str | Path) -> Any:
 
 
 def check_loadable(config: dict[str, Any], expected: dict[str, Shape]) -> None:
-    """Builds the model of ``config`` without memory for it, as loading does first.
+    """Builds the model of a ``config.json`` without memory for it, as loading does first.
 
     Args:
-        config: of a ``config.json``; for a MIDUS model ``megatron_midus.hf.register()`` must have been called.
+        config: its content; for a MIDUS model ``megatron_midus.hf.register()`` must have been called.
         expected: names and shapes of the tensors that are, or will be, in the files.
 
     Raises:
         ValueError: transformers cannot read the configuration, or makes other tensors of it.
     """
+    with tempfile.TemporaryDirectory(prefix="midus-config-") as temporary:
+        (Path(temporary) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+        found = _shapes_on_meta(temporary)
+    wanted = {name: tuple(shape) for name, shape in expected.items()}
+    if found != wanted:
+        odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        raise UserError(
+            f"transformers makes another model of the config.json of the result: {odd[0]} is {found.get(odd[0])} there "
+            f"and {wanted.get(odd[0])} here; mend the base's"
+        )
+
+
+def _shapes_on_meta(directory: str) -> dict[str, Shape]:
+    """Names and shapes of the parameters that transformers makes of a directory's configuration; a tied one once."""
     try:
-        made = transformers.AutoConfig.for_model(**config)
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(made)
+            model = transformers.AutoModelForCausalLM.from_config(config)
     # Whatever transformers raises about a configuration: KeyError, TypeError, ValueError, StrictDataclassFieldError.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"transformers cannot load the config.json of the result ({reason}); mend the base's"
         ) from error
-    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if made.tie_word_embeddings:
-        found.pop(OUTPUT_LAYER, None)
-    wanted = {name: tuple(shape) for name, shape in expected.items()}
-    if found != wanted:
-        odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-        raise UserError(f"transformers makes another model of the config.json of the result: {odd[0]} is {found.get(odd[0])} there and {wanted.get(odd[0])} here")  # fmt: skip
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if config.tie_word_embeddings:
+        shapes.pop(OUTPUT_LAYER, None)
+    return shapes
 
 
 def check_loads(directory: str | Path) -> None:

@@ -171,6 +171,17 @@ def test_configuration_that_transformers_cannot_load_is_refused_before_any_work(
         assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+def test_what_the_class_that_transformers_takes_lacks_is_refused(tmp_path):
+    """A Mistral with layer_types is a Ministral there, and that has no head size of its own."""
+    wanted = write(
+        tmp_path / "base", make_config("mistral", sliding_window=7), {"layer_types": ["sliding_attention"] * 2}
+    )
+    with pytest.raises(ValueError, match="transformers cannot load the config.json of the result"):
+        run(tmp_path / "base", tmp_path / "out", "--policy", "llama_pro", "--num-blocks", "1")
+    run(tmp_path / "base", tmp_path / "out", *MEMORY)  # whose configuration has all of it
+    assert torch.equal(logits_of(load_model(tmp_path / "out"), length=40), wanted)
+
+
 @pytest.mark.parametrize(
     "arguments", [MEMORY, ["--policy", "llama_pro", "--num-blocks", "1"]], ids=["midus", "llama_pro"]
 )

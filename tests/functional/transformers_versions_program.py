@@ -23,6 +23,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 200,  # wavelengths 6, 118, ...: all three cases occur
 }
+ROPES = [
+    {"rope_type": "yarn", "factor": 3.3, "original_max_position_embeddings": 8, "beta_fast": 8.5},
+    {"rope_type": "dynamic", "factor": 3.3},
+    {"rope_type": "linear", "factor": 2.0},
+    LLAMA3,
+]
 COMMON = {"vocab_size": VOCAB, "intermediate_size": 72, "max_position_embeddings": 128, "rms_norm_eps": 1e-5}
 BASES = {
     "Llama": {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8},
@@ -95,8 +101,27 @@ def write(root):
             assert (logits - base(tokens()).logits).abs().max() > 0.1
         generated = model.generate(tokens(), **GREEDY)
         model.save_pretrained(directory)
-        torch.save({"logits": logits, "generated": generated, "state": model.state_dict()}, directory / "expected.pt")
+        expected = {
+            "logits": logits,
+            "generated": generated,
+            "state": model.state_dict(),
+            "rope": rope_logits(directory),
+        }
+        torch.save(expected, directory / "expected.pt")
         print(f"wrote {family} with transformers {transformers.__version__}: identity holds")
+
+
+def rope_logits(directory):
+    """Far out, with every scaling, given when the model is loaded; theta stays the model's."""
+    found = []
+    positions = torch.arange(150, 161)[None]
+    for rope in ROPES:
+        options = {DTYPE: torch.float32, "rope_parameters": dict(rope), "trust_remote_code": True}
+        model = AutoModelForCausalLM.from_pretrained(directory, **options)
+        assert model.config.rope_parameters == {**rope, "rope_theta": THETA}
+        with torch.no_grad():
+            found.append(model(tokens(), position_ids=positions).logits)
+    return found
 
 
 def read(root):
@@ -110,6 +135,8 @@ def read(root):
         assert all(torch.equal(state[name], tensor) for name, tensor in expected["state"].items())
         with torch.no_grad():
             torch.testing.assert_close(model(tokens()).logits, expected["logits"], **TOLERANCE)
+        for found, wanted in zip(rope_logits(directory), expected["rope"]):
+            torch.testing.assert_close(found, wanted, **TOLERANCE)
         check_generation(model, expected)
         check_training(model)
         check_files(model, directory, expected)
