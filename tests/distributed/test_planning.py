@@ -42,7 +42,7 @@ def planned(layout: Layout, setting: Setting):
     stages = tuple(
         tuple(i for i in range(plan.num_layers) if (i // size) % layout.pp == stage) for stage in range(layout.pp)
     )
-    ours = planning.Layout(
+    ours = planning.ParallelLayout(
         stages,
         tensor=layout.tp,
         data=layout.dp,
