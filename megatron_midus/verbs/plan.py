@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.plan import PlanConfig
@@ -18,15 +17,13 @@ from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
 from megatron_midus.planning import Workload
 from megatron_midus.planning.hardware import HARDWARE, LINK_SHARE, MATMUL_SHARE, MEMORY_SHARE, Hardware
+from megatron_midus.planning.output import GIB, driver_flags, layout_table
 from megatron_midus.planning.search import RESERVED_SHARE, Candidate, find_layouts
 from megatron_midus.progress import Progress
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.arguments import plan_from_config
 from megatron_midus.upscaling.cost import flops_per_token, total_parameters, trainable_parameters
-from megatron_midus.upscaling.pipeline_layout import format_layout
 from megatron_midus.verbs.verb import verb
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,69 +110,13 @@ def print_model(console: Console, model: ModelConfig, plan: UpscalePlan, config:
 
 
 def print_layouts(console: Console, candidates: list[Candidate], hardware: Hardware) -> None:
-    table = Table(
-        title="layouts, fastest first; memory in GiB of the fullest GPU, traffic in GB that a GPU sends a step"
-    )
-    for heading in ("TP", "PP", "DP", "micro", "recompute", "values"):
-        table.add_column(heading)
-    for heading in (
-        "weights",
-        "grads",
-        "optimizer",
-        "activ.",
-        "total",
-        "TP",
-        "PP",
-        "DP",
-        "s/step",
-        "tokens/s/GPU",
-        "of peak",
-    ):
-        table.add_column(heading, justify="right")
-    for c in candidates:
-        memory, layout = c.memory, c.layout
-        sizes = (
-            memory.weights,
-            memory.gradients,
-            memory.optimizer,
-            memory.activations + memory.transient,
-            memory.total,
-        )
-        table.add_row(
-            f"{layout.tensor}{'+SP' if layout.sequence_parallel else ''}", str(layout.pipeline), str(layout.data),
-            str(c.workload.micro_batch_size), "full" if layout.recompute else "-", "latent" if layout.latent_values else "repl.",
-            *(f"{size / GIB:.1f}" for size in sizes),
-            *(f"{c.sent_bytes[axis] / 1e9:.2f}" for axis in ("tensor", "pipeline", "data")),
-            f"{c.seconds:.2f}", f"{c.tokens_per_second:,.0f}", f"{c.flops_share:.0%}",
-            style=None if c.fits else "dim",
-        )  # fmt: skip
-    console.print(table)
+    console.print(layout_table(candidates))
     console.print(
         f"Times are estimates: {MATMUL_SHARE:.0%} of {hardware.matmul_tflops:,.0f} TFLOP/s, {MEMORY_SHARE:.0%} of "
         f"{hardware.memory_gb_s:,.0f} GB/s, {LINK_SHARE:.0%} of {hardware.node_gb_s:,.0f} GB/s in a node and of "
         f"{hardware.network_gb_s:,.0f} GB/s between nodes; {RESERVED_SHARE:.0%} of {hardware.memory_gib:.0f} GiB are kept free.",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-
-
-def driver_flags(c: Candidate) -> list[str]:
-    """What to give to pretrain_midus.py for this layout."""
-    layout = c.layout
-    flags = [f"--micro-batch-size {c.workload.micro_batch_size}", f"--global-batch-size {c.workload.global_batch_size}"]
-    if layout.tensor > 1:
-        flags += [f"--tensor-model-parallel-size {layout.tensor}", "--sequence-parallel"]
-    if layout.latent_values:
-        flags += ["--memory-value-placement latent"]
-    if layout.pipeline > 1:
-        flags += [
-            f"--pipeline-model-parallel-size {layout.pipeline}",
-            f"--pipeline-model-parallel-layout '{format_layout([len(blocks) for blocks in layout.stages])}'",
-        ]
-    if layout.distributed_optimizer:
-        flags += ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
-    if layout.recompute:
-        flags += ["--recompute-granularity full", "--recompute-method uniform", "--recompute-num-layers 1"]
-    return flags
 
 
 def to_json(c: Candidate) -> dict[str, Any]:

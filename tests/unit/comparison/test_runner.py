@@ -5,11 +5,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from megatron_midus.comparison.results import machines_of
 from megatron_midus.comparison.runner import Runner, last_line, lock
-from megatron_midus.comparison.steps import FileHashes, Step, StepFailed
+from megatron_midus.comparison.steps import FileHashes, Step, StepFailed, read_marker
 
 COUNT = "import sys; open(sys.argv[1], 'a').write('x'); open(sys.argv[2], 'w').write('made')"
 
@@ -41,6 +44,21 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert times(tmp_path) == 2
     runner.run(dataclasses.replace(step, words=(*step.words, "more")), "a")
     assert times(tmp_path) == 3
+
+
+def test_a_step_records_the_machine_it_ran_on(tmp_path):
+    earlier, _ = make_runner(tmp_path)
+    earlier.machine = {"processor": "of then"}
+    step = make_step(tmp_path)
+    earlier.run(step, "a")
+    # Another machine finds it done, and leaves what it says.
+    make_runner(tmp_path)[0].run(step, "a")
+    assert read_marker(step.marker)["machine"] == {"processor": "of then"}
+    later = make_step(tmp_path, "two")
+    make_runner(tmp_path)[0].run(later, "a")
+    assert read_marker(later.marker)["machine"]["versions"]["torch"] == torch.__version__
+    chains = [SimpleNamespace(steps=(step, later)), SimpleNamespace(steps=(step,))]
+    assert [m["processor"] for m in machines_of(chains)][0] == "of then" and len(machines_of(chains)) == 2
 
 
 def test_what_failed_is_told_and_done_again(tmp_path):

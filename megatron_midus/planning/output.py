@@ -1,0 +1,61 @@
+"""Proposed layouts as a table for the terminal, and the flags that a run takes for one of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_midus.planning.search import Candidate
+from megatron_midus.report.table import Cell, terminal_table
+from megatron_midus.upscaling.pipeline_layout import format_layout
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+GIB = 2**30
+HEADER = (
+    "TP", "PP", "DP", "micro", "recompute", "values", "weights", "grads", "optimizer", "activ.", "total", "TP", "PP", "DP",
+    "s/step", "tokens/s/GPU", "of peak",
+)  # fmt: skip
+
+
+def layout_table(candidates: list[Candidate]) -> Table:
+    """A row per layout; those that do not fit stand back."""
+    return terminal_table(
+        HEADER,
+        [_row(candidate) for candidate in candidates],
+        text_columns=6,
+        title="layouts, fastest first; memory in GiB of the fullest GPU, traffic in GB that a GPU sends a step",
+    )
+
+
+def _row(c: Candidate) -> list[Cell]:
+    memory, layout = c.memory, c.layout
+    sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations + memory.transient, memory.total)
+    texts = [
+        f"{layout.tensor}{'+SP' if layout.sequence_parallel else ''}", str(layout.pipeline), str(layout.data),
+        str(c.workload.micro_batch_size), "full" if layout.recompute else "-", "latent" if layout.latent_values else "repl.",
+        *(f"{size / GIB:.1f}" for size in sizes),
+        *(f"{c.sent_bytes[axis] / 1e9:.2f}" for axis in ("tensor", "pipeline", "data")),
+        f"{c.seconds:.2f}", f"{c.tokens_per_second:,.0f}", f"{c.flops_share:.0%}",
+    ]  # fmt: skip
+    return [Cell(text, is_faint=not c.fits) for text in texts]
+
+
+def driver_flags(c: Candidate) -> list[str]:
+    """What to give to pretrain_midus.py for this layout."""
+    layout = c.layout
+    flags = [f"--micro-batch-size {c.workload.micro_batch_size}", f"--global-batch-size {c.workload.global_batch_size}"]
+    if layout.tensor > 1:
+        flags += [f"--tensor-model-parallel-size {layout.tensor}", "--sequence-parallel"]
+    if layout.latent_values:
+        flags += ["--memory-value-placement latent"]
+    if layout.pipeline > 1:
+        flags += [
+            f"--pipeline-model-parallel-size {layout.pipeline}",
+            f"--pipeline-model-parallel-layout '{format_layout([len(blocks) for blocks in layout.stages])}'",
+        ]
+    if layout.distributed_optimizer:
+        flags += ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+    if layout.recompute:
+        flags += ["--recompute-granularity full", "--recompute-method uniform", "--recompute-num-layers 1"]
+    return flags
