@@ -15,6 +15,10 @@ VERSION = next(
 CPU = ["numba>=0.60"]
 # tools/benchmark.py: the plot, and another implementation of product keys to compare with.
 BENCH = [*CPU, "matplotlib>=3.7", "product-key-memory>=0.3"]
+# examples/megatron_lm: upstream's pretrain(), in the wheel for Python 3.12 and newer. Without Transformer Engine it needs the
+# last two, which it does not declare.
+UPSTREAM = ['megatron-core[training]>=0.17 ; python_version >= "3.12"', "six", "pybind11"]
+TEST = ["pytest>=8", "pytest-xdist"]
 # With its packages for Hugging Face models.
 EVAL = ["lm-eval[hf]>=0.4.13,<0.5"]
 
@@ -29,7 +33,7 @@ setup(
     py_modules=["pretrain_midus"],
     install_requires=[
         "torch>=2.6",
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core>=0.16.1,<0.20",
         "transformers>=4.53",
         "safetensors>=0.4.3",
         "sentencepiece>=0.2.0",
@@ -57,11 +61,12 @@ setup(
         "cpu": CPU,
         "eval": EVAL,
         "bench": BENCH,
+        "upstream": UPSTREAM,
+        "test": TEST,
         "dev": [
             *EVAL,
             *BENCH,
-            "pytest>=8",
-            "pytest-xdist",
+            *TEST,
             "coverage>=7.4",
             "ruff>=0.8",
             # The kernels are tested in its interpreter and compiled for GPUs that are not there.

@@ -6,6 +6,7 @@ of a norm), whoever is called takes it, and nothing stands here.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -51,3 +52,12 @@ def _no_common_state() -> Any:
             return {}
 
     return NoCommonState()
+
+
+def use_built_dataset_helpers() -> None:
+    """Lets ``megatron.training`` start from a wheel: it runs ``make`` for the dataset helpers, and the wheel has the built
+    helpers but no makefile, so that the run ends there. Nothing is replaced where there is a makefile."""
+    from megatron.core.datasets import utils
+
+    if not (Path(utils.__file__).parent / "Makefile").is_file():
+        utils.compile_helpers = lambda: importlib.import_module("megatron.core.datasets.helpers_cpp")

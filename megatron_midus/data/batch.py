@@ -102,7 +102,10 @@ def _read_and_broadcast(
     if is_parallel and tp_group.rank() != 0:
         packed = torch.empty(shape, dtype=torch.int64, device=device)
     else:
-        packed = _pack(iterator, shape).to(device, non_blocking=True)
+        packed = _pack(iterator, shape)
+        if torch.device(device).type == "cuda":
+            packed = packed.pin_memory()
+        packed = packed.to(device, non_blocking=True)
     if is_parallel:
         dist.broadcast(packed, group=tp_group, group_src=0)
     return packed
@@ -123,7 +126,7 @@ def _pack(iterator: Iterator[dict[str, torch.Tensor]] | None, shape: tuple[int, 
         raise UserError(
             f"a batch has shape {tuple(packed.shape[1:])}, expected {shape[1:]} = (micro_batch, seq_length)"
         )
-    return packed.pin_memory() if torch.cuda.is_available() else packed
+    return packed
 
 
 def document_mask(tokens: torch.Tensor, eod: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Hooks for upstream Megatron-LM (core_v0.16.x): a MIDUS model in *its* pretrain(), with its flags and checkpoints.
+"""Hooks for upstream Megatron-LM: a MIDUS model in *its* pretrain(), with its flags and checkpoints.
 
-Upstream's ``megatron.training`` is imported inside functions: it is a checkout on PYTHONPATH, not a package on the index.
+Upstream's ``megatron.training`` is imported inside functions: before 0.17 it is a checkout on PYTHONPATH, and not installed.
 """
 
 from __future__ import annotations
@@ -69,13 +69,14 @@ class Upscaled(NamedTuple):
     """Its ``iter_*`` directory."""
 
 
-def _upstream(name: str) -> ModuleType:
+def upstream(name: str) -> ModuleType:
     """A module of upstream's, or one line on where to get it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"{name} cannot be imported ({error}); put a checkout of Megatron-LM on PYTHONPATH ({UPSTREAM})"
+            f"{name} cannot be imported ({error}); pip install 'megatron-midus[upstream]' on Python 3.12 or newer, or put a "
+            f"checkout of Megatron-LM on PYTHONPATH ({UPSTREAM})"
         ) from None
 
 
@@ -261,7 +262,7 @@ def model_provider(
     Raises:
         ValueError: arguments that contradict the checkpoint, or that up-scaled models cannot have.
     """
-    arguments = _upstream("megatron.training").get_args()
+    arguments = upstream("megatron.training").get_args()
     upscaled = find_upscaled(arguments)
     assert upscaled is not None
     check_arguments(arguments, upscaled)
@@ -289,7 +290,7 @@ def _transformer_config(arguments: argparse.Namespace, upscaled: Upscaled) -> Tr
     """Upstream's own conversion, checked."""
     if is_cpu():
         arguments.use_cpu_initialization = True
-    config = _upstream("megatron.training.arguments").core_transformer_config_from_args(arguments)
+    config = upstream("megatron.training.arguments").core_transformer_config_from_args(arguments)
     check_transformer_config(config, upscaled.model, upscaled.plan)
     return config
 
@@ -318,7 +319,7 @@ class _BlockSpec(TransformerBlockSubmodules):
 
     def _make(self) -> TransformerBlockSubmodules:
         if self._made is None:
-            arguments = _upstream("megatron.training").get_args()
+            arguments = upstream("megatron.training").get_args()
             upscaled = find_upscaled(arguments)
             assert upscaled is not None
             check_arguments(arguments, upscaled)
@@ -368,7 +369,7 @@ def install_optimizer_overrides() -> None:
     ``pretrain()`` has no argument for them: it asks ``megatron.training.training.get_megatron_optimizer_config``, which
     this replaces by a function that asks the original and adds ours.
     """
-    training = _upstream("megatron.training.training")
+    training = upstream("megatron.training.training")
     original = training.get_megatron_optimizer_config
     if getattr(original, "adds_midus_overrides", False):
         return

@@ -9,6 +9,7 @@ import dataclasses
 import multiprocessing
 import os
 import re
+import runpy
 import signal
 import sys
 import tempfile
@@ -23,6 +24,7 @@ import torch
 
 from megatron_midus.training.helper_process import live_as_long_as_the_rank
 
+UPSTREAM_EXAMPLE = Path(__file__).parents[2] / "examples/megatron_lm/pretrain_gpt_midus.py"
 _PRELOAD = ["megatron_midus.training.pretrain"]
 
 # d = 32, T = 32: a step takes some 20 ms.
@@ -97,6 +99,7 @@ def train(
     processes: int = 1,
     timeout: float = 120,
     log_samples: bool = False,
+    upstream: bool = False,
     while_running: Callable[[list[multiprocessing.Process], Callable[[], str]], None] | None = None,
 ) -> Run:
     """Runs ``pretrain_midus.py`` with ``arguments``, each of which may hold several words.
@@ -105,6 +108,7 @@ def train(
         processes: ranks.
         timeout: seconds until all are killed, which their exit codes show.
         log_samples: print ``sample INDEX`` for every training or validation sample when it is read.
+        upstream: run ``examples/megatron_lm/pretrain_gpt_midus.py`` instead.
         while_running: called again and again with the processes and a function that returns the output so far.
     """
     words = [word for argument in arguments for word in str(argument).split()]
@@ -121,7 +125,9 @@ def train(
     }
     with tempfile.TemporaryDirectory() as directory:
         ranks = [
-            context.Process(target=_work, args=(rank, environment, directory, words, processes > 1, log_samples))
+            context.Process(
+                target=_work, args=(rank, environment, directory, words, processes > 1, log_samples, upstream)
+            )
             for rank in range(processes)
         ]
         for process in ranks:
@@ -156,6 +162,7 @@ def _work(
     words: list[str],
     is_distributed: bool,
     log_samples: bool,
+    upstream: bool,
 ) -> None:
     if is_distributed:
         os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
@@ -167,6 +174,8 @@ def _work(
     _start_result_queue_by_fork()
     if log_samples:
         _log_samples()
+    if upstream:
+        runpy.run_path(str(UPSTREAM_EXAMPLE), run_name="__main__")
     from megatron_midus.training.main import run
 
     run()
