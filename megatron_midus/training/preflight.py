@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.parallel import ParallelConfig
@@ -11,8 +12,17 @@ from megatron_midus.data.sources import check_data, check_data_files
 from megatron_midus.data.tokenizer import Tokenizer
 from megatron_midus.errors import UserError
 from megatron_midus.files import check_writable_directory
-from megatron_midus.training.architecture import Architecture
-from megatron_midus.training.arguments import Arguments
+from megatron_midus.training.architecture import Architecture, resolve_train
+from megatron_midus.training.arguments import Arguments, parse_arguments
+from megatron_midus.training.checks import (
+    check_environment,
+    check_memory_settings,
+    check_schedule,
+    resolve_layout,
+    resolve_pipeline,
+)
+from megatron_midus.training.schedule import schedule_lengths
+from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.parallel_sizes import check_tensor_parallel_size
 
 
@@ -42,6 +52,31 @@ def check_data_contents(arguments: Arguments, tokenizer: Tokenizer) -> None:
 
 def _not_yet(warning: str) -> None:
     """Warnings come when the datasets are built."""
+
+
+def check_run_to_come(
+    words: Sequence[str], model: ModelConfig, plan: UpscalePlan, *, processes: int, warn: Callable[[str], None]
+) -> None:
+    """Raises ``ValueError`` for what the driver would refuse of a command line whose model and data are yet to be made.
+
+    Args:
+        words: flags of ``pretrain_midus.py``.
+        model: the base.
+        plan: what it is up-scaled by.
+        processes: ranks of the run.
+    """
+    arguments = parse_arguments(words)
+    check_environment(arguments)
+    layout = resolve_layout(arguments, processes)
+    schedule_lengths(arguments.optimizer, arguments.training, layout.global_batch_size)
+    train = resolve_train(arguments.training.train, plan)
+    architecture = Architecture(model.with_num_layers(plan.num_layers), plan, train, None)
+    check_model_fits(arguments, architecture, warn)
+    parallel = resolve_pipeline(
+        arguments.parallel, architecture.model, plan, seq_length=arguments.data.seq_length, train=train
+    )
+    check_schedule(dataclasses.replace(arguments, parallel=parallel), layout, plan.num_layers)
+    check_memory_settings(arguments, plan)
 
 
 def _split_sizes(arguments: Arguments) -> list[int | None]:

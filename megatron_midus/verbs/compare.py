@@ -16,6 +16,7 @@ from megatron_midus.comparison.results_page import loss_svg, to_html
 from megatron_midus.comparison.runner import Runner, lock, run_experiment
 from megatron_midus.comparison.runs import Runs
 from megatron_midus.comparison.steps import FileHashes, StepFailed
+from megatron_midus.config import ModelConfig
 from megatron_midus.config.compare import CompareConfig
 from megatron_midus.conversion.families import from_hf_config
 from megatron_midus.conversion.hf_io import read_hf_config
@@ -23,6 +24,7 @@ from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
 from megatron_midus.progress import Progress
 from megatron_midus.training.arguments import build_parser
+from megatron_midus.training.preflight import check_run_to_come
 from megatron_midus.verbs.verb import verb
 
 
@@ -71,11 +73,32 @@ def _make_runs(config: CompareConfig, output: Path) -> Runs:
     whole = read_experiment(config.experiment, output)
     experiment = whole.select(config.arms, config.seeds)
     driver = build_parser()
-    arms = resolve(whole, from_hf_config(read_hf_config(whole.base)), driver)
+    base = from_hf_config(read_hf_config(whole.base))
+    arms = resolve(whole, base, driver)
     chosen = {arm.name for arm in experiment.arms}
     # The order of the data is that of the whole file, whichever arms run now.
     longest = max(arm.iterations for arm in arms)
-    return Runs(experiment, [arm for arm in arms if arm.arm.name in chosen], output, driver, data_iterations=longest)
+    runs = Runs(experiment, [arm for arm in arms if arm.arm.name in chosen], output, driver, data_iterations=longest)
+    _check_training(runs, base)
+    return runs
+
+
+def _check_training(runs: Runs, base: ModelConfig) -> None:
+    """What the driver would refuse of an arm, hours before it gets there."""
+    for arm in runs.arms:
+        for rate in runs.experiment.rates(arm.arm):
+            train = runs.chain(arm, runs.experiment.seeds[0], rate).train
+            if train is None:
+                continue
+            name, processes = arm.arm.name, runs.experiment.layout.nproc
+
+            def warn(text: str, name: str = name) -> None:
+                say(f"{name}: {text}")
+
+            try:
+                check_run_to_come(train.words[1:], base, arm.plan, processes=processes, warn=warn)
+            except ValueError as error:
+                raise UserError(f"arm {name!r}: {error}") from None
 
 
 def _write_report(runs: Runs, runner: Runner, output: Path) -> Results:

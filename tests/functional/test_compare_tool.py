@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from megatron_midus.config.compare import CompareConfig
+from megatron_midus.errors import UserError
+from megatron_midus.verbs import compare as verbs_compare
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
@@ -117,6 +122,21 @@ def test_done_changed_and_interrupted(tmp_path):
     assert compare(changed, moved) == [f"midus, seed 1, lr 0.003: {kind}" for kind in kinds[1:]]
     assert "resuming after iteration" in log.read_text()
     assert figures(moved) == whole
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lr_warmup_iters": 999}, "lr_warmup_iters=999 is not shorter than the decay of 40"),
+        ({"tensor_model_parallel_size": 2}, "1 processes do not divide into replicas of tensor 2"),
+        ({"recompute_granularity": "full"}, "needs --recompute-method"),
+    ],
+)
+def test_what_the_driver_would_refuse_is_said_before_the_first_step(flags, message, tmp_path):
+    config = CompareConfig(experiment=str(experiment(tmp_path, **flags)), output=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=f"arm 'midus': .*{re.escape(message)}"):
+        verbs_compare.compare(config)
+    assert not (tmp_path / "out").exists()
 
 
 def check_same_data(found: dict) -> None:
