@@ -70,7 +70,7 @@ def test_the_file_of_the_page(tmp_path):
 
 
 def test_the_commands_of_the_page():
-    from compare import parse_arguments
+    from compare import make_parser
 
     blocks = re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
@@ -78,4 +78,4 @@ def test_the_commands_of_the_page():
     assert len(commands) >= 4
     for python, tool, *words in commands:
         assert (python, tool) == ("python", "tools/compare.py")
-        assert (ROOT / parse_arguments(words).experiment).is_file()
+        assert (ROOT / make_parser().parse_args(words).experiment).is_file()
