@@ -12,6 +12,7 @@ from megatron_midus.config.parser import not_one_of
 from megatron_midus.config.run_file import read_yaml
 from megatron_midus.config.schema import build, check_keys
 from megatron_midus.errors import UserError
+from megatron_midus.hub import cached_model
 from megatron_midus.upscaling import POLICIES
 from megatron_midus.upscaling.policies import POLICY_ALIASES, canonical_policy
 
@@ -311,6 +312,10 @@ def _resolve_paths(experiment: Experiment, home: Path, output: Path) -> Experime
     def fill(text: str) -> str:
         return text.replace("{output}", str(output)).replace("{repository}", str(REPOSITORY))
 
+    def model(text: str) -> str:
+        here = str(resolve(text))
+        return here if Path(here).exists() else cached_model(text) or here
+
     def resolve(text: str | None) -> str | None:
         return None if text is None else str((home / fill(text)).resolve())
 
@@ -321,7 +326,7 @@ def _resolve_paths(experiment: Experiment, home: Path, output: Path) -> Experime
     texts = {name: resolve(getattr(experiment.data, name)) for name in ("new", "old", "valid")}
     return dataclasses.replace(
         experiment,
-        base=str(resolve(experiment.base)),
+        base=model(experiment.base),
         data=dataclasses.replace(experiment.data, train=train, **texts),  # type: ignore[arg-type]
         prepare=[fill(command) for command in experiment.prepare],
         arms=[dataclasses.replace(arm, calibration_data=resolve(arm.calibration_data)) for arm in experiment.arms],

@@ -116,7 +116,7 @@ class EvaluateConfig:
     """
 
     model: list[str] = dataclasses.field(default_factory=list, metadata={"metavar": "DIR"})
-    """Hugging Face directories; the first is the base line."""
+    """Hugging Face directories, or org/name in the local Hugging Face cache; the first is the base line."""
 
     add_bos: bool = False
     """Start every document and prompt with the beginning-of-sequence token."""
@@ -150,7 +150,7 @@ class GenerateConfig:
     """
 
     model: str = dataclasses.field(metadata={"metavar": "DIR"})
-    """Hugging Face directory of the model."""
+    """Hugging Face directory of the model, or org/name in the local Hugging Face cache."""
 
     prompt: list[str] = dataclasses.field(metadata={"metavar": "TEXT"})
     """Texts to continue."""

@@ -52,7 +52,7 @@ class PlanConfig:
     """
 
     hf_model: str | None = dataclasses.field(default=None, metadata={"metavar": "DIR"})
-    """Base model (its config.json is enough); the flags of the inserted blocks say what it becomes."""
+    """Base model, a directory or org/name in the local Hugging Face cache (its config.json is enough); the flags of the inserted blocks say what it becomes."""
 
     load: str | None = dataclasses.field(default=None, metadata={"metavar": "DIR"})
     """Up-scaled checkpoint, which brings its plan."""

@@ -65,7 +65,7 @@ class UpscaleConfig:
     """
 
     hf_model: str = dataclasses.field(metadata={"metavar": "DIR"})
-    """Base model: a directory with config.json, safetensors, tokenizer."""
+    """Base model: a directory with config.json, safetensors, tokenizer; or org/name of one in the local Hugging Face cache."""
 
     save: str | None = dataclasses.field(default=None, metadata={"metavar": "DIR"})
     """Output directory; made whole or not at all. Not needed with --dry-run."""

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from megatron_midus.config.data import DataConfig
 from megatron_midus.errors import UserError
+from megatron_midus.hub import local_model
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer")
 
@@ -169,7 +170,7 @@ class NullTokenizer:
 
 def load_hf_tokenizer(directory: str | Path) -> Any:
     """The transformers tokenizer of a local directory; raises a one-line ``ValueError`` when there is none."""
-    directory = Path(directory)
+    directory = Path(local_model(directory))
     if directory.is_file():
         raise UserError(f"{directory} is a file; a HuggingFaceTokenizer is the directory that holds tokenizer.json")
     if not directory.is_dir():

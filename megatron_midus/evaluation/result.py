@@ -12,6 +12,7 @@ from megatron_midus.evaluation.latency import Latency
 from megatron_midus.evaluation.parameters import ParameterCounts
 from megatron_midus.evaluation.perplexity import Perplexity
 from megatron_midus.evaluation.zero_shot import TaskResults
+from megatron_midus.hub import short_name
 
 
 @dataclasses.dataclass
@@ -54,7 +55,7 @@ class EvaluationResult:
 
 def short_names(paths: Sequence[str]) -> list[str]:
     """The last part of each path, or the whole path where that would name two alike."""
-    return _distinct(paths, [Path(path).resolve().name or path for path in paths])
+    return _distinct(paths, [short_name(path) or path for path in paths])
 
 
 def _distinct(paths: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -67,7 +68,7 @@ _SAYS_NOTHING = re.compile(r"(hf|model|export|exported|checkpoints?|(seed|lr)-[\
 
 def model_name(directory: str | Path) -> str:
     """The last part of the path that says which model it is: ``hive`` for ``runs/hive/seed-1/lr-0.003/hf``."""
-    parts = Path(directory).resolve().parts
+    parts = (*Path(directory).resolve().parts[:-1], short_name(directory))
     return next((part for part in reversed(parts) if not _SAYS_NOTHING.fullmatch(part)), parts[-1])
 
 

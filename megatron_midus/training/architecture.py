@@ -11,6 +11,7 @@ from megatron_midus.config.checkpoint import CheckpointConfig
 from megatron_midus.conversion.checkpoint_layout import ASSETS_DIRECTORY, find_checkpoint, read_latest_iteration
 from megatron_midus.data.tokenizer import Tokenizer, build_tokenizer, check_tokenizer_fits
 from megatron_midus.errors import UserError
+from megatron_midus.hub import local_model
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.source import Source
 from megatron_midus.upscaling import UpscalePlan, make_plan
@@ -148,10 +149,10 @@ def resolve_model(arguments: Arguments, source: Source) -> tuple[Tokenizer, Arch
         _check_flags_from_scratch(arguments)
         tokenizer = build_tokenizer(dataclasses.replace(data, vocab_size=arguments.architecture.get("vocab_size")))
         architecture = resolve_architecture(arguments, source, tokenizer_vocab_size=tokenizer.vocab_size)
-        has_files = data.tokenizer_model is not None and Path(data.tokenizer_model).exists()
+        files = None if data.tokenizer_model is None else Path(local_model(data.tokenizer_model))
         architecture = dataclasses.replace(
             architecture,
-            assets=Path(data.tokenizer_model) if has_files and data.tokenizer_model else None,
+            assets=files if files is not None and files.exists() else None,
             # The directory of a whole model describes that one; export writes these from ours.
             assets_left_out=("config.json", "generation_config.json"),
         )

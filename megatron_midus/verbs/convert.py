@@ -29,6 +29,7 @@ from megatron_midus.conversion.streaming import resolve_workers
 from megatron_midus.conversion.tokenizer import check_tokenizer
 from megatron_midus.errors import UserError
 from megatron_midus.files import check_output_directory, staged_directory
+from megatron_midus.hub import local_model, short_name
 from megatron_midus.progress import Progress
 from megatron_midus.upscaling import PLAN_FILE, UpscalePlan
 from megatron_midus.upscaling.initialize import parse_dtype
@@ -124,7 +125,7 @@ def read_plan(directory: str, model: ModelConfig, config: dict[str, Any]) -> Ups
     """The plan of a Hugging Face directory; ``none`` for a model that was never up-scaled."""
     if (Path(directory) / PLAN_FILE).is_file():
         return UpscalePlan.load(directory)
-    name = Path(directory).resolve().name
+    name = short_name(directory)
     if model.family == "midus":
         print(f"{directory} has no {PLAN_FILE}; its blocks are taken from block_types in config.json", file=sys.stderr)
         return UpscalePlan.from_hf_config(config, source_name=name)
@@ -132,6 +133,7 @@ def read_plan(directory: str, model: ModelConfig, config: dict[str, Any]) -> Ups
 
 
 def _to_megatron(config: ConvertConfig, progress: Progress) -> Converted:
+    config = dataclasses.replace(config, load=local_model(config.load))
     hf_config = read_hf_config(config.load)
     model = from_hf_config(hf_config)
     print_notes(hf_config)

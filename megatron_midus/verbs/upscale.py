@@ -15,6 +15,7 @@ from megatron_midus.config import ModelConfig
 from megatron_midus.config.upscale import UpscaleConfig
 from megatron_midus.errors import UserError
 from megatron_midus.files import check_output_directory, staged_directory
+from megatron_midus.hub import local_model, short_name
 from megatron_midus.progress import Bars, Progress
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.cost import Cost, block_flops, block_parameters, cost_of
@@ -64,6 +65,7 @@ class _Work:
         from megatron_midus.upscaling.policies import none
         from megatron_midus.upscaling.tensors import EMBEDDING, model_shapes
 
+        config = dataclasses.replace(config, hf_model=local_model(config.hf_model))
         self.config = config
         self.workers = resolve_workers(config.workers)
         self.max_shard_size = parse_size(config.max_shard_size)
@@ -239,7 +241,7 @@ def plan_of(config: UpscaleConfig, model: ModelConfig) -> UpscalePlan:
         tensor_parallel_size=config.target.target_tensor_parallel_size,
         pipeline_parallel_size=config.target.target_pipeline_parallel_size,
     )
-    return dataclasses.replace(plan, seed=config.seed, source_name=Path(config.hf_model).resolve().name)
+    return dataclasses.replace(plan, seed=config.seed, source_name=short_name(config.hf_model))
 
 
 # -- what is printed -------------------------------------------------------------------------------------------------

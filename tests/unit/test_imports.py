@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_midus"
 
-FREE = {"files", "cli", "errors", "progress", "weight_files"}
+FREE = {"files", "cli", "errors", "progress", "weight_files", "hub"}
 TOPMOST = {"tools", "examples", "pretrain_midus", "tests"}
 
 
