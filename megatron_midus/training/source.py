@@ -58,10 +58,10 @@ def find_start(checkpoint: CheckpointConfig) -> tuple[CheckpointConfig, Source]:
     source = find_source(checkpoint)
     held = held_iteration(checkpoint.save)
     first = source.iteration if source.resume else 0
-    if not held or (not is_chosen(checkpoint) and source.resume and _lies_in(source, checkpoint.save)):
+    if held is None or (not is_chosen(checkpoint) and source.resume and _lies_in(source, checkpoint.save)):
         return checkpoint, source
-    if first >= held:
-        if not _lies_in(source, checkpoint.save):
+    if first >= held and source.directory is not None:
+        if held and not _lies_in(source, checkpoint.save):
             warn_rank_0(f"--save {checkpoint.save} holds iteration {held} of another run, which this one does not load")
         return checkpoint, source
     if checkpoint.finetune or checkpoint.ckpt_step is not None or first or _lies_in(source, checkpoint.save):

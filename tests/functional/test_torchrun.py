@@ -150,6 +150,31 @@ def test_torchrun_starts_a_dead_rank_again_and_the_run_goes_on(mode, upscaled, t
             assert "Traceback" not in log.err.split("torch.distributed.elastic", 1)[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_under_torchrun_saves_and_the_same_command_goes_on(number, upscaled, tmp_path):
+    """To torchrun alone, as a terminal does: its ranks are in sessions of their own."""
+    root = tmp_path / "run"
+    flags = f"--tensor-model-parallel-size 2 --load {root} --save {root} --pretrained-checkpoint {upscaled}"
+    words = " ".join([*TINY_RUN, "--train-iters 100000 --lr-decay-style constant", flags])
+    with launchers(tmp_path) as start:
+        torchrun = start(f"--nproc-per-node 2 --master-port {free_port()}", words)
+        wait_until(lambda: last_iteration(torchrun) >= 3, "iteration 3", torchrun)
+        torchrun.process.send_signal(number)
+        # torchrun makes a failure of its own of the signal.
+        assert torchrun.process.wait(TIMEOUT) == 1
+        last = last_iteration(torchrun)
+        assert int((root / "latest_checkpointed_iteration.txt").read_text()) == last
+        assert f"exiting after iteration {last}: {number.name} was received" in torchrun.log.out
+        assert "what torchrun reports after this is the signal that it received itself" in torchrun.log.out
+        assert torchrun.log.err.count("interrupted: ") == (number == signal.SIGINT)
+        # The one traceback is torchrun's.
+        assert torchrun.log.err.count("Traceback") == 1 and "SignalException" in torchrun.log.err
+        again = start(f"--nproc-per-node 2 --master-port {free_port()}", words)
+        wait_until(lambda: last_iteration(again) > last, "the next iteration", again)
+        assert f"resuming after iteration {last}" in again.log.out and min(again.log.losses) == last + 1
+
+
 # -- two hosts -------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Host:

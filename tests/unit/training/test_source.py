@@ -67,6 +67,7 @@ def settings(words: str) -> CheckpointConfig:
         ("pretrained_checkpoint=base load=run save=run", "run", 5, True),
         ("pretrained_checkpoint=base load=empty save=run", "run", 5, True),
         ("save=run", "run", 5, True),
+        ("save=base", "base", 0, True),
         # Goes on by itself, links or not.
         ("load=run save=run", "run", 5, True),
         ("load=link save=run", "link", 5, True),
