@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.config.checkpoint import CheckpointConfig
 from megatron_midus.config.compatibility import CompatibilityConfig
 from megatron_midus.config.data import DataConfig
-from megatron_midus.config.fields import add_arguments, from_namespace
+from megatron_midus.config.fields import add_arguments, from_namespace, heading_of, part, parts_of
 from megatron_midus.config.memory_telemetry import MemoryTelemetryConfig
 from megatron_midus.config.optimizer import OptimizerSettings
 from megatron_midus.config.parallel import ParallelConfig
@@ -21,6 +20,9 @@ from megatron_midus.config.run_file import parse_arguments_with_file, write_run_
 from megatron_midus.config.telemetry import LoggingConfig
 from megatron_midus.config.training import TrainingConfig
 from megatron_midus.errors import UserError
+
+_ARCHITECTURE_TITLE = "Architecture (read from the checkpoint; for training from scratch, or to be checked)"
+_MEMORY_TITLE = "Memory blocks (read from the checkpoint's plan; checked against it when given)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,21 +34,23 @@ class Arguments:
         memory: fields of ``MemoryConfig`` that were given, and no others.
     """
 
-    training: TrainingConfig
-    optimizer: OptimizerSettings
-    parallel: ParallelConfig
-    checkpoint: CheckpointConfig
-    logging: LoggingConfig
-    memory_telemetry: MemoryTelemetryConfig
-    data: DataConfig
-    compatibility: CompatibilityConfig
-    architecture: dict[str, Any]
-    memory: dict[str, Any]
+    training: TrainingConfig = part(TrainingConfig)
+    optimizer: OptimizerSettings = part(OptimizerSettings)
+    parallel: ParallelConfig = part(ParallelConfig)
+    checkpoint: CheckpointConfig = part(CheckpointConfig)
+    logging: LoggingConfig = part(LoggingConfig)
+    memory_telemetry: MemoryTelemetryConfig = part(MemoryTelemetryConfig)
+    data: DataConfig = part(DataConfig)
+    compatibility: CompatibilityConfig = part(CompatibilityConfig)
+    architecture: dict[str, Any] = part(ModelConfig, title=_ARCHITECTURE_TITLE, given_only=True)
+    memory: dict[str, Any] = part(MemoryConfig, title=_MEMORY_TITLE, given_only=True)
 
     def to_yaml(self, *, only_changed: bool = False) -> str:
         """A file for ``--config`` that makes these arguments again; with ``only_changed`` without the defaults."""
-        groups = {_heading(cls): getattr(self, name) for name, cls in _GROUPS.items()}
-        groups |= {_ARCHITECTURE_TITLE: self.architecture, _MEMORY_TITLE: self.memory}
+        groups = {
+            field.metadata["title"] or heading_of(field.metadata["part"]): getattr(self, field.name)
+            for field in parts_of(Arguments)
+        }
         return write_run_file(groups, only_changed=only_changed)
 
     def without_saving(self) -> Arguments:
@@ -64,24 +68,6 @@ class Arguments:
         )
 
 
-_GROUPS: dict[str, type] = {
-    "training": TrainingConfig,
-    "optimizer": OptimizerSettings,
-    "parallel": ParallelConfig,
-    "checkpoint": CheckpointConfig,
-    "logging": LoggingConfig,
-    "memory_telemetry": MemoryTelemetryConfig,
-    "data": DataConfig,
-    "compatibility": CompatibilityConfig,
-}
-_ARCHITECTURE_TITLE = "Architecture (read from the checkpoint; for training from scratch, or to be checked)"
-_MEMORY_TITLE = "Memory blocks (read from the checkpoint's plan; checked against it when given)"
-
-
-def _heading(cls: type) -> str:
-    return inspect.cleandoc(cls.__doc__ or cls.__name__).splitlines()[0]
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser behind ``pretrain_midus.py --help``."""
     parser = ArgumentParser(
@@ -90,32 +76,21 @@ def build_parser() -> argparse.ArgumentParser:
         "Run it under torchrun, or as one process with python.",
         allow_abbrev=False,
     )
-    for group in _GROUPS.values():
-        add_arguments(parser, group)
-    add_arguments(parser, ModelConfig, title=_ARCHITECTURE_TITLE, suppress_defaults=True)
-    add_arguments(parser, MemoryConfig, title=_MEMORY_TITLE, suppress_defaults=True)
+    add_arguments(parser, Arguments)
     return parser
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
-    """Parses the command line; raises ``ValueError`` for values that do not fit each other."""
-    namespace = parse_arguments_with_file(build_parser(), argv)
-    groups: dict[str, Any] = {name: from_namespace(cls, namespace) for name, cls in _GROUPS.items()}
-    architecture = _given(ModelConfig, namespace)
-    if groups["compatibility"].untie_embeddings_and_output_weights:
-        if architecture.get("tie_word_embeddings"):
+    """Parses the command line; raises ``UserError`` for values that do not fit each other."""
+    arguments = from_namespace(Arguments, parse_arguments_with_file(build_parser(), argv))
+    if arguments.compatibility.untie_embeddings_and_output_weights:
+        if arguments.architecture.get("tie_word_embeddings"):
             raise UserError(
                 "--untie-embeddings-and-output-weights and --tie-word-embeddings contradict each other; give one"
             )
-        architecture["tie_word_embeddings"] = False
-    arguments = Arguments(**groups, architecture=architecture, memory=_given(MemoryConfig, namespace))
+        arguments.architecture["tie_word_embeddings"] = False
     _check(arguments)
     return arguments
-
-
-def _given(cls: type, namespace: argparse.Namespace) -> dict[str, Any]:
-    names = [f.name for f in dataclasses.fields(cls) if f.metadata.get("flag", True)]
-    return {name: getattr(namespace, name) for name in names if hasattr(namespace, name)}
 
 
 def _check(arguments: Arguments) -> None:
