@@ -131,8 +131,10 @@ class _Kept(threading.local):
     """
 
     def __init__(self) -> None:
-        self.scores = torch.empty(CHUNK_SCORES)
-        self.packed = torch.empty(CHUNK_SCORES, dtype=torch.float64)
+        # Ordinary tensors, also for a thread that begins in inference mode: it may train later.
+        with torch.inference_mode(False):
+            self.scores = torch.empty(CHUNK_SCORES)
+            self.packed = torch.empty(CHUNK_SCORES, dtype=torch.float64)
 
 
 _KEPT = _Kept()

@@ -94,6 +94,21 @@ def test_tiny_and_signed_zero_scores(way):
     assert torch.equal(scores.gather(1, columns), best)
 
 
+def test_scratch_that_began_in_inference_mode_serves_training_too(monkeypatch):
+    """An evaluation is often what a thread does first: what it keeps must not be an inference tensor."""
+    monkeypatch.setattr(selection, "NUMPY_ROWS", 0)
+    query, keys = torch.randn(64, 4, 16), [torch.randn(4, 63, 8) for _ in range(2)]
+
+    def twice():
+        with torch.inference_mode():
+            first = select_slots(query, *keys, topk=5)[0].clone()
+        return first, select_slots(query, *keys, topk=5)[0]
+
+    with ThreadPoolExecutor(1) as fresh:
+        first, second = fresh.submit(twice).result()
+    assert torch.equal(first, second)
+
+
 def test_threads_leave_torchs_number_of_threads_alone(monkeypatch):
     """The threads of the selection use one core each; this thread, and those that begin later, keep what they had."""
     monkeypatch.setattr(selection, "num_threads", lambda: 3)
