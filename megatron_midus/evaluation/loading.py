@@ -105,6 +105,10 @@ def load_model(
     # Whatever transformers raises on a damaged directory: KeyError, OSError, ValueError, RuntimeError, SafetensorError.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if config.get("quantization_config"):
+            reason += (
+                "; its config.json has a quantization_config: where the weights are in full precision, take it out"
+            )
         raise UserError(f"{directory} cannot be loaded as a causal language model: {reason}") from error
     _check_loaded(directory, info)
     _check_finite(directory, model)

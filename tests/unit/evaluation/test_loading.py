@@ -59,6 +59,10 @@ BROKEN = {
     "config cut": (lambda d: (d / "config.json").write_text("{"), "is not valid JSON"),
     "config is a list": (lambda d: (d / "config.json").write_text("[]"), "is not a JSON object"),
     "unknown architecture": (lambda d: edit_config(d, model_type="nobody_knows"), "cannot be loaded"),
+    "quantised by its config alone": (
+        lambda d: edit_config(d, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "has a quantization_config: where the weights are in full precision, take it out",
+    ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "cannot be loaded"),
     "a tensor is missing": (drop_tensor, "lack 1 tensors, the first is model.layers.1.mlp.up_proj.weight"),
     "more layers than weights": (lambda d: edit_config(d, num_hidden_layers=3), "lack 9 tensors"),
