@@ -65,6 +65,11 @@ def test_what_is_not_there_is_told_with_the_command_that_fetches_it(cache, verb,
 
 def test_no_page_names_the_command_that_is_gone():
     root = BASE.parents[1]
-    pages = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("examples/**/*.md"), *root.glob("examples/**/*.sh")]
+    pages = [
+        *root.glob("*.md"),
+        *root.glob("docs/*.md"),
+        *root.glob("examples/**/*.md"),
+        *root.glob("examples/**/*.sh"),
+    ]
     assert len(pages) > 20
     assert not [page for page in pages if "huggingface-cli" in page.read_text() and page.name != "CHANGELOG.md"]
