@@ -1,6 +1,6 @@
 """Programs that start at once: forks of one process that has imported torch and transformers, which takes seconds.
 
-`warm_python(directory)` puts a `python` into `directory` that hands its arguments, environment, working directory and
+`warm_python(directory)` puts a `python`, and a `midus`, into `directory` that hand its arguments, environment, working directory and
 standard streams to that process; a fork of it runs the program to its end, as an interpreter of its own would.
 """
 
@@ -27,7 +27,7 @@ _CLIENT = """#!{python} -IS
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    request = json.dumps({{"argv": sys.argv[1:], "directory": os.getcwd(), "environment": dict(os.environ)}})
+    request = json.dumps({{"argv": {first!r} + sys.argv[1:], "directory": os.getcwd(), "environment": dict(os.environ)}})
     socket.send_fds(server, [b"."], [0, 1, 2])
     server.sendall(request.encode() + b"\\n")
     sys.exit(int(server.makefile().readline() or 1))
@@ -36,11 +36,12 @@ with socket.socket(socket.AF_UNIX) as server:
 
 @contextlib.contextmanager
 def warm_python(directory: Path) -> Iterator[Path]:
-    """Makes ``directory/python``, to stand first in ``PATH``; it works while the context lasts."""
+    """Makes ``directory/python`` and ``directory/midus``, to stand first in ``PATH``; they work while the context lasts."""
     address = str(directory / "socket")
-    client = directory / "python"
-    client.write_text(_CLIENT.format(python=sys.executable, address=address))
-    client.chmod(0o755)
+    for name, first in (("midus", ["-m", "megatron_midus"]), ("python", [])):
+        client = directory / name
+        client.write_text(_CLIENT.format(python=sys.executable, address=address, first=first))
+        client.chmod(0o755)
     with subprocess.Popen([sys.executable, __file__, address], stdout=subprocess.PIPE) as server:
         try:
             assert server.stdout is not None and server.stdout.readline() == b"ready\n"

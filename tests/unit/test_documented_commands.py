@@ -64,7 +64,37 @@ def check_launcher(words: list[str]) -> None:
     check_flags(get_args_parser(), words)
 
 
+def verb_of(words: list[str]) -> tuple[int, str] | None:
+    """Where the verb of ``midus VERB`` or of ``python`` or ``torchrun -m megatron_midus VERB`` stands, and which it is."""
+    if words[0] == "midus":
+        at = 1
+    elif "megatron_midus" in words and words[words.index("megatron_midus") - 1] == "-m":
+        at = words.index("megatron_midus") + 1
+    else:
+        return None
+    assert at < len(words), "no verb"
+    return at, words[at]
+
+
+def check_verb(words: list[str], at: int, verb: str) -> None:
+    from megatron_midus.command import PRETRAIN, SUMMARIES
+
+    if verb == "completion" or "--help" in words:
+        return
+    assert verb in SUMMARIES, f"{verb} is no verb of midus"
+    if words[0] == "torchrun":
+        check_launcher([*words[1 : at - 2], "program.py"])
+    if verb == PRETRAIN:
+        check_driver(words[at + 1 :])
+    parser = parser_of(f"midus {verb}")
+    assert parser is not None
+    check_flags(parser, words[at + 1 :])
+
+
 def check_command(words: list[str]) -> None:
+    if found := verb_of(words):
+        check_verb(words, *found)
+        return
     script = next((i for i, word in enumerate(words) if OURS.search(word) and word.endswith((".py", ".sh"))), None)
     if script is None:
         return
@@ -113,6 +143,10 @@ def test_a_block_is_run_or_says_why_not(block: Block):
         (["python", "pretrain_midus.py", "--moc-data", "…"], "--moc-data"),
         (["torchrun", "--nprocs", "2", "pretrain_midus.py", "…"], "--nprocs"),
         (["bash", "examples/quickstrat.sh"], "quickstrat"),
+        (["midus", "upscal", "--dry-run"], "upscal is no verb"),
+        (["midus", "upscale", "--hf-model", "x", "--num-blokcs", "2"], "num-blokcs"),
+        (["torchrun", "--nprocs", "2", "-m", "megatron_midus", "pretrain", "…"], "--nprocs"),
+        (["torchrun", "--nproc-per-node", "2", "-m", "megatron_midus", "pretrain", "--lr", "1e-3"], "--train-iters"),
     ],
 )
 def test_a_wrong_command_is_found(words, message):
