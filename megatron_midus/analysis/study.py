@@ -78,7 +78,7 @@ def check_is_midus(directory: str | Path) -> None:
     if config.get("model_type") != "midus":
         raise UserError(
             f"{directory} is a model of type {config.get('model_type')!r}, not midus; give a directory that "
-            "tools/upscale.py or tools/convert_checkpoint.py wrote for Hugging Face"
+            "midus upscale or midus convert wrote for Hugging Face"
         )
     if "memory" not in (config.get("block_types") or []):
         raise UserError(f"{directory} has no Memory block, so there is nothing to analyse in it")

@@ -142,7 +142,7 @@ class Arm:
     name: str
     """Unique; also the name of its directory."""
     policy: str
-    """Of tools/upscale.py."""
+    """Of midus upscale."""
     num_blocks: int | None = None
     """Blocks to insert, spread by the policy."""
     insert_after: list[int] | None = None
@@ -150,7 +150,7 @@ class Arm:
     train: Literal["inserted", "all", "none"] = "inserted"
     """What learns; none = the model is evaluated as up-scaling leaves it."""
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Settings of Memory blocks: the flags of tools/upscale.py without --memory-."""
+    """Settings of Memory blocks: the flags of midus upscale without --memory-."""
     calibration_data: str | None = None
     """Text for key_init: calibrated."""
     calibration_tokens: int = 8192
@@ -158,7 +158,7 @@ class Arm:
     lr: list[float] | None = None
     """Largest learning rate; several = the best on the first seed is used for all; that of the experiment when absent."""
     driver: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Flags of pretrain_midus.py for this arm alone."""
+    """Flags of midus pretrain for this arm alone."""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -208,7 +208,7 @@ class Experiment:
     min_lr_ratio: float = 0.1
     """Learning rate at the end of the decay, as a share of the largest."""
     driver: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Flags of pretrain_midus.py for all arms."""
+    """Flags of midus pretrain for all arms."""
     layout: Processes = dataclasses.field(default_factory=Processes)
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
     latency: LatencySettings = dataclasses.field(default_factory=LatencySettings)

@@ -42,7 +42,7 @@ class Mean:
 
 @dataclasses.dataclass
 class RunResult:
-    """One seed of one arm. Losses are nats per token of the whole held-out texts, by ``tools/evaluate.py``."""
+    """One seed of one arm. Losses are nats per token of the whole held-out texts, by ``midus evaluate``."""
 
     seed: int
     new_loss: float

@@ -15,7 +15,7 @@ class DataConfig:
     """Data and tokenizer"""
 
     data_path: list[str] | None = None
-    """Prefixes P of indexed datasets (P.bin and P.idx, made by tools/preprocess_data.py), each optionally preceded by
+    """Prefixes P of indexed datasets (P.bin and P.idx, made by midus preprocess), each optionally preceded by
     its weight in the blend: 0.7 P1 0.3 P2. Without weights every dataset is read in proportion to its size. Cut into
     train, valid and test by --split."""
 

@@ -98,7 +98,7 @@ class ModelConfig:
         try:
             return cls.from_dict(json.loads(path.read_text()))
         except FileNotFoundError:
-            raise UserError(f"{path} does not exist; it is written by tools/upscale.py and pretrain_midus.py") from None
+            raise UserError(f"{path} does not exist; it is written by midus upscale and midus pretrain") from None
         except (json.JSONDecodeError, TypeError) as error:
             raise UserError(f"{path} is not a valid model configuration: {error}") from None
 

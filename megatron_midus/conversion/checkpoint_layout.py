@@ -102,7 +102,7 @@ def find_checkpoint(root: str | Path, iteration: int | None = None) -> tuple[Pat
         iteration = read_latest_iteration(root)
         if iteration is None:
             hint = (
-                "; it looks like a Hugging Face directory: make a checkpoint of it with tools/upscale.py"
+                "; it looks like a Hugging Face directory: make a checkpoint of it with midus upscale"
                 if (root / "config.json").is_file()
                 else ""
             )

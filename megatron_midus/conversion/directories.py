@@ -58,7 +58,7 @@ def write_hf_directory(
         max_shard_size: bytes of one safetensors file.
         workers: tensors that are read and written at a time.
         training: what the weights went through, for the model card.
-        evaluation: report of tools/evaluate.py, for the model card.
+        evaluation: report of midus evaluate, for the model card.
         progress: called with each tensor's name.
     """
     directory = Path(directory)

@@ -61,7 +61,7 @@ def model_card(
         plan: the blocks.
         dtype: of the weights in the directory.
         training: what happened after up-scaling.
-        evaluation: report of tools/evaluate.py, as read from its JSON.
+        evaluation: report of midus evaluate, as read from its JSON.
     """
     base = plan.source_name or "the base model"
     tags = ["depth-up-scaling", *(["midus"] if plan.memory_indices else [])]
@@ -141,15 +141,15 @@ def _size_rows(model: ModelConfig, plan: UpscalePlan, dtype: str, training: Trai
 
 
 def read_evaluation(path: str | Path) -> dict[str, Any]:
-    """The JSON report of tools/evaluate.py; ``ValueError`` when the file holds something else."""
+    """The JSON report of midus evaluate; ``ValueError`` when the file holds something else."""
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         _evaluation_rows(report)
     except FileNotFoundError:
-        raise UserError(f"--evaluation {path} does not exist; make it with tools/evaluate.py") from None
+        raise UserError(f"--evaluation {path} does not exist; make it with midus evaluate") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--evaluation {path} is no JSON report of tools/evaluate.py ({type(error).__name__}: {error})"
+            f"--evaluation {path} is no JSON report of midus evaluate ({type(error).__name__}: {error})"
         ) from None
     return report
 

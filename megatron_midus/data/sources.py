@@ -180,7 +180,7 @@ def _check_index_file(path: str) -> None:
     """Header (magic, version, type, counts of sequences and of document ends), and the size that follows from it."""
     head = read_head(path, _HEADER.size)
     if head[:9] != b"MMIDIDX\x00\x00":
-        raise UserError(f"{path} is not the index of an indexed dataset; make it with tools/preprocess_data.py")
+        raise UserError(f"{path} is not the index of an indexed dataset; make it with midus preprocess")
     if len(head) == _HEADER.size:
         _, version, code, num_sequences, num_ends = _HEADER.unpack(head)
         # A length of 4 bytes and a place of 8 for each sequence, 8 for each document end. Multimodal ones have more.
@@ -198,7 +198,7 @@ def _hint(prefix: str) -> str:
     for name in (f"{prefix}_text_document", prefix.removesuffix(".bin").removesuffix(".idx")):
         if name != prefix and _exists(name):
             return f"; did you mean {name}?"
-    return "; give the prefix of a dataset that tools/preprocess_data.py made"
+    return "; give the prefix of a dataset that midus preprocess made"
 
 
 def _check_ids(prefix: str, dtype: Any, vocab_size: int) -> None:

@@ -23,7 +23,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         hint = ""
         if (directory / "latest_checkpointed_iteration.txt").is_file() or (directory / "model_config.json").is_file():
-            hint = "; it looks like a Megatron checkpoint: export it with tools/convert_checkpoint.py --to hf"
+            hint = "; it looks like a Megatron checkpoint: export it with midus convert --to hf"
         raise UserError(f"{directory} holds no config.json, so it is not a Hugging Face model{hint}")
     try:
         config = json.loads(path.read_text())

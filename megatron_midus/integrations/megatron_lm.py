@@ -95,7 +95,7 @@ def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument(
         "--midus-model",
         metavar="DIR",
-        help="up-scaled checkpoint of tools/upscale.py that says what the model is; "
+        help="up-scaled checkpoint of midus upscale that says what the model is; "
         "when absent, --pretrained-checkpoint or --load does",
     )
     group.add_argument(

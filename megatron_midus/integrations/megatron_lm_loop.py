@@ -63,7 +63,7 @@ def _complete_checkpoints() -> None:
     upscaled = megatron_lm.find_upscaled(arguments, required=False)
     if arguments.save and arguments.rank == 0 and upscaled is not None and Path(arguments.save).is_dir():
         for directory in megatron_lm.complete_checkpoints(arguments.save, upscaled.directory):
-            print(f"ready for tools/convert_checkpoint.py: {directory}", flush=True)
+            print(f"ready for midus convert: {directory}", flush=True)
 
 
 def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
@@ -104,7 +104,7 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every r
 
 
 def forward_step(iterator: Iterator | None, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    """``forward_step_func`` of upstream's ``pretrain()``: that of ``pretrain_midus.py``."""
+    """``forward_step_func`` of upstream's ``pretrain()``: that of ``midus pretrain``."""
     training = megatron_lm.upstream("megatron.training")
     arguments = training.get_args()
     shape = BatchShape(

@@ -42,7 +42,7 @@ def _row(c: Candidate) -> list[Cell]:
 
 
 def driver_flags(c: Candidate) -> list[str]:
-    """What to give to pretrain_midus.py for this layout."""
+    """What to give to midus pretrain for this layout."""
     layout = c.layout
     flags = [f"--micro-batch-size {c.workload.micro_batch_size}", f"--global-batch-size {c.workload.global_batch_size}"]
     if layout.tensor > 1:

@@ -125,7 +125,7 @@ def _check_flags_from_scratch(arguments: Arguments) -> None:
         )
     if arguments.memory:
         flags = ", ".join(f"{name}={value}" for name, value in arguments.memory.items())
-        raise UserError(f"{flags}: a model from scratch has no Memory blocks; train it, then use tools/upscale.py")
+        raise UserError(f"{flags}: a model from scratch has no Memory blocks; train it, then use midus upscale")
     hidden_size, heads = given["hidden_size"], given["num_attention_heads"]
     if heads < 1 or (hidden_size % heads and "kv_channels" not in given):
         raise UserError(

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,6 @@ from megatron_midus.training.arguments import build_parser
 from megatron_midus.upscaling import POLICIES
 
 ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT / "tools"))
 PAGE = (ROOT / "docs/comparing.md").read_text()
 SECTIONS = {
     "Top level": Experiment, "`data`": Data, "`data: train`, each": TrainData, "`budget`": Budget, "`arms`, each": Arm,
@@ -70,12 +68,12 @@ def test_the_file_of_the_page(tmp_path):
 
 
 def test_the_commands_of_the_page():
-    from compare import make_parser
+    from megatron_midus.command import parse
 
     blocks = re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     commands = [words for words in commands if words]
     assert len(commands) >= 4
-    for python, tool, *words in commands:
-        assert (python, tool) == ("python", "tools/compare.py")
-        assert (ROOT / make_parser().parse_args(words).experiment).is_file()
+    for midus, verb, *words in commands:
+        assert (midus, verb) == ("midus", "compare")
+        assert (ROOT / parse(verb, words).experiment).is_file()
