@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron_midus.errors import UserError
+from megatron_midus.json_files import read_json_object
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -55,9 +55,9 @@ def find_weight_files(directory: str | Path) -> WeightFiles:
 def _named_by_config(directory: Path) -> str | None:
     """``transformers_weights`` of ``config.json``; a broken ``config.json`` is for its own reader to report."""
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = read_json_object(directory / "config.json")
         name = config.get("transformers_weights")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, UserError):
         return None
     if name is None:
         return None
@@ -74,7 +74,7 @@ def _named_by_config(directory: Path) -> str | None:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json_object(path)["weight_map"]
         return {str(name): str(file_name) for name, file_name in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no safetensors index ({type(error).__name__}: {error}); fetch it again") from None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from megatron_midus.benchmark.result import BenchmarkResult, Section
 from megatron_midus.errors import UserError
+from megatron_midus.files import staged_file
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito 2008).
 PHASE_COLOURS = {"forward": "#56B4E9", "backward": "#0072B2", "iteration": "#0072B2"}
@@ -43,12 +42,8 @@ def plot_result(result: BenchmarkResult, target: str | Path) -> None:
         _draw_decode(ax, name, sections)
     torch_version = result.machine["versions"].get("torch", "?")
     figure.supxlabel(f"{result.device_text}; torch {torch_version}. Medians; whiskers: quartiles.", fontsize=8)
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".plot.") as directory:
-        partial = Path(directory, "plot.png")
-        figure.savefig(partial, dpi=100)
-        os.replace(partial, target)
+    with staged_file(target) as partial:
+        figure.savefig(partial, dpi=100, format="png")
 
 
 def _draw_bars(ax: Any, section: Section) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_midus.config.rope import normalise_rope
 from megatron_midus.errors import UserError
+from megatron_midus.json_files import read_json_object
 
 MODEL_CONFIG_FILE = "model_config.json"
 
@@ -96,10 +97,10 @@ class ModelConfig:
         """Reads ``model_config.json`` of a Megatron checkpoint directory."""
         path = Path(directory) / MODEL_CONFIG_FILE
         try:
-            return cls.from_dict(json.loads(path.read_text()))
+            return cls.from_dict(read_json_object(path))
         except FileNotFoundError:
             raise UserError(f"{path} does not exist; it is written by midus upscale and midus pretrain") from None
-        except (json.JSONDecodeError, TypeError) as error:
+        except TypeError as error:
             raise UserError(f"{path} is not a valid model configuration: {error}") from None
 
     def save(self, directory: str | Path) -> None:

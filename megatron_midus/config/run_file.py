@@ -111,7 +111,11 @@ def read_yaml(path: str | Path, *, what: str = "") -> dict[str, Any]:
         raise UserError(f"{what} {path} is not a file".strip())
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: not UTF-8, 2026-13-45, a 5000-digit integer
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}

@@ -20,6 +20,7 @@ from megatron_midus.config import ModelConfig
 from megatron_midus.config.memory import STORED_NAMES
 from megatron_midus.conversion.streaming import in_parallel, num_bytes, read_finite, tensor_bytes
 from megatron_midus.errors import UserError
+from megatron_midus.json_files import read_json_object
 from megatron_midus.upscaling.tensors import EMBEDDING, OUTPUT_LAYER, Shape, TensorSource, split_name
 from megatron_midus.weight_files import INDEX_FILE, WEIGHTS_FILE, find_weight_files
 
@@ -58,13 +59,7 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         hint = "; it looks like a Megatron checkpoint" if any(directory.glob("iter_*")) else ""
         raise UserError(f"{path} does not exist, so {directory} is no Hugging Face model{hint}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return config
+    return read_json_object(path)
 
 
 def parse_size(text: str) -> int:
@@ -176,7 +171,7 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
         with open(path, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is corrupt or truncated ({error}); fetch it again") from None
     header.pop("__metadata__", None)
     return 8 + length, header

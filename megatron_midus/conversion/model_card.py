@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_midus.config import ModelConfig
 from megatron_midus.errors import UserError
+from megatron_midus.json_files import read_json_object
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.cost import total_parameters, trainable_parameters
 from megatron_midus.upscaling.policies import none
@@ -143,11 +143,11 @@ def _size_rows(model: ModelConfig, plan: UpscalePlan, dtype: str, training: Trai
 def read_evaluation(path: str | Path) -> dict[str, Any]:
     """The JSON report of midus evaluate; ``ValueError`` when the file holds something else."""
     try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        report = read_json_object(path)
         _evaluation_rows(report)
     except FileNotFoundError:
         raise UserError(f"--evaluation {path} does not exist; make it with midus evaluate") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"--evaluation {path} is no JSON report of midus evaluate ({type(error).__name__}: {error})"
         ) from None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_midus.errors import UserError
+from megatron_midus.json_files import read_json_object
 
 
 def tokenizer_size(directory: str | Path) -> int | None:
@@ -21,9 +21,9 @@ def tokenizer_size(directory: str | Path) -> int | None:
     elif (directory / "tokenizer.model").is_file():
         sizes.append(_sentencepiece_size(directory / "tokenizer.model"))
     elif (directory / "vocab.json").is_file():
-        sizes.append(_largest(_read_json(directory / "vocab.json").values()))
+        sizes.append(_largest(read_json_object(directory / "vocab.json").values()))
     if (directory / "added_tokens.json").is_file():
-        sizes.append(_largest(_read_json(directory / "added_tokens.json").values()))
+        sizes.append(_largest(read_json_object(directory / "added_tokens.json").values()))
     return max(sizes, default=None)
 
 
@@ -42,7 +42,10 @@ def special_token_ids(directory: str | Path) -> dict[str, int]:
     directory = Path(directory)
     if not (directory / "tokenizer_config.json").is_file() or not (directory / "tokenizer.json").is_file():
         return {}
-    settings, content = _read_json(directory / "tokenizer_config.json"), _read_json(directory / "tokenizer.json")
+    settings, content = (
+        read_json_object(directory / "tokenizer_config.json"),
+        read_json_object(directory / "tokenizer.json"),
+    )
     ids = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
     found = {}
     for name in ("bos_token", "eos_token", "pad_token"):
@@ -54,7 +57,7 @@ def special_token_ids(directory: str | Path) -> dict[str, int]:
 
 
 def _fast_size(path: Path) -> int:
-    content = _read_json(path)
+    content = read_json_object(path)
     try:
         vocab = content["model"]["vocab"]
         added = [token["id"] for token in content.get("added_tokens") or []]
@@ -74,16 +77,6 @@ def _sentencepiece_size(path: Path) -> int:
         return processor.GetPieceSize()
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path} is not a SentencePiece model: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
 
 
 def _largest(ids: Any) -> int:

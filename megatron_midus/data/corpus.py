@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import gzip
 import io
 import itertools
-import json
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_midus.data.compression import DamagedStream, Gzip, PackedStream, Zstandard
 from megatron_midus.errors import UserError
+from megatron_midus.json_files import parse_json
 
 DEFAULT_SEPARATOR = "\f"
 TEXT_KEY = "text"
@@ -61,9 +60,9 @@ class RawDocument:
 
     def _values(self, text: str, keys: Sequence[str]) -> list[object]:
         try:
-            record = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise MalformedDocument(f"{self.where}: not JSON ({error})") from None
+            record = parse_json(text, self.where)
+        except UserError as error:
+            raise MalformedDocument(str(error)) from None
         if not isinstance(record, dict):
             raise MalformedDocument(f"{self.where}: a {type(record).__name__}, not a JSON object")
         for key in keys:
@@ -179,7 +178,7 @@ def read_raw(
         with _open(path) as stream:
             records = _read_lines(path, stream) if is_json else _read_separated(path, stream, separator.encode())
             yield from itertools.islice(records, start, None)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except DamagedStream as error:
         raise UserError(f"{path} is damaged or cut off: {error}") from None
 
 
@@ -218,18 +217,10 @@ def unescape(text: str) -> str:
 
 def _open(path: Path) -> BinaryIO:
     if path.name.endswith(".gz"):
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return io.BufferedReader(PackedStream(path, Gzip(path)), _CHUNK)  # type: ignore[type-var, return-value]
     if path.name.endswith(".zst"):
-        return _open_zstandard(path)
+        return io.BufferedReader(PackedStream(path, Zstandard(path)), _CHUNK)  # type: ignore[type-var, return-value]
     return open(path, "rb")
-
-
-def _open_zstandard(path: Path) -> BinaryIO:
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError(f"{path} needs the package zstandard: pip install zstandard") from None
-    return io.BufferedReader(_ZstandardStream(zstandard, path), _CHUNK)  # type: ignore[return-value]
 
 
 def _read_lines(path: Path, stream: BinaryIO) -> Iterator[RawDocument]:
@@ -294,7 +285,8 @@ def _read_rows(path: Path, keys: Sequence[str], start: int) -> Iterator[RowDocum
                         row += 1
                         if row > start:
                             yield RowDocument(str(path), row, values)
-            except (ArrowException, OSError) as error:
+            # ValueError, OverflowError: a column of another type, whose values Python has no equal of.
+            except (ArrowException, OSError, ValueError, OverflowError) as error:
                 raise UserError(f"{path} is damaged after row {row}: {str(error).strip()}") from None
 
 
@@ -304,52 +296,8 @@ def _cells(column: Any) -> list[object]:
 
     if pyarrow.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if pyarrow.types.is_string(column.type):
+    if pyarrow.types.is_string(column.type) or pyarrow.types.is_string_view(column.type):
         column = column.cast(pyarrow.binary())
     elif pyarrow.types.is_large_string(column.type):
         column = column.cast(pyarrow.large_binary())
     return column.to_pylist()
-
-
-class _ZstandardStream(io.RawIOBase):
-    """A .zst file that, unlike zstandard's own reader, complains when its last frame is cut off."""
-
-    def __init__(self, zstandard, path: Path) -> None:
-        self._path = path
-        self._error = zstandard.ZstdError
-        self._file = open(path, "rb")  # noqa: SIM115
-        self._make = zstandard.ZstdDecompressor().decompressobj
-        self._frame = None
-        self._pending = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._pending:
-            chunk = self._file.read(_CHUNK)
-            if not chunk:
-                if self._frame is not None:
-                    raise EOFError("the last frame is not complete")
-                return 0
-            self._pending = self._decompress(chunk)
-        count = min(len(buffer), len(self._pending))
-        buffer[:count], self._pending = self._pending[:count], self._pending[count:]
-        return count
-
-    def _decompress(self, chunk: bytes) -> bytes:
-        pieces = []
-        while chunk:
-            self._frame = self._frame or self._make()
-            try:
-                pieces.append(self._frame.decompress(chunk))
-            except self._error as error:
-                raise EOFError(str(error)) from None
-            chunk = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        return b"".join(pieces)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

@@ -7,7 +7,6 @@ files, splits without a token (an endless loop), ids beyond the vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import struct
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from megatron_midus.config.data import DEFAULT_SPLIT, DataConfig
 from megatron_midus.data.statistics import statistics_path
 from megatron_midus.data.tokenizer import Tokenizer
 from megatron_midus.errors import UserError
+from megatron_midus.json_files import read_json_object
 
 SPLITS = ("train", "valid", "test")
 Blend = tuple[list[str], list[float] | None]
@@ -230,7 +230,7 @@ def _read_statistics(prefix: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        statistics = json.loads(path.read_text())
+        statistics = read_json_object(path)
         statistics["max_token_id"] = int(statistics["max_token_id"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not the statistics of a dataset; delete it or make the data again") from None

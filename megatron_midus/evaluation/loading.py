@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import torch
 
 from megatron_midus.errors import UserError
 from megatron_midus.evaluation.parameters import check_safetensors
+from megatron_midus.json_files import read_json_object
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -25,13 +25,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         if (directory / "latest_checkpointed_iteration.txt").is_file() or (directory / "model_config.json").is_file():
             hint = "; it looks like a Megatron checkpoint: export it with midus convert --to hf"
         raise UserError(f"{directory} holds no config.json, so it is not a Hugging Face model{hint}")
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return config
+    return read_json_object(path)
 
 
 def choose_device(name: str | None) -> torch.device:

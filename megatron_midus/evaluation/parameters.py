@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_midus.errors import UserError
+from megatron_midus.json_files import read_json_object
 from megatron_midus.upscaling import PLAN_FILE, UpscalePlan
 from megatron_midus.weight_files import find_weight_files
 
@@ -70,7 +71,7 @@ def _is_tied(directory: Path) -> bool:
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def check_safetensors(directory: str | Path) -> None:
@@ -106,7 +107,7 @@ def _read_header(path: Path) -> dict[str, Any]:
                 + length
                 + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
             )
-        except (ValueError, KeyError, AttributeError, TypeError, IndexError):
+        except (ValueError, RecursionError, KeyError, AttributeError, TypeError, IndexError):
             raise UserError(f"{path} is not a safetensors file: its header is damaged; copy the model again") from None
     if size != expected:
         raise UserError(f"{path} has {size} bytes, its header says {expected}; it is damaged, copy the model again")

@@ -21,6 +21,7 @@ from typing import Any
 
 from megatron_midus.config.parser import did_you_mean
 from megatron_midus.errors import UserError
+from megatron_midus.json_files import parse_json
 
 INSTALL_HINT = "pip install 'megatron-midus[eval]'"
 
@@ -125,16 +126,15 @@ def _check_file(path: Path, task: str, fields: Sequence[str]) -> None:
         raise UserError(f"there is no data of task {task}: {path} does not exist")
     count = 0
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split(
+            "\n"
+        )  # not splitlines: it divides at characters that JSON strings may hold
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
+        item = parse_json(line, f"{path}:{number}")
         missing = [name for name in fields if not isinstance(item, dict) or name not in item]
         if missing:
             raise UserError(

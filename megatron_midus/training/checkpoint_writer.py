@@ -12,10 +12,9 @@ import json
 import logging
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from megatron.core import parallel_state
@@ -37,8 +36,9 @@ from megatron_midus.conversion.checkpoint_layout import (
 )
 from megatron_midus.conversion.checksums import file_sha256, write_checksums
 from megatron_midus.errors import UserError
-from megatron_midus.files import remove_partials
+from megatron_midus.files import discard_directory, remove_partials, replace_directory
 from megatron_midus.megatron_compat import save_checkpoint
+from megatron_midus.partials import CONTENT, destroy, make_partial, new_token, partial_path, target_name
 from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.helper_process import start_result_queue
 from megatron_midus.training.optimizer_state import optimizer_metadata
@@ -73,6 +73,7 @@ class CheckpointWriter:
         self._queue = AsyncCallsQueue() if is_async else None
         self._strategy = _sharing_strategy() if fully_parallel else get_default_save_sharded_strategy()
         self._run = _agree_on_name()
+        self._lock: BinaryIO | None = None
         self._saving = 0  # the iteration that is being written, or was last
         # Its processes report what they could not write; the one line of the run has it too.
         logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
@@ -87,7 +88,8 @@ class CheckpointWriter:
         self.finalize(blocking=True)
         staging = self._staging_directory(iteration)
         if torch.distributed.get_rank() == 0:
-            staging.mkdir(parents=True)
+            _, self._lock = make_partial(self.root, iteration_directory(self.root, iteration).name, self._run)
+            staging.mkdir()
         torch.distributed.barrier()
         self._saving = iteration
         with self._failures_named():
@@ -128,8 +130,8 @@ class CheckpointWriter:
             reasons = [" ".join(str(reason).split())[:200] for reason, _ in error.failures.values()]
             free = shutil.disk_usage(self.root).free
             if torch.distributed.get_rank() == 0:
-                shutil.rmtree(self._staging_directory(self._saving), ignore_errors=True)
-            raise OSError(
+                self._end_partial(self._saving)
+            raise UserError(
                 f"a checkpoint of iteration {self._saving} could not be saved to {self.root} "
                 f"({reasons[0] if reasons else 'another rank failed'}; {free / 2**30:.1f} GiB are free there); the latest "
                 f"one there is of iteration {read_latest_iteration(self.root)}. Make room or choose another --save, and "
@@ -152,6 +154,7 @@ class CheckpointWriter:
             self._copy_assets(staging / ASSETS_DIRECTORY)
             write_checksums(staging, {name: value for each in everyones for name, value in each.items()})
             replace_directory(staging, target)
+            self._end_partial(iteration)
             if self._assets is not None:
                 self._assets = target / ASSETS_DIRECTORY
             write_latest_iteration(self.root, iteration)
@@ -165,15 +168,21 @@ class CheckpointWriter:
         if held[0] is None or held[0] <= iteration:
             return
         if torch.distributed.get_rank() == 0:
-            shutil.rmtree(self._staging_directory(iteration), ignore_errors=True)
+            self._end_partial(iteration)
         raise UserError(
             f"{self.root} holds iteration {held[0]} of another run that was started meanwhile, so iteration {iteration} of "
             "this one is not saved there; give every run a --save of its own"
         )
 
     def _staging_directory(self, iteration: int) -> Path:
-        # Hidden, so that nobody takes it for a checkpoint.
-        return self.root / f".{iteration_directory(self.root, iteration).name}.{self._run}.partial"
+        return partial_path(self.root, iteration_directory(self.root, iteration).name, self._run) / CONTENT
+
+    def _end_partial(self, iteration: int) -> None:
+        """On rank 0, which holds the lock for all."""
+        destroy(self._staging_directory(iteration).parent, iteration_directory(self.root, iteration))
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _copy_assets(self, target: Path) -> None:
         if self._assets is None:
@@ -198,7 +207,7 @@ def _agree_on_name() -> str:
     Processes that write in the background outlive a killed rank for a while. What they still write must not fall into
     the files of the run that was started again.
     """
-    name = [uuid.uuid4().hex[:8]]
+    name = [new_token()]
     torch.distributed.broadcast_object_list(name, src=0)
     return name[0]
 
@@ -228,27 +237,10 @@ def _hashes_file(directory: Path, rank: int) -> Path:
 
 
 # -- directories -----------------------------------------------------------------------------------------------------
-def replace_directory(staging: Path, target: Path) -> None:
-    """Renames ``staging`` to ``target``; an older ``target`` gives way at the last moment."""
-    old = target.with_name(f".{target.name}.old")
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(target, old)
-    os.rename(staging, target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def remove_leftovers(root: Path) -> None:
-    """Deletes what a killed save left, and puts back a checkpoint that was about to be replaced."""
-    for path in root.glob(".iter_*.old"):
-        target = root / path.name.removeprefix(".").removesuffix(".old")
-        if target.exists():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            os.rename(path, target)
-    for path in root.glob(".iter_*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
-    for name in (LATEST_FILE, LATEST_CHECKSUM_FILE, RUN_FILE):
+    """Deletes what killed saves left, and puts back a checkpoint that was about to be replaced."""
+    checkpoints = {name for path in root.glob(".iter_*.partial") if (name := target_name(path.name))}
+    for name in sorted(checkpoints | {LATEST_FILE, LATEST_CHECKSUM_FILE, RUN_FILE}):
         remove_partials(root / name)
 
 
@@ -259,11 +251,7 @@ def apply_retention(root: Path, keep_last: int, newest: int) -> None:
     # Iterations above the newest belong to a run that was rewound; they are not this run's to delete.
     mine = [i for i in list_iterations(root) if 0 < i <= newest]
     for iteration in mine[:-keep_last]:
-        directory = iteration_directory(root, iteration)
-        # Out of the way in one step: a reader must not find half a checkpoint.
-        doomed = directory.with_name(f".{directory.name}.partial")
-        os.rename(directory, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        discard_directory(iteration_directory(root, iteration))
 
 
 def set_aside(root: Path, iterations: Iterable[int], *, go_on_from: int) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from megatron_midus import cli
-from megatron_midus.errors import UserError
+from megatron_midus.errors import is_users_mistake
 from megatron_midus.training.architecture import resolve_model
 from megatron_midus.training.arguments import Arguments, parse_arguments
 from megatron_midus.training.checks import (
@@ -119,7 +119,8 @@ def _lost_ranks_named(rank: int) -> Iterator[None]:
 
 def run() -> NoReturn:
     """``main`` with the exit codes and the one-line errors of all tools, said once and not by every rank."""
-    cli.run(_main_of_rank)
+    # SIGTERM has to end a rank that waits in a collective, where no handler of Python's runs.
+    cli.run(_main_of_rank, handle_signals=False)
 
 
 def _main_of_rank() -> int:
@@ -127,13 +128,10 @@ def _main_of_rank() -> int:
     try:
         with _lost_ranks_named(rank):
             return main()
-    except (ValueError, OSError) as error:
-        if rank > 0:
+    except Exception as error:
+        if rank > 0 and is_users_mistake(error):
             # Mistakes are mostly everybody's. Rank 0 says so and the launcher ends us; otherwise we speak after a while.
             _wait_for_rank_0()
-        _leave_for_torchrun(error)
-        raise
-    except Exception as error:
         _leave_for_torchrun(error)
         raise
     except KeyboardInterrupt:
@@ -146,7 +144,7 @@ def _main_of_rank() -> int:
 
 def _leave_for_torchrun(error: Exception) -> None:
     """A user's mistake is one line there, too; a bug is its traceback."""
-    if isinstance(error, (UserError, OSError)) and not os.environ.get("MIDUS_TRACEBACK"):
+    if is_users_mistake(error) and not os.environ.get("MIDUS_TRACEBACK"):
         text = cli.describe(error)
     else:
         text = "".join(traceback.format_exception(error))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
 from megatron_midus.config.telemetry import LoggingConfig
+from megatron_midus.files import staged_file
 
 
 class StepProfiler:
@@ -49,9 +49,7 @@ class StepProfiler:
         if self._profiler is None:
             return None
         self._profiler.stop()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        self._profiler.export_chrome_trace(str(partial))
-        os.replace(partial, self.path)
+        with staged_file(self.path) as partial:
+            self._profiler.export_chrome_trace(str(partial))
         self._profiler = None
         return self.path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_midus.errors import UserError
+from megatron_midus.json_files import parse_json
 from megatron_midus.ops import calibrated_keys
 from megatron_midus.upscaling.plan import UpscalePlan
 from megatron_midus.upscaling.tensors import layer_name
@@ -45,9 +45,9 @@ def _texts(path: Path) -> Iterator[str]:
         for number, line in enumerate(stream, start=1):
             try:
                 if line.strip():
-                    yield str(json.loads(line)["text"])
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise UserError(f"{path} line {number} is no JSON object with a 'text' entry") from None
+                    yield str(parse_json(line, f"{path}:{number}")["text"])
+            except (KeyError, TypeError):
+                raise UserError(f"{path}:{number}: no JSON object with a 'text' entry") from None
 
 
 def collect_queries(model: Any, sequences: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -67,6 +68,7 @@ class UpscaledTensors:
         self._dtype = parse_dtype(dtype)
         self._calibrated = dict(calibrated or {})
         self._shapes = model_shapes(model, plan)
+        self._fusing = threading.Lock()
         self._fused: tuple[int, LayerFusion] | None = None
 
     def names(self) -> Sequence[str]:
@@ -108,13 +110,15 @@ class UpscaledTensors:
 
     def _fusion(self, index: int) -> LayerFusion:
         """Of one block at a time: tensors are asked for block by block, and a transport plan is large."""
-        if self._fused is None or self._fused[0] != index:
-            block = self._plan.blocks[index]
-            first, second = block.source
-            scale: Scale = "literal" if block.init == "transport_literal" else "normalised"
-            read = lambda layer, suffix: self._base.read(layer_name(layer, suffix))  # noqa: E731
-            self._fused = (index, LayerFusion(read, first, second, scale))
-        return self._fused[1]
+        # Threads of a converter are here at a time, at the end of one block and the beginning of the next.
+        with self._fusing:
+            if self._fused is None or self._fused[0] != index:
+                block = self._plan.blocks[index]
+                first, second = block.source
+                scale: Scale = "literal" if block.init == "transport_literal" else "normalised"
+                read = lambda layer, suffix: self._base.read(layer_name(layer, suffix))  # noqa: E731
+                self._fused = (index, LayerFusion(read, first, second, scale))
+            return self._fused[1]
 
     def _read_memory_block(self, block: Block, index: int, suffix: str) -> torch.Tensor:
         if _copies_base(suffix):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from megatron_midus.config import MemoryConfig
 from megatron_midus.errors import UserError
+from megatron_midus.json_files import read_json_object
 
 PLAN_FILE = "midus_plan.json"
 # 2: exports name the value bank memory.value_bank; in those of 1 it is memory.values. Nothing else changed.
@@ -235,10 +236,10 @@ class UpscalePlan:
         """Reads ``midus_plan.json`` from ``directory``; raises ``ValueError`` when it is missing or broken."""
         path = Path(directory) / PLAN_FILE
         try:
-            return cls.from_dict(json.loads(path.read_text()))
+            content = read_json_object(path)
         except FileNotFoundError:
             raise UserError(f"{path} does not exist; every checkpoint of this project carries one") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from None
-        except ValueError as error:
+        try:
+            return cls.from_dict(content)
+        except UserError as error:
             raise UserError(f"{path}: {error}") from None

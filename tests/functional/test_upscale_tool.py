@@ -400,7 +400,7 @@ def test_empty_calibration_text(tmp_path, base):
     arguments = ["--num-blocks", 2, *MEMORY, "--memory-key-init", "calibrated", "--calibration-data"]
     with pytest.raises(ValueError, match="holds no text"):
         run(base, tmp_path / "out", *arguments, tmp_path / "empty.txt")
-    with pytest.raises(ValueError, match="line 2 is no JSON object with a 'text' entry"):
+    with pytest.raises(ValueError, match="2: no JSON object with a 'text' entry"):
         run(base, tmp_path / "out", *arguments, tmp_path / "bad.jsonl")
     assert not (tmp_path / "out").exists()
 

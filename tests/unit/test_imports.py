@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_midus"
 
-FREE = {"files", "cli", "errors", "progress", "weight_files", "hub"}
+FREE = {"files", "cli", "errors", "hub", "json_files", "mounts", "partials", "progress", "weight_files"}
 TOPMOST = {"tools", "examples", "pretrain_midus", "tests"}
 
 

@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from test_corpus import MALFORMED
 
 from megatron_midus.data import preprocess as module
 from megatron_midus.data.preprocess import PreprocessConfig, preprocess
@@ -168,6 +169,21 @@ def test_bad_lines_end_the_run_or_are_counted(run, tmp_path, texts):
         f"{path}:63",
     ]
     assert len(documents(f"{prefix}_text_document")) == len(texts)
+
+
+def test_every_way_a_line_fails_to_parse_is_a_malformed_document(run, tmp_path):
+    """Each is left out, counted and listed with file and line; what is beside it is kept."""
+    bad = [
+        content for content, message in MALFORMED.values() if b"\n" not in content and f"{message} "[:8] == "a.jsonl:"
+    ]
+    path = tmp_path / "a.jsonl"
+    good = json.dumps({"text": "good"}).encode()
+    path.write_bytes(b"\n".join(line for each in bad for line in (each, good)))
+    prefix, result = run(str(path), skip_bad_lines=True)
+    assert len(bad) > 10 and result.skipped.malformed == len(bad)
+    listed = Path(f"{prefix}_malformed.txt").read_text().splitlines()
+    assert [line.split(": ")[0] for line in listed] == [f"{path}:{1 + 2 * index}" for index in range(len(bad))]
+    assert len(documents(f"{prefix}_text_document")) == len(bad)
 
 
 def test_malformed_lines_are_listed(run, tmp_path, texts):

@@ -171,7 +171,7 @@ MISTAKES = {
     "no file": (["piqa"], lambda d: (d / "piqa.jsonl").unlink(), "no data of task piqa: .*piqa.jsonl does not exist"),
     "no subject": (["mmlu"], lambda d: shutil.rmtree(d / "mmlu"), "holds no file of a subject"),
     "empty": (["boolq"], lambda d: (d / "boolq.jsonl").write_text("\n"), "boolq.jsonl holds no item"),
-    "no JSON": (["boolq"], lambda d: (d / "boolq.jsonl").write_text("{"), r"boolq.jsonl:1: not valid JSON"),
+    "no JSON": (["boolq"], lambda d: (d / "boolq.jsonl").write_text("{"), r"boolq.jsonl:1: not JSON"),
     "no object": (["boolq"], lambda d: (d / "boolq.jsonl").write_text("[1]"), "needs the entry 'passage'"),
     "no entry": (["piqa"], lambda d: edit(d / "piqa.jsonl", lambda i: i.pop("sol2")), "piqa.jsonl:2: .* 'sol2'"),
     "not text": (["piqa"], lambda d: (d / "piqa.jsonl").write_bytes(b"\xff\xfe"), "is not UTF-8 text"),

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from leftovers import leave_partial
 
-from megatron_midus.training.checkpoint_writer import apply_retention, remove_leftovers, replace_directory
+from megatron_midus.files import replace_directory
+from megatron_midus.partials import destroy, make_partial
+from megatron_midus.training.checkpoint_writer import apply_retention, remove_leftovers
 
 
 def directories(root: Path) -> list[str]:
@@ -20,29 +23,44 @@ def make(root: Path, *names: str) -> None:
 
 
 def test_leftovers_of_a_killed_save_are_removed(tmp_path):
-    make(tmp_path, "iter_0000001", ".iter_0000002.partial", ".iter_0000001.old", "notes")
+    make(tmp_path, "iter_0000001", "notes")
     names = ["latest_checkpointed_iteration.sha256", "latest_checkpointed_iteration.txt", "notes.txt", "run.yaml"]
     for name in names:
         (tmp_path / name).touch()
-        (tmp_path / f".{name}.1234.partial").touch()
+        leave_partial(tmp_path, name)
+    leave_partial(tmp_path, "iter_0000002", content={"__0_0.distcp": ""})
+    leave_partial(tmp_path, "iter_0000001", old={"file": ""})
+    # Another process is writing this one.
+    living, lock = make_partial(tmp_path, "iter_0000003")
     remove_leftovers(tmp_path)
+    lock.close()
     # What belongs to somebody else stays.
-    assert directories(tmp_path) == [".notes.txt.1234.partial", "iter_0000001", *names[:2], "notes", *names[2:]]
+    assert directories(tmp_path) == [
+        living.name,
+        ".notes.txt.00000000dead.partial",
+        "iter_0000001",
+        *names[:2],
+        "notes",
+        *names[2:],
+    ]
+    assert (tmp_path / "iter_0000001/file").read_text() == "iter_0000001"
 
 
 def test_a_checkpoint_that_was_about_to_be_replaced_comes_back(tmp_path):
-    make(tmp_path, ".iter_0000003.old")
+    leave_partial(tmp_path, "iter_0000003", content={"file": "new"}, old={"file": "old"})
     remove_leftovers(tmp_path)
     assert directories(tmp_path) == ["iter_0000003"]
-    assert (tmp_path / "iter_0000003" / "file").read_text() == ".iter_0000003.old"
+    assert (tmp_path / "iter_0000003" / "file").read_text() == "old"
 
 
 def test_replacing_a_checkpoint_leaves_nothing_of_the_old_one(tmp_path):
-    make(tmp_path, "iter_0000003", ".iter_0000003.partial")
+    make(tmp_path, "iter_0000003")
     (tmp_path / "iter_0000003" / "old").touch()
-    replace_directory(tmp_path / ".iter_0000003.partial", tmp_path / "iter_0000003")
+    partial = leave_partial(tmp_path, "iter_0000003", content={"file": "new"})
+    replace_directory(partial / "content", tmp_path / "iter_0000003")
+    assert sorted(path.name for path in (tmp_path / "iter_0000003").iterdir()) == ["file"]
+    destroy(partial, tmp_path / "iter_0000003")
     assert directories(tmp_path) == ["iter_0000003"]
-    assert [path.name for path in (tmp_path / "iter_0000003").iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """Every tensor of an up-scaled model is the right one: copied, zeroed, averaged or newly made."""
 
+import threading
+
 import pytest
 import torch
 from random_base import MEMORY, MODEL, random_base, upscaled
+from tiny_models import DictSource
 
 from megatron_midus.ops import initialize_parameter
 from megatron_midus.upscaling import POLICIES, make_plan
@@ -128,3 +131,54 @@ def test_refusals():
         parse_dtype("float8")
     with pytest.raises(ValueError, match="base of 4 layers, this one has 5"):
         UpscaledTensors(random_base(), MODEL, make_plan("none", num_layers=4))
+
+
+class NoticedLock:
+    """A lock that tells when ``thread`` has come to it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.arrived = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is self.thread:
+            self.arrived.set()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_threads_that_fuse_two_blocks_get_each_its_own(monkeypatch):
+    """The second thread comes at the worst moment: when the first has kept its block and not yet taken it."""
+    base, plan, wanted = upscaled("opt_deus", num_blocks=2)
+    first, second = (f"model.layers.{index}.mlp.up_proj.weight" for index in plan.inserted_indices)
+    lock = NoticedLock()
+
+    class Interleaved(UpscaledTensors):
+        @property
+        def _fused(self):
+            return self.__dict__.get("fused")
+
+        @_fused.setter
+        def _fused(self, value):
+            self.__dict__["fused"] = value
+            if value is not None and lock.thread is None:
+
+                def read():
+                    found[second] = tensors.read(second)
+                    lock.arrived.set()
+
+                lock.thread = threading.Thread(target=read)
+                lock.thread.start()
+                lock.arrived.wait()  # at the lock, or past the whole
+
+    found = {}
+    tensors = Interleaved(DictSource(base), MODEL, plan)
+    tensors._fusing = lock
+    found[first] = tensors.read(first)
+    lock.thread.join()
+    for name in (first, second):
+        assert torch.equal(found[name], wanted[name]), name
+    assert not torch.equal(wanted[first], wanted[second])
