@@ -76,7 +76,9 @@ def run_in_threads(function: Callable[[list], None], parts: list[list]) -> None:
     """
     if len(parts) == 1:
         return function(parts[0])
-    for done in [_pool(len(parts), os.getpid()).submit(torch.no_grad()(function), part) for part in parts]:
+    # The mode holds for one thread alone, and tensors made in inference mode can be written in that mode only.
+    mode = torch.inference_mode() if torch.is_inference_mode_enabled() else torch.no_grad()
+    for done in [_pool(len(parts), os.getpid()).submit(mode(function), part) for part in parts]:
         done.result()
 
 
