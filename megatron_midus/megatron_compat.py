@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import common
 
 
 def _takes(function: Any, argument: str) -> bool:
@@ -35,23 +37,22 @@ def save_checkpoint(state: dict[str, Any], directory: str | Path, strategy: Any 
 def load_checkpoint(state: dict[str, Any], directory: str | Path) -> dict[str, Any]:
     """``dist_checkpointing.load`` of what ``state`` names, whichever release wrote the checkpoint. Collective.
 
-    What all ranks have alike is not for here, ``conversion.common_state`` reads it: releases that have a strategy for
-    it know ``common.pt`` alone, which later ones do not write.
+    What all ranks have alike is not for here, ``conversion.common_state`` reads it without running any of it. Releases
+    before 0.19 would fail without a ``common.pt``, which later ones do not write.
     """
-    options: dict[str, Any] = {}
-    if _takes(dist_checkpointing.load, "common_strategy"):
-        options["common_strategy"] = _no_common_state()
-    return dist_checkpointing.load(state, str(directory), **options)
-
-
-def _no_common_state() -> Any:
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
-
-    class NoCommonState(TorchCommonLoadStrategy):
-        def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-            return {}
-
-    return NoCommonState()
+    strategy = getattr(common, "TorchCommonLoadStrategy", None)
+    if strategy is not None:
+        nothing = type("NoCommonState", (strategy,), {"load_common": lambda self, directory: {}})()
+        return dist_checkpointing.load(state, str(directory), common_strategy=nothing)
+    # Later releases have no strategy for it; load() calls the one of these functions that it has.
+    replaced = {name: getattr(serialization, name) for name in ("load_common", "load_common_state_dict")}
+    try:
+        for name in replaced:
+            setattr(serialization, name, lambda directory: {})
+        return dist_checkpointing.load(state, str(directory))
+    finally:
+        for name, function in replaced.items():
+            setattr(serialization, name, function)
 
 
 def use_built_dataset_helpers() -> None:

@@ -11,7 +11,7 @@ root="$PWD"
 
 find_python() {
     local candidate
-    for candidate in ${MIDUS_PYTHON312:-} python3.12 "$(command -v uv >/dev/null && uv python find --no-python-downloads 3.12 2>/dev/null)" \
+    for candidate in ${MIDUS_PYTHON312:-} python3.12 "$(uv --version >/dev/null 2>&1 && uv python find --no-python-downloads 3.12 2>/dev/null)" \
         "$HOME"/.pyenv/versions/3.12*/bin/python; do
         # A pyenv shim is there without the version that it stands for.
         "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1 && { printf '%s\n' "$candidate"; return; }
@@ -22,7 +22,7 @@ find_python() {
 install() { # into the environment of $1, what $2 and onwards say
     local venv="$1"
     shift
-    if command -v uv >/dev/null; then
+    if uv --version >/dev/null 2>&1; then
         uv pip install --quiet --python "$venv/bin/python" -c constraints.txt "$@"
     else
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"
@@ -58,7 +58,7 @@ python -c 'from importlib.metadata import version; print("Megatron-Core", versio
 
 if [ $# -eq 0 ]; then
     layouts="tests/distributed/test_layout_matrix.py::test_every_layout_trains_alike"
-    set -- tests/functional/test_upstream.py tests/functional/test_megatron_releases.py \
+    set -- tests/functional/test_upstream.py tests/functional/test_megatron_releases.py tests/functional/test_short_journey.py \
         "${layouts}[tp2 sp]" "${layouts}[tp2 sp, full recompute]" "${layouts}[pp2 vpp2, uneven]" "${layouts}[dp2, overlapped]" \
         tests/unit/integrations tests/unit/memory tests/unit/model tests/unit/training tests/unit/conversion tests/unit/test_platform.py
 fi

@@ -39,20 +39,22 @@ def pretrain() -> None:
 
 
 def _call_pretrain() -> None:
-    """Before 0.19 ``pretrain()`` parses the command line itself; since then it takes a container of configurations."""
+    """Before 0.18 ``pretrain()`` parses the command line itself; since then it takes a container of configurations."""
     training = megatron_lm.upstream("megatron.training")
-    parts = (datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    parts = {
+        "train_valid_test_dataset_provider": datasets_provider,
+        "model_provider": megatron_lm.model_provider,
+        "model_type": ModelType.encoder_or_decoder,
+        "forward_step_func": forward_step,
+    }
     if "cfg_container" in inspect.signature(training.pretrain).parameters:
         arguments = megatron_lm.upstream("megatron.training.arguments").parse_and_validate_args(
             megatron_lm.extra_args_provider
         )
         container = megatron_lm.upstream("megatron.training.argument_utils").pretrain_cfg_container_from_args(arguments)
-        training.pretrain(container, *parts, model_provider=megatron_lm.model_provider)
+        training.pretrain(container, **parts)
     else:
-        provider, kind, step = parts
-        training.pretrain(
-            provider, megatron_lm.model_provider, kind, step, extra_args_provider=megatron_lm.extra_args_provider
-        )
+        training.pretrain(**parts, extra_args_provider=megatron_lm.extra_args_provider)
 
 
 def _complete_checkpoints() -> None:
