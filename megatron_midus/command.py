@@ -135,7 +135,7 @@ def _dispatch(verb: str, words: list[str]) -> int:
         print(completion_script(words), end="")
         return 0
     if verb not in VERBS:
-        raise UsageError(f"{verb!r} is no verb of midus{did_you_mean(verb, SUMMARIES)}; midus --help lists them")
+        raise UsageError(f"{verb!r} is not a verb of midus{did_you_mean(verb, SUMMARIES)}; midus --help lists them")
     return do(verb, words)
 
 

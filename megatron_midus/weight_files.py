@@ -77,4 +77,6 @@ def _read_index(path: Path) -> dict[str, str]:
         weight_map = read_json_object(path)["weight_map"]
         return {str(name): str(file_name) for name, file_name in weight_map.items()}
     except (UserError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no safetensors index ({type(error).__name__}: {error}); fetch it again") from None
+        raise UserError(
+            f"{path} is not a safetensors index ({type(error).__name__}: {error}); fetch it again"
+        ) from None

@@ -81,7 +81,7 @@ def check_is_midus(directory: str | Path) -> None:
             "midus upscale or midus convert wrote for Hugging Face"
         )
     if "memory" not in (config.get("block_types") or []):
-        raise UserError(f"{directory} has no Memory block, so there is nothing to analyse in it")
+        raise UserError(f"{directory} has no Memory block, so there is nothing to analyse")
 
 
 def num_windows(model: Any, windows: Windows, parts: Sequence[str]) -> int:

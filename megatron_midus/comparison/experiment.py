@@ -146,7 +146,7 @@ class Arm:
     num_blocks: int | None = None
     """Blocks to insert, spread by the policy."""
     insert_after: list[int] | None = None
-    """0-based layers behind which a block is inserted, instead of num_blocks."""
+    """0-based layers after which a block is inserted, instead of num_blocks."""
     train: Literal["inserted", "all", "none"] = "inserted"
     """What learns; none = the model is evaluated as up-scaling leaves it."""
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -158,11 +158,13 @@ class Arm:
     lr: list[float] | None = None
     """Largest learning rate; several = the best on the first seed is used for all; that of the experiment when absent."""
     driver: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Flags of midus pretrain for this arm alone."""
+    """Flags of midus pretrain for this arm only."""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise UserError(f"name {self.name!r} may have letters, digits and . _ + - alone, and begins with neither")
+            raise UserError(
+                f"name {self.name!r} may only have letters, digits and . _ + -, and must begin with a letter or digit"
+            )
         object.__setattr__(self, "policy", canonical_policy(self.policy))
         if self.policy not in POLICIES:
             raise UserError(f"policy {not_one_of(self.policy, (*POLICIES, *POLICY_ALIASES))}")

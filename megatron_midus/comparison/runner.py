@@ -38,7 +38,7 @@ def lock(output: Path) -> Iterator[None]:
     except BlockingIOError:
         os.close(descriptor)
         raise UserError(
-            f"another comparison, or a process that it left, works in {output}; wait for it or end it"
+            f"another comparison, or a process that it left, is running in {output}; wait for it or stop it"
         ) from None
     os.set_inheritable(descriptor, True)
     try:

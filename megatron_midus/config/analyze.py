@@ -29,13 +29,14 @@ class AnalyzeConfig:
     """Hugging Face directory of a MIDUS model."""
 
     data: list[str] = dataclasses.field(metadata={"metavar": "FILE", "append": True})
-    """Text to read, .jsonl or .txt (also .gz, .zst) or a directory of such; best one that the model has not seen."""
+    """Text to read, .jsonl or .txt (also .gz, .zst) or a directory of these; preferably text that the model has not
+    seen."""
 
     output: str = dataclasses.field(metadata={"metavar": "DIR"})
     """Directory of the report."""
 
     base: str | None = dataclasses.field(default=None, metadata={"metavar": "DIR"})
-    """Hugging Face directory of its base, whose loss is then told as well."""
+    """Hugging Face directory of its base; its loss is then reported too."""
 
     overwrite: bool = False
     """Replace what the output directory holds."""

@@ -15,8 +15,8 @@ class CheckpointConfig:
     """Checkpoint directory to continue from. May be empty or equal to --save before the first run."""
 
     save: str | None = None
-    """Directory for checkpoints; nothing is saved when absent. A run never begins before the latest iteration in it: it goes
-    on from there where --load or --pretrained-checkpoint is what that run began with, else it is refused."""
+    """Directory for checkpoints; nothing is saved when absent. A run never begins before the latest iteration in it:
+    it resumes there if --load or --pretrained-checkpoint is what that run began with, and is refused otherwise."""
 
     save_interval: int | None = None
     """Steps between checkpoints; only at the end of the run when absent."""
@@ -25,8 +25,8 @@ class CheckpointConfig:
     """Iteration to load; the latest when absent."""
 
     verify_checkpoint: bool = True
-    """Compare every file of a checkpoint with its checksum before it is loaded, each process a share. A damaged one is
-    not used: the newest whole one before it is, or the run ends where --ckpt-step named it."""
+    """Compare every file of a checkpoint with its checksum before it is loaded, each process a share. A damaged one
+    is skipped for the newest whole one before it, or ends the run if --ckpt-step named it."""
 
     pretrained_checkpoint: str | None = None
     """Checkpoint directory whose weights begin a new run, used while --load holds nothing."""
@@ -50,10 +50,11 @@ class CheckpointConfig:
     """Write checkpoints in the background while training goes on."""
 
     ckpt_fully_parallel_save: bool = True
-    """Data-parallel processes share the writing of what they hold alike; otherwise the first of them writes it all."""
+    """Data-parallel processes share the writing of the state that they all hold; otherwise the first writes
+    everything."""
 
     keep_last: int = 0
-    """Newest checkpoints of --save to keep, the up-scaled model at iteration 0 apart; 0 = all."""
+    """Newest checkpoints of --save to keep, not counting the up-scaled model at iteration 0; 0 = all."""
 
     exit_on_missing_checkpoint: bool = False
     """End with an error instead of starting afresh when --load holds no checkpoint."""

@@ -23,7 +23,7 @@ class CompareConfig:
     """What is compared; docs/comparing.md lists the keys."""
 
     output: str | None = dataclasses.field(default=None, metadata={"metavar": "DIR"})
-    """Directory of everything. When absent: comparison_<name of the file>."""
+    """Output directory. When absent: comparison_<name of the file>."""
 
     arms: list[str] | None = dataclasses.field(default=None, metadata={"metavar": "NAME"})
     """Only these arms."""
@@ -35,7 +35,7 @@ class CompareConfig:
     """Runs at a time; more than 1 spoils the timings."""
 
     report_only: bool = False
-    """Run nothing; write the report of what is done."""
+    """Run nothing; write the report of the finished runs."""
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "jobs")

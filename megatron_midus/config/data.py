@@ -66,7 +66,7 @@ class DataConfig:
 
     dataloader_type: Literal["single", "cyclic"] = "single"
     """single = one pass over the built samples, in their (already shuffled) order; cyclic = endless passes, shuffled
-    anew in every pass."""
+    again in every pass."""
 
     def __post_init__(self) -> None:
         per_split = [n for n in ("train_data_path", "valid_data_path", "test_data_path") if getattr(self, n)]

@@ -18,7 +18,7 @@ class DoctorConfig:
     """
 
     directory: str = dataclasses.field(default=".", metadata={"metavar": "DIR"})
-    """Directory whose free disk counts: where checkpoints will lie."""
+    """Directory whose free disk space is checked: where checkpoints will be written."""
 
     json: str | None = dataclasses.field(default=None, metadata={"metavar": "OUT"})
     """Write everything here as JSON."""

@@ -38,10 +38,10 @@ class TaskConfig:
     """Local files of the tasks, for machines without a network (layout: docs/evaluation.md); the prompts stay lm-eval's own."""
 
     save_task_data: str | None = dataclasses.field(default=None, metadata={"metavar": "DIR"})
-    """Write the data of --tasks there for --task-data and end."""
+    """Write the data of --tasks to this directory, for --task-data, and exit."""
 
     max_length: int | None = None
-    """Tokens that a model reads at most in a task. When absent: the shortest context of the models, at most 2048."""
+    """Most tokens that a model reads in a task. When absent: the shortest context of the models, at most 2048."""
 
     task_limit: int | None = dataclasses.field(default=None, metadata={"metavar": "N"})
     """Only the first N items of each task, for a trial."""
@@ -116,7 +116,7 @@ class EvaluateConfig:
     """
 
     model: list[str] = dataclasses.field(default_factory=list, metadata={"metavar": "DIR"})
-    """Hugging Face directories, or org/name in the local Hugging Face cache; the first is the base line."""
+    """Hugging Face directories, or org/name in the local Hugging Face cache; the first is the baseline."""
 
     add_bos: bool = False
     """Start every document and prompt with the beginning-of-sequence token."""

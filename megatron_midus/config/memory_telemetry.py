@@ -25,7 +25,7 @@ class MemoryTelemetryConfig:
     """A slot or sub-key is dead while the moving average of its usage is below this fraction of an equal share."""
 
     memory_alarm_threshold: float = 0.02
-    """Say so in the log when the effective share of slots, exp(entropy of usage) over the number of slots (or of reads
+    """Warn in the log when the effective share of slots, exp(entropy of usage) over the number of slots (or of reads
     where those are fewer), falls below this; once per block until it recovers. 0 = never."""
 
     memory_revive_interval: int = 0

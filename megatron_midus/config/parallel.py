@@ -28,7 +28,7 @@ class ParallelConfig:
     """Layers per model chunk of the interleaved pipeline schedule; absent = not interleaved."""
 
     num_virtual_stages_per_pipeline_rank: int | None = None
-    """Model chunks per pipeline stage; the same schedule, said the other way round."""
+    """Model chunks per pipeline stage; another way to give --num-layers-per-virtual-pipeline-stage."""
 
     pipeline_model_parallel_layout: str | None = dataclasses.field(
         default=None, metadata={"aliases": ("pipeline_layout",)}

@@ -52,10 +52,11 @@ class PlanConfig:
     """
 
     hf_model: str | None = dataclasses.field(default=None, metadata={"metavar": "DIR"})
-    """Base model, a directory or org/name in the local Hugging Face cache (its config.json is enough); the flags of the inserted blocks say what it becomes."""
+    """Base model, a directory or org/name in the local Hugging Face cache (its config.json is enough); the flags
+    about inserted blocks describe the result."""
 
     load: str | None = dataclasses.field(default=None, metadata={"metavar": "DIR"})
-    """Up-scaled checkpoint, which brings its plan."""
+    """Up-scaled checkpoint; its plan is read from it."""
 
     nodes: int = 1
     """Nodes."""

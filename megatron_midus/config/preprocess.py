@@ -25,7 +25,7 @@ class PreprocessConfig:
 
     output_prefix: str
     """P of the outputs P_KEY_document.bin, .idx and .json (statistics). Must be given. Until they are whole, everything is in the
-    directory .P.partial beside them; a run that was killed goes on from there when it is started again."""
+    directory .P.partial beside them; a killed run resumes from there when you start it again."""
 
     tokenizer_model: str
     """Directory of a HuggingFaceTokenizer, or .model file of a SentencePieceTokenizer. Must be given."""
@@ -34,10 +34,10 @@ class PreprocessConfig:
     """Kind of tokenizer. NullTokenizer takes texts of numbers; its --tokenizer-model is the number of ids."""
 
     json_keys: list[str] = dataclasses.field(default_factory=lambda: [TEXT_KEY])
-    """Keys of the texts in a JSON line, or columns of a parquet file; each key makes a dataset of its own."""
+    """Keys of the texts in a JSON line, or columns of a parquet file; each key gives one dataset."""
 
     append_eod: bool = False
-    """End every document with the tokenizer's end-of-sequence token. Training wants this."""
+    """End every document with the tokenizer's end-of-sequence token. Training needs this."""
 
     prepend_bos: bool = False
     """Start every document with the tokenizer's beginning-of-sequence token."""
@@ -76,7 +76,7 @@ class PreprocessConfig:
     a document."""
 
     commit_seconds: float = 15.0
-    """Seconds between the points from which a killed run can go on."""
+    """Seconds between the points from which a killed run can resume."""
 
     overwrite: bool = False
     """Replace outputs that exist, and throw away an unfinished run that had other settings."""

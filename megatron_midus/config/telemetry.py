@@ -43,7 +43,7 @@ class LoggingConfig:
     """First step recorded, counted as in the log."""
 
     profile_step_end: int = 12
-    """First step that is not recorded any more."""
+    """First step after the recording."""
 
     profile_ranks: list[int] = dataclasses.field(default_factory=lambda: [0])
     """Ranks that record."""

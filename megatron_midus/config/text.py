@@ -24,7 +24,7 @@ class TextConfig:
     """Text"""
 
     data: list[str] = dataclasses.field(default_factory=list, metadata={"metavar": "FILE", "append": True})
-    """Held-out text, .jsonl or .txt (also .gz, .zst) or a directory of such; each gets rows of its own."""
+    """Held-out text, .jsonl or .txt (also .gz, .zst) or a directory of these; each gets its own rows."""
 
     json_key: str = TEXT_KEY
     """Key of the text in a JSON line."""

@@ -35,7 +35,7 @@ class TrainingConfig:
     train: Literal["inserted", "all"] | None = None
     """What learns: the blocks that up-scaling inserted (the chosen layers of policy control), with the base frozen, or
     every parameter. When absent, what the plan's policy is made for: all for none, solar and stack, inserted for the
-    others. Another value on resume drops the optimizer state, which is of other parameters."""
+    others. Another value on resume drops the optimizer state, because it belongs to other parameters."""
 
     bf16: bool = False
     """Compute in bfloat16 with float32 master weights."""
@@ -96,13 +96,13 @@ class TrainingConfig:
     parallelism what it does not divide); a difference ends the run. Copies all weights to the CPU; absent = never."""
 
     manual_gc: bool = False
-    """Collect Python's garbage at the same step on every rank instead of whenever Python likes."""
+    """Collect Python's garbage at the same step on every rank instead of whenever Python decides."""
 
     manual_gc_interval: int = 100
     """Steps between collections under --manual-gc; 0 = never."""
 
     empty_unused_memory_level: Literal[0, 1, 2] = 0
-    """Give cached GPU memory back: 1 = before the optimizer step, 2 = after it as well."""
+    """Release cached GPU memory: 1 = before the optimizer step, 2 = after it as well."""
 
     def __post_init__(self) -> None:
         if (self.train_iters is None) == (self.train_samples is None) and not self.skip_train:

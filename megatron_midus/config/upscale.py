@@ -29,7 +29,7 @@ class PolicyConfig:
     """Blocks to insert, spread evenly by the policy."""
 
     insert_after: list[int] | None = dataclasses.field(default=None, metadata={"metavar": "LAYER"})
-    """0-based layers of the base behind which a block is inserted, instead of --num-blocks."""
+    """0-based layers of the base after which a block is inserted, instead of --num-blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +37,11 @@ class TargetConfig:
     """Layout of the training to come"""
 
     target_tensor_parallel_size: int = 1
-    """Tensor-parallel size of the training to come: checked, recorded, and the embedding padded for it. A checkpoint is
+    """Tensor-parallel size of the later training: checked, recorded, and the embedding padded for it. A checkpoint is
     stored unsplit; any size can load it."""
 
     target_pipeline_parallel_size: int = 1
-    """Pipeline-parallel size of the training to come: checked and recorded."""
+    """Pipeline-parallel size of the later training: checked and recorded."""
 
     make_vocab_size_divisible_by: int = 128
     """Rows of the embedding of each tensor-parallel rank are padded to a multiple of this."""
@@ -102,7 +102,8 @@ class UpscaleConfig:
     """Print the plan and its cost and write nothing."""
 
     verify: bool = False
-    """Compare fp32 logits of base and result before the output is kept; fails when a policy that promises identity breaks it."""
+    """Compare fp32 logits of base and result before the output is kept; fails if the policy promises identity and the
+    logits differ."""
 
     target: TargetConfig = part(TargetConfig)
     blocks: PolicyConfig = part(PolicyConfig)
@@ -118,4 +119,4 @@ class UpscaleConfig:
         if calibrated and self.calibration_data is None and not self.dry_run:
             raise UserError("--memory-key-init calibrated needs a text to calibrate with; give --calibration-data FILE")
         if self.calibration_data is not None and not calibrated:
-            raise UserError("--calibration-data is used by --memory-key-init calibrated alone; give both or neither")
+            raise UserError("--calibration-data is only used by --memory-key-init calibrated; give both or neither")

@@ -117,7 +117,7 @@ class SafetensorsReader:
         start, header = _read_header(path)
         for name, entry in header.items():
             if name in self._where:
-                raise UserError(f"tensor {name} is in {self._where[name]} and in {file_name}; one must go")
+                raise UserError(f"tensor {name} is in {self._where[name]} and in {file_name}; remove one of them")
             if entry["dtype"] not in _DTYPES:
                 raise UserError(
                     f"tensor {name} in {path} has dtype {entry['dtype']}; only {', '.join(_DTYPES)} can be converted. "

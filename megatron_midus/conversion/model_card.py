@@ -149,7 +149,7 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
         raise UserError(f"--evaluation {path} does not exist; make it with midus evaluate") from None
     except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--evaluation {path} is no JSON report of midus evaluate ({type(error).__name__}: {error})"
+            f"--evaluation {path} is not a JSON report of midus evaluate ({type(error).__name__}: {error})"
         ) from None
     return report
 

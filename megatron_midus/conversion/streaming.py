@@ -64,6 +64,6 @@ def read_finite(source: TensorSource, name: str) -> torch.Tensor:
         broken = tensor.numel() - int(tensor.isfinite().sum())
         raise UserError(
             f"tensor {name} ({str(tensor.dtype).removeprefix('torch.')}) holds {broken} values that are NaN or "
-            "infinite; take weights from before they broke, or a --dtype with their range"
+            "infinite; use weights from before they broke, or a --dtype with enough range"
         )
     return tensor

@@ -51,7 +51,7 @@ def load_fp32(directory: str | Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
     except ValueError as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"transformers cannot load {directory}/{CONFIG_FILE} ({reason}); mend it") from error
+        raise UserError(f"transformers cannot load {directory}/{CONFIG_FILE} ({reason}); fix it") from error
     # Beside weights in full precision it would have them quantised; the readers here refuse any others.
     for entry in ("quantization_config", "compression_config"):
         if hasattr(config, entry):
@@ -80,7 +80,7 @@ def check_loadable(config: dict[str, Any], expected: dict[str, Shape]) -> None:
         odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
         raise UserError(
             f"transformers makes another model of the config.json of the result: {odd[0]} is {found.get(odd[0])} there "
-            f"and {wanted.get(odd[0])} here; mend the base's"
+            f"and {wanted.get(odd[0])} here; fix the base's"
         )
 
 
@@ -93,9 +93,7 @@ def _shapes_on_meta(directory: str) -> dict[str, Shape]:
     # Whatever transformers raises about a configuration: KeyError, TypeError, ValueError, StrictDataclassFieldError.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(
-            f"transformers cannot load the config.json of the result ({reason}); mend the base's"
-        ) from error
+        raise UserError(f"transformers cannot load the config.json of the result ({reason}); fix the base's") from error
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if config.tie_word_embeddings:
         shapes.pop(OUTPUT_LAYER, None)

@@ -80,7 +80,7 @@ class Zstandard:
     def explain(self, error: Exception) -> str:
         if "ictionary" in str(error):
             raise UserError(
-                f"{self._path} was compressed with a dictionary, which is not in it; write it anew with: "
+                f"{self._path} was compressed with a dictionary, which is not in it; compress it again with: "
                 f"zstd -d -D DICTIONARY {self._path} --stdout | zstd -o NEW.zst"
             ) from None
         # Frames name a trained dictionary. Of other files (-D FILE, --patch-from) they say nothing.

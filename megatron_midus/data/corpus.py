@@ -150,7 +150,7 @@ def find_inputs(inputs: Sequence[str]) -> list[Path]:
                 )
             files.setdefault(file)
     if not files:
-        raise UserError("no input file was named")
+        raise UserError("no input file was given")
     return list(files)
 
 
@@ -259,7 +259,7 @@ def open_parquet(path: Path, keys: Sequence[str]) -> Any:
     try:
         file = parquet.ParquetFile(path, page_checksum_verification=True)
     except (ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is damaged or no parquet file: {str(error).strip()}") from None
+        raise UserError(f"{path} is damaged or not a parquet file: {str(error).strip()}") from None
     columns = file.schema_arrow.names
     for key in keys:
         if key not in columns:

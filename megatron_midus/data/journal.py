@@ -121,7 +121,7 @@ class Journal:
             if not self.restart:
                 raise UserError(
                     f"{self.directory} is an unfinished run that differs: {_difference(settings, self.settings)}; give "
-                    "its settings to go on with it, or --overwrite to start again"
+                    "its settings to continue it, or --overwrite to start again"
                 )
             path.unlink()
             return

@@ -220,7 +220,7 @@ def _encode_in_order(
             yield future.result(), position
     except BrokenProcessPool:
         raise UserError(
-            f"a worker process died, most likely for want of memory; use fewer than --workers {workers}"
+            f"a worker process died, most likely because memory ran out; use fewer than --workers {workers}"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -184,4 +184,4 @@ def cyclic_iterator(loader: Iterable[Any]) -> Iterator[Any]:
             empty = False
             yield batch
         if empty:
-            raise UserError("the data loader gives no batch at all")
+            raise UserError("the data loader gave no batch")

@@ -226,7 +226,7 @@ def build_tokenizer(config: DataConfig, *, default_directory: str | Path | None 
         return NullTokenizer(config.vocab_size)
     path = model if model is not None else default_directory
     if path is None:
-        raise UserError("no tokenizer was named; give --tokenizer-model")
+        raise UserError("no tokenizer was given; give --tokenizer-model")
     if kind is None:
         kind = "SentencePieceTokenizer" if str(path).endswith(".model") else "HuggingFaceTokenizer"
     return make_tokenizer(kind, path)

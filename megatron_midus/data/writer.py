@@ -196,7 +196,7 @@ class DatasetWriter:
             if not total:
                 counts = ", ".join(f"{n} {name}" for name, n in self.result.skipped.counts().items() if n)
                 raise UserError(f"the inputs hold no document with any text that is kept ({counts or 'no line'})")
-            raise UserError(f"none of the {total} documents belongs into {prefix}; give it a larger share, or 0")
+            raise UserError(f"none of the {total} documents falls into {prefix}; give it a larger share, or 0")
 
     def _name(self, prefix: str) -> str:
         return Path(prefix).name

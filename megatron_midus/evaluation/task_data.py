@@ -123,7 +123,7 @@ def find_task_files(data: str | Path, tasks: Sequence[str]) -> dict[str, Path]:
 
 def _check_file(path: Path, task: str, fields: Sequence[str]) -> None:
     if not path.is_file():
-        raise UserError(f"there is no data of task {task}: {path} does not exist")
+        raise UserError(f"there is no data for task {task}: {path} does not exist")
     count = 0
     try:
         lines = path.read_text(encoding="utf-8").split(

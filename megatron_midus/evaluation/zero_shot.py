@@ -93,7 +93,7 @@ def load_tasks(manager: Any, tasks: Sequence[str]) -> dict[str, Any]:
         except Exception as error:
             reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
             raise UserError(
-                f"the data of task {name} cannot be had ({reason}); give local files with --task-data DIR"
+                f"the data of task {name} cannot be loaded ({reason}); give local files with --task-data DIR"
             ) from error
     return loaded
 

@@ -159,7 +159,7 @@ def _deterministic_mode(deterministic: bool) -> bool:
         return False
     if transformer_engine_available() and os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0") != "0":
         raise UserError(
-            "deterministic kernels are asked for and NVTE_ALLOW_NONDETERMINISTIC_ALGO="
+            "deterministic kernels are requested, but NVTE_ALLOW_NONDETERMINISTIC_ALGO="
             f"{os.environ['NVTE_ALLOW_NONDETERMINISTIC_ALGO']} in the environment; set it to 0 or unset it"
         )
     return True

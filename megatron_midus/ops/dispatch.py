@@ -252,7 +252,7 @@ def check_arguments(
         wanted = ", ".join(map(str, (*leading, "width")))
         raise UserError(f"values has shape {list(values.shape)}; variant {variant} wants [{wanted}]")
     if (head_proj is None) == (variant == "hive"):
-        raise UserError(f"head_proj belongs to variant hive alone; variant={variant} got {_shape(head_proj)}")
+        raise UserError(f"head_proj only belongs to variant hive; variant={variant} got {_shape(head_proj)}")
     if head_proj is not None and (head_proj.dim() != 3 or head_proj.shape[:2] != (heads, values.shape[1])):
         raise UserError(f"head_proj has shape {_shape(head_proj)}; wanted [{heads}, {values.shape[1]}, width]")
     _check_placement({"query": query_THD, "values": values, "head_proj": head_proj})

@@ -113,7 +113,7 @@ def _check(arguments: Arguments) -> None:
         if getattr(optimizer, f"lr_wsd_decay_{unit}") is None:
             raise UserError(f"lr_decay_style=WSD needs --lr-wsd-decay-{unit}, the length of its last phase")
     if not arguments.data.has_data:
-        raise UserError("no data were named; give --data-path, --train-data-path or --mock-data")
+        raise UserError("no data were given; give --data-path, --train-data-path or --mock-data")
     if arguments.logging.profile and not (arguments.logging.profile_dir or arguments.checkpoint.save):
         raise UserError("profile writes traces; give --profile-dir DIR, or --save DIR for DIR/profile")
     if arguments.data.reset_attention_mask and (

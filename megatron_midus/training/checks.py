@@ -169,7 +169,7 @@ def check_schedule(arguments: Arguments, layout: Layout, num_layers: int) -> Non
             f"pipeline_model_parallel_size={stages}; change --global-batch-size"
         )
     if training.rampup_batch_size:
-        raise UserError("rampup_batch_size does not go with several model chunks per pipeline stage; drop either")
+        raise UserError("rampup_batch_size does not go with several model chunks per pipeline stage; drop one of them")
 
 
 def check_memory_settings(arguments: Arguments, plan: UpscalePlan) -> None:
@@ -179,7 +179,9 @@ def check_memory_settings(arguments: Arguments, plan: UpscalePlan) -> None:
     for name in ("memory_revive_interval", "memory_balance_loss_coeff"):
         value = getattr(arguments.memory_telemetry, name)
         if value:
-            raise UserError(f"{name}={value} is about Memory blocks and policy {plan.policy} has none; leave it out")
+            raise UserError(
+                f"{name}={value} is a setting of Memory blocks, and policy {plan.policy} has none; leave it out"
+            )
 
 
 def check_environment(arguments: Arguments) -> None:

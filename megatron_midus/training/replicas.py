@@ -41,7 +41,7 @@ def check_replicas(model_chunks: Sequence[torch.nn.Module], iteration: int) -> N
     if found:
         raise UserError(
             f"after iteration {iteration} weights differ between replicas ({len(found)} in all: "
-            f"{'; '.join(found[:4])}); go on from the last checkpoint, and look at the devices if it happens again"
+            f"{'; '.join(found[:4])}); resume from the last checkpoint, and check the devices if it happens again"
         )
 
 

@@ -205,7 +205,7 @@ def _newest_whole(checkpoint: CheckpointConfig, damaged: dict[int, str]) -> Sour
         return Source(directory, iteration, resume=not checkpoint.finetune, damaged=damaged)
     raise UserError(
         f"{complaint + '; ' if complaint else ''}no checkpoint of {root} is whole ({'; '.join(damaged.values())}); "
-        "give --no-verify-checkpoint to load one nevertheless, or another directory"
+        "give --no-verify-checkpoint to load one anyway, or another directory"
     )
 
 

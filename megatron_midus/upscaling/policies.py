@@ -59,7 +59,7 @@ def _check_points(num_layers: int, after: Sequence[int]) -> None:
 def _points(num_layers: int, num_blocks: int | None, insert_after: Sequence[int] | None, policy: str):
     if num_blocks is None and insert_after is None:
         raise UserError(
-            f"policy {policy} is not told how many blocks to insert; give --num-blocks (1 to {num_layers}), or name the "
+            f"policy {policy} needs the number of blocks to insert; give --num-blocks (1 to {num_layers}), or name the "
             f"layers of the base that a block follows with --insert-after (0 to {num_layers - 1})"
         )
     if num_blocks is not None and insert_after is not None:
@@ -227,6 +227,6 @@ def make_plan(
         if insert_after is not None:
             raise UserError(f"policy {policy} places its blocks itself; give --num-blocks and no --insert-after")
         if num_blocks is None:
-            raise UserError(f"policy {policy} is not told how many layers to add; give --num-blocks")
+            raise UserError(f"policy {policy} needs the number of layers to add; give --num-blocks")
         return (solar if policy == "solar" else stack)(num_layers=num_layers, num_blocks=num_blocks)
     raise UserError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")

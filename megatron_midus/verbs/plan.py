@@ -57,7 +57,7 @@ def plan(config: PlanConfig, progress: Progress) -> LayoutPlan:
     """
     model, upscaled = _model_and_plan(config)
     if config.train == "inserted" and not upscaled.inserted_indices:
-        raise UserError(f"policy {upscaled.policy} inserts no block, so nothing would learn; give --train all")
+        raise UserError(f"policy {upscaled.policy} inserts no block, so nothing would be trained; give --train all")
     hardware = _hardware(config)
     workload = Workload(
         config.seq_length,

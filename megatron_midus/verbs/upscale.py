@@ -209,7 +209,7 @@ class _Work:
             comparison = compare_logits(base, load_fp32(hf), vocab_size=self.model.vocab_size)
         if self.plan.is_identity and not comparison.bit_equal:
             raise UserError(
-                f"policy {self.plan.policy} promises the base's function and broke it: {comparison.describe()}"
+                f"policy {self.plan.policy} must compute the base's function and does not: {comparison.describe()}"
             )
         return comparison.describe()
 

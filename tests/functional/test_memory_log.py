@@ -97,4 +97,4 @@ def test_wrong_settings_are_one_line(flags, words, upscaled):
 def test_what_needs_memory_blocks_is_refused_without_them():
     model = "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --vocab-size 101"
     run = train(*TINY_RUN, "--train-iters 2 --memory-balance-loss-coeff 0.1", model)
-    assert "memory_balance_loss_coeff=0.1 is about Memory blocks and policy none has none" in run.error
+    assert "memory_balance_loss_coeff=0.1 is a setting of Memory blocks, and policy none has none" in run.error

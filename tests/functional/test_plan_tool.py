@@ -64,7 +64,7 @@ WRONG = [
     (["--nodes", "31", "--global-batch-size", "3"], "divides a global batch of 3"),
     (["--gpu-memory-gib", "1"], "nothing fits into 1 GiB"),
     (["--gpu-memory-gib", "-1"], "--gpu-memory-gib -1"),
-    (["--policy", "none"], "nothing would learn"),
+    (["--policy", "none"], "nothing would be trained"),
     (["--policy", "solar", "--memory-topk", "3"], "--memory-topk"),
     (["--num-blocks", "99"], "num_blocks=99"),
 ]

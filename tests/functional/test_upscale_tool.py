@@ -202,7 +202,7 @@ def test_verify_catches_a_broken_promise(tmp_path, base, monkeypatch):
         return torch.ones(shape) if name == "value_bank" else original(name, shape, **settings)
 
     monkeypatch.setattr(initialize, "initialize_parameter", spoiled)
-    with pytest.raises(ValueError, match="promises the base's function and broke it"):
+    with pytest.raises(ValueError, match="must compute the base's function and does not"):
         run(base, tmp_path / "out", "--save-format", "hf", "--num-blocks", 2, *MEMORY, "--verify")
     assert not list(tmp_path.iterdir())
 
@@ -347,7 +347,7 @@ WRONG = [
     (edit_tensors(lambda t: t.pop(UP)), [], f"missing tensors {UP}"),
     (edit_tensors(lambda t: t.update(more=torch.ones(3))), [], "unexpected tensors more"),
     (lambda m: shard(m, drop=True), [], "1.safetensors is named by .* fetch the missing shard"),
-    (lambda m: shard(m, twice=True), [], "is in 0.safetensors and in 1.safetensors; one must go"),
+    (lambda m: shard(m, twice=True), [], "is in 0.safetensors and in 1.safetensors; remove one of them"),
     (shutil.rmtree, [], "does not exist; give a local Hugging Face directory"),
     (lambda m: (m / "config.json").unlink(), [], "no Hugging Face model"),
     (lambda m: (m / "model.safetensors").unlink(), [], "holds no weights"),

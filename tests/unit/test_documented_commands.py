@@ -81,7 +81,7 @@ def check_verb(words: list[str], at: int, verb: str) -> None:
 
     if verb == "completion" or "--help" in words:
         return
-    assert verb in SUMMARIES, f"{verb} is no verb of midus"
+    assert verb in SUMMARIES, f"{verb} is not a verb of midus"
     if words[0] == "torchrun":
         check_launcher([*words[1 : at - 2], "program.py"])
     if verb == PRETRAIN:

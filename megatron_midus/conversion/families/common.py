@@ -88,7 +88,7 @@ def _check_numbers(config: dict[str, Any]) -> None:
         if value is None and name in _OPTIONAL_SIZES:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"config.json has {name}={value!r}, which is no positive whole number")
+            raise UserError(f"config.json has {name}={value!r}, which is not a positive whole number")
 
 
 def read_rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:

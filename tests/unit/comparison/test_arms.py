@@ -55,7 +55,7 @@ def test_every_policy_resolves(tmp_path):
         ({"memory": {"num_keys": 2, "topk": 16}}, "arm 'a': .*topk"),
         ({"num_blocks": 9}, "arm 'a': num_blocks=9 cannot be inserted between 4 layers"),
         ({"insert_after": [7], "num_blocks": None}, "arm 'a': cannot insert after layer 7; the base has layers 0 to 3"),
-        ({"num_blocks": None}, "arm 'a': policy interleave is not told how many blocks to insert; give --num-blocks"),
+        ({"num_blocks": None}, "arm 'a': policy interleave needs the number of blocks to insert; give --num-blocks"),
     ],
 )
 def test_what_does_not_fit_the_base(tmp_path, changes, message):

@@ -54,7 +54,7 @@ def test_what_an_arm_says_itself_wins():
         ({"arms": [3]}, "mine.yaml: arms[0]: 3 is not a mapping"),
         ({"arms": [PRO, PRO]}, "mine.yaml: arms: 'a' is given twice"),
         ({"arms": [{**PRO, "polcy": 1}]}, "mine.yaml: arms[0]: unknown key 'polcy'; did you mean policy?"),
-        ({"arms": [{**PRO, "name": "../a"}]}, "mine.yaml: arms[0]: name '../a' may have letters"),
+        ({"arms": [{**PRO, "name": "../a"}]}, "mine.yaml: arms[0]: name '../a' may only have letters"),
         ({"arms": [{**PRO, "policy": "pro"}]}, "policy 'pro' is not one of "),
         ({"arms": [{**PRO, "memory": {"topk": 2}}]}, "memory settings do not apply to policy llama_pro; choose interleave"),
         ({"arms": [{"name": "a", "policy": "none"}]}, "policy none inserts nothing to train; choose train: all"),

@@ -126,7 +126,7 @@ def test_stop_ends_processes_and_starts_no_more(tmp_path):
 
 
 def test_the_lock_refuses_a_second_run(tmp_path):
-    refused = pytest.raises(ValueError, match="another comparison, or a process that it left, works in")
+    refused = pytest.raises(ValueError, match="another comparison, or a process that it left, is running in")
     with lock(tmp_path), refused, lock(tmp_path):
         pass
     with lock(tmp_path):

@@ -154,7 +154,7 @@ REFUSED = [
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ between layer types"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"num_key_value_heads": 4}, "num_attention_heads=6 is not divisible by num_query_groups=4"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers=0, which is no positive whole number"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers=0, which is not a positive whole number"),
     ({"hidden_size": "48"}, "hidden_size='48'"),
     ({"vocab_size": None}, "vocab_size=None"),
     ({"head_dim": 8.0}, "head_dim=8.0"),

@@ -96,7 +96,7 @@ def test_evaluation(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"models": [{"name": "a"}]}', '{"models": [{"results": {"a": 3}}]}', '{"models": [{"name": "a", "results": {}, "tasks": {"t": {"acc": 1}}}]}', "\x00"])  # fmt: skip
 def test_what_is_no_evaluation(tmp_path, text):
     (tmp_path / "e.json").write_text(text)
-    with pytest.raises(ValueError, match="is no JSON report of midus evaluate") as caught:
+    with pytest.raises(ValueError, match="is not a JSON report of midus evaluate") as caught:
         read_evaluation(tmp_path / "e.json")
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="does not exist; make it with"):

@@ -94,7 +94,7 @@ REFUSED = {
     "a trained dictionary": (
         lambda: with_dictionary(zstandard.train_dictionary(4096, [text.encode() for text in TEXTS])),
         ".zst",
-        r"a\.jsonl\.zst was compressed with a dictionary, which is not in it; write it anew with: zstd -d -D DICTIONARY",
+        r"a\.jsonl\.zst was compressed with a dictionary, which is not in it; compress it again with: zstd -d -D DICTIONARY",
     ),
     "another file as a dictionary": (
         lambda: with_dictionary(zstandard.ZstdCompressionDict(CONTENT, dict_type=zstandard.DICT_TYPE_RAWCONTENT)),

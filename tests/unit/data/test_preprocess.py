@@ -427,7 +427,7 @@ def test_wrong_settings(settings, message):
 
 def test_wrong_combinations(run, jsonl, sp_model, hf_tokenizer_dir):
     corpus = jsonl(["only one"])
-    with pytest.raises(ValueError, match="none of the 1 documents belongs into"):
+    with pytest.raises(ValueError, match="none of the 1 documents falls into"):
         run(corpus, split_by_hash=[0.5, 0.5])
     with pytest.raises(ValueError, match="no document with any text"):
         run(jsonl(["", " "], "empty.jsonl"))

@@ -121,7 +121,7 @@ def test_data_loader_refuses_what_it_does_not_know():
     settings = {"consumed_samples": 0, "micro_batch_size": 1, "data_parallel_rank": 0, "data_parallel_size": 1}
     with pytest.raises(ValueError, match="choose single or cyclic"):
         build_data_loader(Squares(), dataloader_type="random", **settings)
-    with pytest.raises(ValueError, match="no batch at all"):
+    with pytest.raises(ValueError, match="the data loader gave no batch"):
         next(cyclic_iterator([]))
 
 

@@ -55,7 +55,7 @@ def as_megatron(directory):
 
 BROKEN = {
     "no config": (lambda d: (d / "config.json").unlink(), "holds no config.json"),
-    "Megatron checkpoint": (as_megatron, "export it with tools/convert_checkpoint.py --to hf"),
+    "Megatron checkpoint": (as_megatron, "export it with midus convert --to hf"),
     "config cut": (lambda d: (d / "config.json").write_text("{"), "is not valid JSON"),
     "config is a list": (lambda d: (d / "config.json").write_text("[]"), "holds no JSON object"),
     "unknown architecture": (lambda d: edit_config(d, model_type="nobody_knows"), "cannot be loaded"),

@@ -91,7 +91,7 @@ def test_damaged_index(model_directory):
         read_safetensors_shapes(directory)
     for content in ("{", "{}", json.dumps({"weight_map": 3})):
         (whole / "model.safetensors.index.json").write_text(content)
-        with pytest.raises(ValueError, match="is no safetensors index"):
+        with pytest.raises(ValueError, match="is not a safetensors index"):
             read_safetensors_shapes(whole)
 
 

@@ -168,7 +168,7 @@ MISTAKES = {
     "twice": (["piqa", "piqa"], lambda d: None, "task 'piqa' is named twice"),
     "no task": ([], lambda d: None, "there is no task to run"),
     "no directory": (["piqa"], lambda d: shutil.rmtree(d), "task data directory .* does not exist"),
-    "no file": (["piqa"], lambda d: (d / "piqa.jsonl").unlink(), "no data of task piqa: .*piqa.jsonl does not exist"),
+    "no file": (["piqa"], lambda d: (d / "piqa.jsonl").unlink(), "no data for task piqa: .*piqa.jsonl does not exist"),
     "no subject": (["mmlu"], lambda d: shutil.rmtree(d / "mmlu"), "holds no file of a subject"),
     "empty": (["boolq"], lambda d: (d / "boolq.jsonl").write_text("\n"), "boolq.jsonl holds no item"),
     "no JSON": (["boolq"], lambda d: (d / "boolq.jsonl").write_text("{"), r"boolq.jsonl:1: not JSON"),
@@ -190,7 +190,7 @@ def test_items_of_another_shape(data):
     (data / "arc_easy.jsonl").write_text(json.dumps({"question": "q", "choices": ["a"], "answerKey": "A"}) + "\n")
     with (
         open_tasks(["arc_easy"], data) as manager,
-        pytest.raises(ValueError, match="the data of task arc_easy cannot be had"),
+        pytest.raises(ValueError, match="the data of task arc_easy cannot be loaded"),
     ):
         load_tasks(manager, ["arc_easy"])
 

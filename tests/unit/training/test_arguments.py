@@ -221,7 +221,7 @@ def test_values_that_do_not_fit_are_named(flags, words):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--lr 1 --train-iters 3", "no data were named"),
+        ("--lr 1 --train-iters 3", "no data were given"),
         ("--mock-data --train-iters 3", "no learning rate was given"),
         ("--mock-data --lr 1", "exactly one of --train-iters"),
         ("--mock-data --lr 1 --train-samples 8 --lr-warmup-iters 1", "--train-samples counts samples"),

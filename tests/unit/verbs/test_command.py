@@ -34,7 +34,7 @@ def test_a_mistyped_verb_is_one_line(monkeypatch, capsys):
     assert run(monkeypatch, "upscal") == 2
     assert (
         capsys.readouterr().err
-        == "error: 'upscal' is no verb of midus; did you mean upscale?; midus --help lists them\n"
+        == "error: 'upscal' is not a verb of midus; did you mean upscale?; midus --help lists them\n"
     )
 
 
