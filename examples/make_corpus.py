@@ -23,12 +23,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megatron_midus.cli import run
 from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
+from megatron_midus.progress import Bars
 
 # Not text: tests repeat each other, the tables hold numbers, and pydoc_data is the other corpus.
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "pydoc_data", "encodings", "lib2to3", "__pycache__"}
@@ -98,27 +97,45 @@ def name_hash(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
-def collect(documents: list[Document], budget_bytes: float) -> Iterator[tuple[str, str]]:
-    """Yields ``(name, text)`` in the order of the names' hashes until the budget is spent; each text once."""
+def collect(
+    documents: list[Document], budget_bytes: float, advance: Callable[[int, int], None]
+) -> Iterator[tuple[str, str]]:
+    """Yields ``(name, text)`` in the order of the names' hashes until the budget is spent; each text once.
+
+    ``advance`` is called with the documents looked at and the bytes taken since its last call.
+    """
     seen: set[str] = set()
     spent = 0
-    total = None if budget_bytes == float("inf") else budget_bytes
-    bar = tqdm(total=total, desc="collecting", unit="B", unit_scale=True, mininterval=1)
-    with bar:
-        for name, read in sorted(documents, key=lambda document: name_hash(document[0] + "/order")):
-            text = clean(read())
-            if len(text) < MIN_DOCUMENT_CHARACTERS or text in seen:
-                continue
-            seen.add(text)
-            size = len(text.encode())
-            spent += size
-            if spent > budget_bytes:
-                return
-            bar.update(size)
-            yield name, text
+    for name, read in sorted(documents, key=lambda document: name_hash(document[0] + "/order")):
+        text = clean(read())
+        if len(text) < MIN_DOCUMENT_CHARACTERS or text in seen:
+            advance(1, 0)
+            continue
+        seen.add(text)
+        size = len(text.encode())
+        if spent + size > budget_bytes:
+            advance(1, round(budget_bytes - spent))  # the rest of the budget is too small for a document
+            return
+        spent += size
+        advance(1, size)
+        yield name, text
 
 
-def main() -> int:
+def collect_corpus(corpus: str, budget_bytes: float) -> list[tuple[str, str]]:
+    """All documents of a corpus, with one bar: over bytes where there is a budget, over documents where there is none."""
+    parts = [stdlib_documents] if corpus == "stdlib" else [language_topics, package_documents]
+    sources = [list(part()) for part in parts]
+    is_limited = budget_bytes != float("inf")
+    total = round(budget_bytes) if is_limited else sum(map(len, sources))
+    collected: list[tuple[str, str]] = []
+    with Bars()("collecting", total=total, unit="B" if is_limited else "document") as bar:
+        for source in sources:
+            left = budget_bytes - sum(len(text.encode()) for _, text in collected)
+            collected += collect(source, left, lambda documents, size: bar(size if is_limited else documents))
+    return collected
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description=inspect.cleandoc(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", choices=["stdlib", "docs"], required=True, help="which text to collect")
     parser.add_argument("--output-dir", type=Path, required=True, help="receives train.jsonl and heldout.jsonl")
@@ -126,19 +143,13 @@ def main() -> int:
     parser.add_argument(
         "--max-megabytes", type=float, default=float("inf"), help="text to collect, 1e6 bytes (default: all of it)"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not 0 < args.held_out < 1:
         raise UserError(f"--held-out {args.held_out} must lie between 0 and 1")
     if args.max_megabytes <= 0:
         raise UserError(f"--max-megabytes {args.max_megabytes} must be positive")
 
-    budget = args.max_megabytes * 1e6
-    if args.corpus == "stdlib":
-        collected = list(collect(list(stdlib_documents()), budget))
-    else:
-        collected = list(collect(list(language_topics()), budget))
-        budget -= sum(len(text.encode()) for _, text in collected)
-        collected += list(collect(list(package_documents()), budget))
+    collected = collect_corpus(args.corpus, args.max_megabytes * 1e6)
     for half, wanted in (("train", False), ("heldout", True)):
         chosen = [(name, text) for name, text in collected if (name_hash(name) < args.held_out) == wanted]
         if not chosen:

@@ -16,7 +16,7 @@ class LoggingConfig:
     """Steps between log lines."""
 
     log_throughput: bool = False
-    """Add TFLOP/s per device, tokens per second and the time left to the log line."""
+    """Add TFLOP/s per device to the log line; tokens per second and the time left are always there."""
 
     log_params_norm: bool = False
     """Add the L2 norm of the parameters to the log line."""

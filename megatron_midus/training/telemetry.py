@@ -130,13 +130,12 @@ class Telemetry:
 
     def _line(self, report: StepReport, seconds: float, throughput: float, tokens_per_second: float) -> str:
         """Megatron's format. Tools parse it: names, order and widths are Megatron's, additions come last."""
-        detailed = self.config.log_throughput
         fields = [
             f" [{datetime.datetime.now():%Y-%m-%d %H:%M:%S.%f}] iteration {report.iteration:8d}/{self.train_iters:8d}",
             f"consumed samples: {report.consumed_samples:12d}",
             f"elapsed time per iteration (ms): {seconds * 1000:.1f}",
         ]
-        if detailed:
+        if self.config.log_throughput:
             fields.append(f"throughput per GPU (TFLOP/s/GPU): {throughput:.1f}")
         if report.learning_rate is not None:
             fields.append(f"learning rate: {report.learning_rate:.6E}")
@@ -153,9 +152,8 @@ class Telemetry:
             fields.append(f"params norm: {report.params_norm:.3f}")
         fields.append(f"number of skipped iterations: {self._skipped_steps:3d}")
         fields.append(f"number of nan iterations: {self._nan_steps:3d}")
-        if detailed:
-            fields.append(f"tokens per second: {tokens_per_second:.0f}")
-            fields.append(f"time left: {format_seconds((self.train_iters - report.iteration) * seconds)}")
+        fields.append(f"tokens per second: {tokens_per_second:.0f}")
+        fields.append(f"time left: {format_seconds((self.train_iters - report.iteration) * seconds)}")
         return " | ".join(fields) + " |"
 
     def say(self, text: str) -> None:
