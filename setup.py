@@ -54,7 +54,7 @@ setup(
         "console_scripts": ["midus = megatron_midus.command:main"],
         "vllm.general_plugins": ["midus = megatron_midus.integrations.vllm:register"],
     },
-    package_data={"megatron_midus": ["*.pyi"]},
+    package_data={"megatron_midus": ["*.pyi", "recipes/*.yaml"]},
     extras_require={
         # apex is not on the package index; megatron_midus.platform says how to get it when it is asked for.
         "gpu": ["transformer-engine[pytorch]>=2.1"],

@@ -20,9 +20,9 @@ source tools/setup_environment.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 started=$SECONDS
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    place="on one GPU" processes=1 layout=(--distributed-backend nccl --bf16)
+    place="on one GPU" processes=1 layout=(--flags --distributed-backend nccl --bf16 --tensor-model-parallel-size 1)
 else
-    place="on 2 tensor-parallel processes" processes=2 layout=(--distributed-backend gloo --tensor-model-parallel-size 2)
+    place="on 2 tensor-parallel processes" processes=2 layout=()
 fi
 step() { printf '\n\033[1m[%3d s] %s\033[0m\n' "$((SECONDS - started))" "$*"; }
 
@@ -30,35 +30,27 @@ step "1/6  Collecting text: documentation (new domain), standard library source 
 python examples/make_corpus.py --corpus docs --max-megabytes 6 --output-dir "$out/corpus/docs"
 python examples/make_corpus.py --corpus stdlib --output-dir "$out/corpus/stdlib"
 
+# The steps of megatron_midus/recipes/tiny_base.yaml; `midus recipe show tiny_base` prints them as commands.
+recipe() {
+    python -m megatron_midus recipe run tiny_base --step "$1" --work "$out" --base-model "$base" --gpus-per-node "$processes" \
+        --train-text "$out/corpus/docs/train.jsonl" --heldout-text "$out/corpus/docs/heldout.jsonl" "$out/corpus/stdlib/heldout.jsonl" \
+        --train-iters "$train_iters" --master-port "${MASTER_PORT:-29500}" "${@:2}"
+}
+
 step "2/6  Tokenising"
-for half in train heldout; do
-    python tools/preprocess_data.py --input "$out/corpus/docs/$half.jsonl" --json-keys text \
-        --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$base" --append-eod --workers 2 \
-        --output-prefix "$out/data/$half"
-done
+recipe preprocess
 
 step "3/6  Up-scaling $base: a Memory block after every second layer; at step 0 the model must equal its base bit for bit"
-python tools/upscale.py --hf-model "$base" --save "$out/upscaled" --policy interleave --num-blocks 4 \
-    --memory-num-keys 64 --memory-topk 8 --memory-latent-size 32 --memory-query-norm rms --verify
+recipe upscale
 
 step "4/6  Continual pre-training of the inserted blocks, base frozen, $place"
-torchrun --nproc-per-node "$processes" pretrain_midus.py "${layout[@]}" \
-    --pretrained-checkpoint "$out/upscaled" --load "$out/checkpoints" --save "$out/checkpoints" --save-interval 40 \
-    --tensorboard-dir "$out/tensorboard" \
-    --train-data-path "$out/data/train_text_document" --valid-data-path "$out/data/heldout_text_document" \
-    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$base" \
-    --seq-length 512 --micro-batch-size 16 --global-batch-size 16 --train-iters "$train_iters" \
-    --train inserted --lr 3e-3 --min-lr 3e-4 --value-lr-mult 10 --lr-decay-style cosine --lr-warmup-iters 10 \
-    --clip-grad 1.0 --eval-interval 20 --eval-iters 4 --eval-at-start --log-interval 10
+recipe pretrain "${layout[@]}"
 
 step "5/6  Exporting to Hugging Face"
-python tools/convert_checkpoint.py --load "$out/checkpoints" --save "$out/midus_hf" --to hf
+recipe convert
 
 step "6/6  Held-out perplexity, base against MIDUS, on the new domain and on the old one, and a few lines from both"
-python tools/evaluate.py --model "$base" "$out/midus_hf" \
-    --data "$out/corpus/docs/heldout.jsonl" "$out/corpus/stdlib/heldout.jsonl" --seq-length 512 \
-    --json "$out/evaluation.json" --max-tokens 50000 \
-    --generate "The argument must be" "Returns a new" --temperature 0.7
+recipe evaluate
 
 step "Done. What lies where"
 printf '  %-34s %s\n' \

@@ -50,6 +50,7 @@ VERBS = {
     "compare": Entry("train and compare up-scaling methods", "config.compare:CompareConfig", "verbs.compare"),
     "analyze": Entry("what a trained memory learnt", "config.analyze:AnalyzeConfig", "verbs.analyze"),
     "plan": Entry("which layouts of a cluster fit", "config.plan:PlanConfig", "verbs.plan"),
+    "recipe": Entry("run a model's recipe, from text to evaluation", "config.recipe:RecipeConfig", "verbs.recipe"),
     "doctor": Entry("check this machine and installation", "config.doctor:DoctorConfig", "verbs.doctor"),
 }
 # Training parses its own flags, which are Megatron's; torchrun starts it once a process.

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Makes (once) and enters the Python environment of this project: `source tools/setup_environment.sh [extra,extra]`.
+# The extra "gpu?" is Transformer Engine where nvidia-smi lists a GPU; where it cannot be installed, what that costs is said.
 #
 # MIDUS_VENV    where it lies (default: .venv in the repository); a path of your own shares it between clones
 # MIDUS_PYTHON  interpreter to make it with, 3.10 or newer (default: python3)
@@ -11,6 +12,10 @@ _midus_setup() {
     local root extras venv python stamp
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
     extras="${1:-}"
+    if [[ "$extras" == *"gpu?"* ]]; then
+        extras="${extras//,gpu?/}"
+        if nvidia-smi --list-gpus 2>/dev/null | grep -q .; then extras="$extras,gpu"; fi
+    fi
     venv="${MIDUS_VENV:-$root/.venv}"
     python="${MIDUS_PYTHON:-python3}"
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
@@ -35,7 +40,7 @@ _midus_setup() {
 
 # Reads the variables of _midus_setup.
 _midus_make() {
-    local log="$venv/install.log"
+    local log="$venv/install.log" gpu="$extras" extras="${extras//,gpu/}"
     if [ ! -x "$venv/bin/python" ]; then
         "$python" -m venv "$venv" ||
             { rm -rf "$venv"; _midus_fail "$python cannot make a virtual environment; on Debian: apt install python3-venv"; return 1; }
@@ -46,7 +51,17 @@ _midus_make() {
         "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/constraints.txt" setuptools torch &&
             "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/constraints.txt" --no-build-isolation -e "$root${extras:+[$extras]}"
     } >"$log" 2>&1 || { tail -n 15 "$log" >&2; _midus_fail "the installation failed; see $log"; return 1; }
+    if [[ ",$gpu," == *,gpu,* ]]; then _midus_transformer_engine; fi
     touch "$stamp"
+}
+
+# Built from source against the torch that is there, so it needs nvcc and some minutes; training works without.
+_midus_transformer_engine() {
+    printf 'Installing Transformer Engine (once, up to half an hour; log: %s)\n' "$log"
+    "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/constraints.txt" --no-build-isolation -e "${root}[gpu]" >>"$log" 2>&1 ||
+        printf '%s\n' "WARNING: Transformer Engine could not be installed (see $log)." \
+            "WARNING: Training goes on with layers of plain torch: slower, more memory, no context parallelism, no FP8." \
+            "WARNING: It needs the CUDA toolkit (nvcc); the image of the Dockerfile has it." >&2
 }
 
 _midus_setup "$@"

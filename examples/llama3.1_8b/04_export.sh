@@ -1,11 +1,7 @@
 #!/usr/bin/env bash
 # Llama-3.1-8B: last checkpoint -> Hugging Face model.
-# Settings come from the environment: see examples/launch/common.sh. --tiny tries it on a CPU.
+# Settings: megatron_midus/recipes/llama3.1_8b.yaml, and the environment (examples/launch/common.sh). --tiny tries it on a CPU.
 set -euo pipefail
 # shellcheck source=examples/launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/common.sh"
-begin llama3.1_8b "$@"
-
-need "$WORK/checkpoints/latest_checkpointed_iteration.txt" "run 03_cpt.sh first"
-
-run python tools/convert_checkpoint.py --load "$WORK/checkpoints" --save "$WORK/midus_hf" --to hf --verify --overwrite
+recipe llama3.1_8b convert "$@"

@@ -1,11 +1,7 @@
 #!/usr/bin/env bash
 # Qwen3-4B-Base: last checkpoint -> Hugging Face model.
-# Settings come from the environment: see examples/launch/common.sh. --tiny tries it on a CPU.
+# Settings: megatron_midus/recipes/qwen3_4b.yaml, and the environment (examples/launch/common.sh). --tiny tries it on a CPU.
 set -euo pipefail
 # shellcheck source=examples/launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/common.sh"
-begin qwen3_4b "$@"
-
-need "$WORK/checkpoints/latest_checkpointed_iteration.txt" "run 03_cpt.sh first"
-
-run python tools/convert_checkpoint.py --load "$WORK/checkpoints" --save "$WORK/midus_hf" --to hf --verify --overwrite
+recipe qwen3_4b convert "$@"

@@ -100,7 +100,7 @@ def add_arguments(
     """Adds one argument group with a flag per field of dataclass ``cls``, and a group for each of its parts.
 
     A field without a default must be given. ``metadata`` of a field: ``flag=False`` (no flag), ``aliases`` (other
-    names of the flag), ``metavar``, ``positional=True`` (no dashes), ``const`` (the flag alone means this value),
+    names of the flag), ``metavar``, ``nargs``, ``positional=True`` (no dashes), ``const`` (the flag alone means this value),
     ``append=True`` (a list flag that is given twice adds), ``separator`` (of values inside one word of a list).
 
     Args:
@@ -133,6 +133,8 @@ def _add_flag(group: Any, field: dataclasses.Field, hint: Any, doc: str, suppres
     text = " ".join(doc.split()).replace("%", "%%")
     shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
     kwargs["help"] = text + ("" if default is None or default in ([], "") else f" (default: {shown})")
+    if "nargs" in metadata:
+        kwargs["nargs"] = metadata["nargs"]
     if "metavar" in metadata:
         kwargs["metavar"] = metadata["metavar"]
     if metadata.get("positional"):

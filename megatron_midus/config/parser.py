@@ -91,8 +91,10 @@ class ArgumentParser(argparse.ArgumentParser):
     def _check_flags(self, words: Sequence[str]) -> None:
         """Refuses the first word that is spelled like a flag and is none."""
         known = set(self._flags())
+        # Behind these comes a command line of something else.
+        last = {o for action in self._actions if action.nargs == argparse.REMAINDER for o in action.option_strings}
         for word in words:
-            if word == "--":
+            if word == "--" or word in last:
                 return
             flag = word.split("=", 1)[0]
             # A word with a blank in it is a value, as it is for argparse.

@@ -68,7 +68,9 @@ def find_layouts(
         )
         for layout, tried, reason in _layouts(model, plan, hardware, workload, nodes, gpus_per_node)
     ]
-    return sorted(found, key=lambda c: (not c.fits, c.seconds if c.fits else c.memory.total))
+    # Of equally fast layouts the larger micro-batch: fewer and larger kernels, which the estimate does not know.
+    size = lambda c: c.workload.micro_batch_size  # noqa: E731
+    return sorted(found, key=lambda c: (0, float(f"{c.seconds:.6g}"), -size(c)) if c.fits else (1, c.memory.total, 0))
 
 
 def _layouts(
