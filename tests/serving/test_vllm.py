@@ -132,4 +132,6 @@ def test_two_tensor_parallel_ranks(ask, exports, expected, prompts, name):
 
 
 def test_two_pipeline_stages(ask, exports, expected, prompts):
-    check(ask([job(exports("hive"), prompts, pipeline_parallel_size=2)], package=True)[0][0], expected("hive"))
+    """Compiled: vLLM 0.32 on a CPU makes the buffer between stages when it warms up, which it does for its compiler alone."""
+    jobs = [job(exports("hive"), prompts, pipeline_parallel_size=2, enforce_eager=False)]
+    check(ask(jobs, package=True)[0][0], expected("hive"))
