@@ -368,7 +368,7 @@ WRONG = [
     (None, ["--memory-num-keys", "50000"], "memory_num_keys=50000"),
     (None, ["--memory-num-heads", "2"], "memory_num_heads=2"),
     (None, ["--memory-key-init", "calibrated"], "give --calibration-data"),
-    (None, ["--calibration-data", "setup.py"], "calibrated alone"),
+    (None, ["--calibration-data", "setup.py"], "is only used by --memory-key-init calibrated"),
     (None, ["--memory-key-init", "calibrated", "--calibration-data", "no/such/file"], "no/such/file does not exist"),
     (None, ["--num-blocks", "6"], "num_blocks=6"),
     (None, ["--insert-after", "1"], "both say how many blocks are inserted; give one"),

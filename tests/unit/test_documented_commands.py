@@ -143,7 +143,7 @@ def test_a_block_is_run_or_says_why_not(block: Block):
         (["python", "pretrain_midus.py", "--moc-data", "…"], "--moc-data"),
         (["torchrun", "--nprocs", "2", "pretrain_midus.py", "…"], "--nprocs"),
         (["bash", "examples/quickstrat.sh"], "quickstrat"),
-        (["midus", "upscal", "--dry-run"], "upscal is no verb"),
+        (["midus", "upscal", "--dry-run"], "upscal is not a verb"),
         (["midus", "upscale", "--hf-model", "x", "--num-blokcs", "2"], "num-blokcs"),
         (["torchrun", "--nprocs", "2", "-m", "megatron_midus", "pretrain", "…"], "--nprocs"),
         (["torchrun", "--nproc-per-node", "2", "-m", "megatron_midus", "pretrain", "--lr", "1e-3"], "--train-iters"),
