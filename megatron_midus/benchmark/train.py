@@ -27,8 +27,8 @@ from megatron_midus.report.machine import machine_facts
 from megatron_midus.training import build
 from megatron_midus.training.architecture import Architecture, Source
 from megatron_midus.training.arguments import Arguments, parse_arguments
-from megatron_midus.training.memory_figures import BlockFigures
-from megatron_midus.training.memory_telemetry import MemoryReport, MemoryTelemetry
+from megatron_midus.training.memory.figures import BlockFigures
+from megatron_midus.training.memory.telemetry import MemoryReport, MemoryTelemetry
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
 from megatron_midus.training.step import BatchShape, make_forward_step, train_step
 from megatron_midus.upscaling.cost import flops_per_token, trainable_parameters

@@ -8,18 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_midus.config import ModelConfig, padded_vocab_size
-from megatron_midus.conversion.checkpoint_layout import (
+from megatron_midus.checkpoint.checksums import write_checksums
+from megatron_midus.checkpoint.layout import (
     ASSETS_DIRECTORY,
     copy_assets,
     iteration_directory,
     write_latest_iteration,
 )
-from megatron_midus.conversion.checksums import write_checksums
+from megatron_midus.checkpoint.training_record import UNTRAINED, TrainingRecord
+from megatron_midus.config import ModelConfig, padded_vocab_size
 from megatron_midus.conversion.families import fresh_config, to_hf_config
 from megatron_midus.conversion.hf_io import CONFIG_FILE, check_free_space, dtype_name, read_hf_config, write_safetensors
 from megatron_midus.conversion.megatron_io import write_model_tensors
-from megatron_midus.conversion.model_card import UNTRAINED, TrainingRecord, model_card
+from megatron_midus.conversion.model_card import model_card
 from megatron_midus.conversion.tokenizer import special_token_ids
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.tensors import EMBEDDING, TensorSource

@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import pickle
 import re
 import threading
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_midus.checkpoint.damage import corruption_named
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.memory import STORED_NAMES
 from megatron_midus.conversion.streaming import in_parallel, read_finite
@@ -352,24 +351,6 @@ def _read_metadata(directory: Path) -> tuple[dcp.FileSystemReader, Metadata, dic
         if path.stat().st_size < end:
             raise UserError(f"{path} is truncated: {path.stat().st_size} bytes of at least {end}")
     return reader, metadata, tensors
-
-
-@contextlib.contextmanager
-def corruption_named(directory: Path) -> Iterator[None]:
-    """Turns the many ways in which unpickling a damaged file fails into one line."""
-    try:
-        yield
-    except (
-        CheckpointException,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        EOFError,
-        RuntimeError,
-        AttributeError,
-        KeyError,
-        UnicodeDecodeError,
-    ) as error:
-        raise UserError(f"{directory} is corrupt: {type(error).__name__}: {str(error).strip()[:200]}") from None
 
 
 @contextlib.contextmanager

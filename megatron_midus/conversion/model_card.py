@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_midus.checkpoint.training_record import UNTRAINED, TrainingRecord
 from megatron_midus.config import ModelConfig
 from megatron_midus.errors import UserError
 from megatron_midus.json_files import read_json_object
@@ -26,24 +26,6 @@ _CITATION = """```bibtex
 
 # Entries of an evaluation's results that say how it was done, not what came out.
 _NOT_RESULTS = ("documents", "bytes", "tokens", "nats", "seconds", "tokens_read", "tokens_per_second")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingRecord:
-    """What a model went through since it was up-scaled.
-
-    Attributes:
-        iteration: training iterations.
-        tokens: training tokens; ``None`` where nobody counted.
-        train: which blocks were trained, ``inserted`` or ``all``; ``None`` where nobody wrote it down.
-    """
-
-    iteration: int = 0
-    tokens: int | None = None
-    train: str | None = None
-
-
-UNTRAINED = TrainingRecord()
 
 
 def model_card(

@@ -18,11 +18,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_midus.checkpoint.layout import ASSETS_DIRECTORY, LATEST_FILE, find_checkpoint
 from megatron_midus.config import ModelConfig, padded_vocab_size
 from megatron_midus.config.fields import field_docs
 from megatron_midus.config.model import MODEL_CONFIG_FILE
 from megatron_midus.config.optimizer import OptimizerSettings
-from megatron_midus.conversion.checkpoint_layout import ASSETS_DIRECTORY, LATEST_FILE, find_checkpoint
 from megatron_midus.errors import UserError
 from megatron_midus.model.builder import build_model, freeze
 from megatron_midus.model.config import check_transformer_config

@@ -6,14 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_midus.checkpoint.layout import ASSETS_DIRECTORY, find_checkpoint, read_latest_iteration
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.checkpoint import CheckpointConfig
-from megatron_midus.conversion.checkpoint_layout import ASSETS_DIRECTORY, find_checkpoint, read_latest_iteration
 from megatron_midus.data.tokenizer import Tokenizer, build_tokenizer, check_tokenizer_fits
 from megatron_midus.errors import UserError
 from megatron_midus.hub import local_model
 from megatron_midus.training.arguments import Arguments
-from megatron_midus.training.source import Source
+from megatron_midus.training.checkpoint.source import Source
 from megatron_midus.upscaling import UpscalePlan, make_plan
 
 # Policies whose base stays useful frozen; solar and stack break the function of the base, so everything must learn.

@@ -31,11 +31,11 @@ from megatron_midus.model.config import make_transformer_config
 from megatron_midus.model.specs import TransformerImpl
 from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.arguments import Arguments
-from megatron_midus.training.checkpointing import readable
+from megatron_midus.training.checkpoint.source import Source
+from megatron_midus.training.checkpoint.state import readable
 from megatron_midus.training.checks import Layout, num_virtual_stages
-from megatron_midus.training.memory_counters import memory_layers
+from megatron_midus.training.memory.counters import memory_layers
 from megatron_midus.training.messages import print_rank_0
-from megatron_midus.training.source import Source
 from megatron_midus.upscaling.value_placement import Placement, resolve_value_placement
 
 

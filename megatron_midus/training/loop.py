@@ -24,10 +24,10 @@ from megatron_midus.errors import UserError
 from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.build import build_iterators
-from megatron_midus.training.checkpoint_writer import CheckpointWriter
-from megatron_midus.training.checkpointing import Progress, training_state
+from megatron_midus.training.checkpoint.state import Progress, training_state
+from megatron_midus.training.checkpoint.writer import CheckpointWriter
 from megatron_midus.training.checks import Layout
-from megatron_midus.training.memory_telemetry import MemoryReport, MemoryTelemetry
+from megatron_midus.training.memory.telemetry import MemoryReport, MemoryTelemetry
 from megatron_midus.training.messages import print_rank_0, rank, warn_rank_0
 from megatron_midus.training.optimizer import learning_rates
 from megatron_midus.training.profiler import StepProfiler

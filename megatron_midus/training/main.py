@@ -18,6 +18,7 @@ from megatron_midus import cli
 from megatron_midus.errors import is_users_mistake
 from megatron_midus.training.architecture import resolve_model
 from megatron_midus.training.arguments import Arguments, parse_arguments
+from megatron_midus.training.checkpoint.source import find_start
 from megatron_midus.training.checks import (
     check_environment,
     check_memory_settings,
@@ -29,7 +30,6 @@ from megatron_midus.training.error_file import write_error_file
 from megatron_midus.training.messages import warn_rank_0
 from megatron_midus.training.preflight import check_data_contents, check_files, check_model_fits
 from megatron_midus.training.schedule import schedule_lengths
-from megatron_midus.training.source import find_start
 
 # Libraries read these when they start: cuBLAS workspaces of one size, attention kernels of Transformer Engine without
 # atomic additions, and one order of summation in NCCL (not the switches').

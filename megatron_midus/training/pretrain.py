@@ -27,8 +27,10 @@ from megatron_midus.files import write_text_atomically
 from megatron_midus.training import build
 from megatron_midus.training.architecture import Architecture, resolve_model
 from megatron_midus.training.arguments import Arguments
-from megatron_midus.training.checkpoint_writer import set_aside
-from megatron_midus.training.checkpointing import Progress, load_training_state, read_common_state, read_progress
+from megatron_midus.training.checkpoint.source import RUN_FILE, Source
+from megatron_midus.training.checkpoint.state import Progress, load_training_state, read_common_state, read_progress
+from megatron_midus.training.checkpoint.verification import agree_on_source
+from megatron_midus.training.checkpoint.writer import set_aside
 from megatron_midus.training.checks import Layout
 from megatron_midus.training.dry_run import dry_run
 from megatron_midus.training.loop import Trainer
@@ -36,10 +38,8 @@ from megatron_midus.training.messages import is_last_rank, print_rank_0, rank, w
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
 from megatron_midus.training.schedule import schedule_flags
 from megatron_midus.training.signals import TerminationSignal
-from megatron_midus.training.source import RUN_FILE, Source
 from megatron_midus.training.summary import describe_groups, describe_run
 from megatron_midus.training.telemetry import Telemetry
-from megatron_midus.training.verification import agree_on_source
 from megatron_midus.upscaling.cost import flops_per_token
 
 

@@ -6,8 +6,8 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.arguments import Arguments
+from megatron_midus.training.checkpoint.source import Source
 from megatron_midus.training.checks import Layout
-from megatron_midus.training.source import Source
 from megatron_midus.upscaling.cost import total_parameters, trainable_parameters
 
 

@@ -17,7 +17,7 @@ from megatron_midus.config.telemetry import LoggingConfig
 from megatron_midus.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_midus.training.memory_figures import Histogram
+    from megatron_midus.training.memory.figures import Histogram
 
 
 @dataclasses.dataclass

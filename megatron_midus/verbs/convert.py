@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_midus.checkpoint.checksums import CHECKSUMS_FILE, check_checkpoint
+from megatron_midus.checkpoint.layout import ASSETS_DIRECTORY, find_checkpoint, iteration_directory
+from megatron_midus.checkpoint.training_record import read_training_record
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.convert import ConvertConfig
-from megatron_midus.conversion.checkpoint_layout import ASSETS_DIRECTORY, find_checkpoint, iteration_directory
-from megatron_midus.conversion.checksums import CHECKSUMS_FILE, check_checkpoint
-from megatron_midus.conversion.common_state import read_training_record
 from megatron_midus.conversion.directories import source_config, write_hf_directory, write_megatron_checkpoint
 from megatron_midus.conversion.families import check_model, check_plan, from_hf_config
 from megatron_midus.conversion.hf_io import (

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
+from megatron_midus.checkpoint.layout import find_checkpoint
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.plan import PlanConfig
-from megatron_midus.conversion.checkpoint_layout import find_checkpoint
 from megatron_midus.conversion.families import from_hf_config
 from megatron_midus.conversion.hf_io import read_hf_config
 from megatron_midus.errors import UserError

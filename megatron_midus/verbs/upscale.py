@@ -187,7 +187,7 @@ class _Work:
 
     def _verify(self, directory: Path) -> str:
         """Compares the written model with its base; ``UserError`` when a promised identity does not hold."""
-        from megatron_midus.conversion.checkpoint_layout import iteration_directory
+        from megatron_midus.checkpoint.layout import iteration_directory
         from megatron_midus.conversion.megatron_io import MegatronReader
         from megatron_midus.conversion.verify import compare_logits, load_fp32, round_parameters
         from megatron_midus.upscaling.initialize import DTYPES

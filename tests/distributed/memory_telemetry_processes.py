@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from scenarios import weights
 from training_runs import Outcome, Run, train
 
-from megatron_midus.training.memory_counters import memory_layers
+from megatron_midus.training.memory.counters import memory_layers
 
 
 def two_by_two(

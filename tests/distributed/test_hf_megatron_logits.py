@@ -14,8 +14,8 @@ from launcher import launch
 from scenarios import Layout, initialize_parallel
 from tiny_models import VOCAB, DictSource, load_model, write_base
 
+from megatron_midus.checkpoint.layout import iteration_directory
 from megatron_midus.config import MemoryConfig, ModelConfig
-from megatron_midus.conversion.checkpoint_layout import iteration_directory
 from megatron_midus.conversion.directories import write_hf_directory, write_megatron_checkpoint
 from megatron_midus.conversion.families import from_hf_config
 from megatron_midus.conversion.hf_io import SafetensorsReader, read_hf_config

@@ -21,20 +21,20 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_machine
 from scenarios import fill_with_random_numbers, generator
 
+from megatron_midus.checkpoint.layout import find_checkpoint, iteration_directory, write_latest_iteration
 from megatron_midus.config import MemoryConfig, ModelConfig
-from megatron_midus.conversion.checkpoint_layout import find_checkpoint, iteration_directory, write_latest_iteration
 from megatron_midus.model.checkpoint import save_weights
 from megatron_midus.training import build
 from megatron_midus.training.architecture import Architecture, resolve_architecture
 from megatron_midus.training.arguments import Arguments, parse_arguments
-from megatron_midus.training.checkpoint_writer import CheckpointWriter
-from megatron_midus.training.checkpointing import Progress, load_training_state, training_state
+from megatron_midus.training.checkpoint.optimizer_state import stored_groups
+from megatron_midus.training.checkpoint.source import Source, find_source
+from megatron_midus.training.checkpoint.state import Progress, load_training_state, training_state
+from megatron_midus.training.checkpoint.writer import CheckpointWriter
 from megatron_midus.training.checks import check_schedule, resolve_layout, resolve_pipeline
-from megatron_midus.training.memory_telemetry import MemoryTelemetry
+from megatron_midus.training.memory.telemetry import MemoryTelemetry
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
-from megatron_midus.training.optimizer_state import stored_groups
 from megatron_midus.training.schedule import schedule_flags
-from megatron_midus.training.source import Source, find_source
 from megatron_midus.training.step import BatchShape, make_forward_step, train_step
 from megatron_midus.upscaling import make_plan
 

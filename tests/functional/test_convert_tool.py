@@ -16,10 +16,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from tiny_models import DictSource, load_model, logits_of, randomize, write_base, write_tokenizer
 
+from megatron_midus.checkpoint.checksums import write_checksums
+from megatron_midus.checkpoint.layout import iteration_directory, write_latest_iteration
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.conversion import megatron_io
-from megatron_midus.conversion.checkpoint_layout import iteration_directory, write_latest_iteration
-from megatron_midus.conversion.checksums import write_checksums
 from megatron_midus.conversion.directories import write_megatron_checkpoint
 from megatron_midus.conversion.families import from_hf_config
 from megatron_midus.conversion.hf_io import SafetensorsReader, read_hf_config

@@ -13,7 +13,7 @@ from driver import TINY_MODEL, TINY_RUN, train
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from upscaled import BASE, read_weights, write_upscaled
 
-from megatron_midus.conversion.checkpoint_layout import iteration_directory
+from megatron_midus.checkpoint.layout import iteration_directory
 from megatron_midus.training.arguments import parse_arguments
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.cost import flops_per_token, total_parameters, trainable_parameters

@@ -13,10 +13,10 @@ import torch
 from driver import TINY_RUN, Run, train
 from upscaled import write_upscaled
 
+from megatron_midus.checkpoint.checksums import CHECKSUMS_FILE
 from megatron_midus.config.checkpoint import CheckpointConfig
-from megatron_midus.conversion.checksums import CHECKSUMS_FILE
-from megatron_midus.training.source import Source, find_source
-from megatron_midus.training.verification import agree_on_source
+from megatron_midus.training.checkpoint.source import Source, find_source
+from megatron_midus.training.checkpoint.verification import agree_on_source
 
 STEPS = "--train-iters 6 --lr-warmup-iters 2"
 

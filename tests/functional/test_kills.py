@@ -15,8 +15,8 @@ import pytest
 from driver import TINY_RUN, Run, train
 from upscaled import write_upscaled
 
-from megatron_midus.conversion.checkpoint_layout import read_latest_iteration
-from megatron_midus.conversion.checksums import check_checkpoint
+from megatron_midus.checkpoint.checksums import check_checkpoint
+from megatron_midus.checkpoint.layout import read_latest_iteration
 
 BATCH_SIZE = 4
 # Between two kills a run gets some five steps further. The cyclic order of samples is a random one, and dropout draws

@@ -14,7 +14,7 @@ import pytest
 from driver import TINY_RUN, train
 from upscaled import read_weights
 
-from megatron_midus.conversion.common_state import read_training_record
+from megatron_midus.checkpoint.training_record import read_training_record
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 RELEASES = ["0.16.1", "0.19.2"]

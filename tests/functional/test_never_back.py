@@ -15,7 +15,7 @@ import pytest
 from driver import TINY_MODEL, TINY_RUN, Run, train
 from upscaled import write_upscaled
 
-from megatron_midus.conversion.checkpoint_layout import (
+from megatron_midus.checkpoint.layout import (
     iteration_directory,
     list_iterations,
     read_latest_iteration,

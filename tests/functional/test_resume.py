@@ -10,7 +10,7 @@ import torch
 from driver import TINY_MODEL, TINY_RUN, Run, train
 from upscaled import read_tensors, write_upscaled
 
-from megatron_midus.conversion.checksums import write_checksums
+from megatron_midus.checkpoint.checksums import write_checksums
 
 # The schedule is made for eight steps; --exit-interval ends a run in the middle of it.
 STEPS = "--train-iters 8 --lr-warmup-iters 2 --lr-decay-style cosine"

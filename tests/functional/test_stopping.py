@@ -14,7 +14,7 @@ import torch
 from driver import TINY_MODEL, TINY_RUN, fork_server, train
 from upscaled import read_weights, write_upscaled
 
-from megatron_midus.conversion.checksums import check_checkpoint
+from megatron_midus.checkpoint.checksums import check_checkpoint
 from megatron_midus.training.signals import TerminationSignal
 
 ENDLESS = "--train-iters 100000 --lr-warmup-iters 2"

@@ -15,8 +15,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from test_convert_tool import convert, random_checkpoint
 from tiny_models import load_model, logits_of, write_base
 
-from megatron_midus.conversion.checkpoint_layout import iteration_directory
-from megatron_midus.conversion.common_state import read_training_record
+from megatron_midus.checkpoint.layout import iteration_directory
+from megatron_midus.checkpoint.training_record import read_training_record
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("megatron.training") is None,

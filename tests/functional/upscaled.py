@@ -6,9 +6,9 @@ from pathlib import Path
 
 from driver import fork_server
 
+from megatron_midus.checkpoint.checksums import write_checksums
+from megatron_midus.checkpoint.layout import iteration_directory, write_latest_iteration
 from megatron_midus.config import MemoryConfig, ModelConfig
-from megatron_midus.conversion.checkpoint_layout import iteration_directory, write_latest_iteration
-from megatron_midus.conversion.checksums import write_checksums
 from megatron_midus.upscaling import UpscalePlan, make_plan
 
 BASE = ModelConfig(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_what_is_missing_is_named() -> None:
 def test_errors_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'mpi' is not known; choose nccl or gloo"):
         platform.initialize_distributed("mpi")  # type: ignore[arg-type]
-    monkeypatch.setattr(platform.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="github.com/NVIDIA/apex"):
         platform.require_apex()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -22,7 +22,7 @@ def messages(page: Path) -> list[str]:
 ON_PAGES = {page.name: messages(page) for page in sorted((ROOT / "docs").glob("*.md"))}
 MESSAGES = ON_PAGES["troubleshooting.md"]
 # Whose messages users meet through the tools.
-PARTS = ("platform.py", "conversion", "data", "evaluation", "training", "upscaling")
+PARTS = ("platform", "checkpoint", "conversion", "data", "evaluation", "training", "upscaling")
 
 
 @functools.cache

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
+from megatron_midus.checkpoint.training_record import TrainingRecord
 from megatron_midus.config import MemoryConfig, ModelConfig
-from megatron_midus.conversion.model_card import TrainingRecord, model_card, read_evaluation
+from megatron_midus.conversion.model_card import model_card, read_evaluation
 from megatron_midus.evaluation import ParameterCounts, Perplexity
 from megatron_midus.evaluation.output import result_to_dict
 from megatron_midus.evaluation.result import EvaluationResult, ModelFigures

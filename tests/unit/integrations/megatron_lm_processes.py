@@ -21,8 +21,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
+from megatron_midus.checkpoint.layout import iteration_directory
 from megatron_midus.config import ModelConfig
-from megatron_midus.conversion.checkpoint_layout import iteration_directory
 from megatron_midus.integrations import megatron_lm
 from megatron_midus.model.builder import build_model, make_transformer_config
 from megatron_midus.model.checkpoint import load_weights

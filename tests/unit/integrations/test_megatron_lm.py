@@ -14,8 +14,8 @@ import torch
 from launcher import launch
 from upscaled import write_upscaled
 
+from megatron_midus.checkpoint.layout import iteration_directory, write_latest_iteration
 from megatron_midus.config import ModelConfig
-from megatron_midus.conversion.checkpoint_layout import iteration_directory, write_latest_iteration
 from megatron_midus.integrations import megatron_lm
 from megatron_midus.upscaling import UpscalePlan
 

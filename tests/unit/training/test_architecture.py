@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_midus.checkpoint.layout import iteration_directory, write_latest_iteration
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.config.checkpoint import CheckpointConfig
-from megatron_midus.conversion.checkpoint_layout import iteration_directory, write_latest_iteration
 from megatron_midus.training.architecture import resolve_architecture, resolve_model
 from megatron_midus.training.arguments import parse_arguments
-from megatron_midus.training.source import Source, find_source
+from megatron_midus.training.checkpoint.source import Source, find_source
 from megatron_midus.upscaling import make_plan
 
 MEMORY = MemoryConfig(memory_num_keys=5, memory_topk=2)

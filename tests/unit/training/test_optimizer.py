@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_midus.config.optimizer import OptimizerSettings
+from megatron_midus.training.checkpoint.optimizer_state import GROUP_IDENTITY
 from megatron_midus.training.optimizer import has_weight_decay, param_group_overrides
-from megatron_midus.training.optimizer_state import GROUP_IDENTITY
 
 NAMES = {
     "decoder.layers.0.mlp.linear_fc1.weight": (4, 3),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_midus.conversion.checkpoint_layout import (
+from megatron_midus.checkpoint.layout import (
     copy_assets,
     find_checkpoint,
     is_asset,

@@ -11,8 +11,8 @@ import math
 import torch
 
 from megatron_midus.memory import HeadWiseMemory
-from megatron_midus.training.memory_counters import BlockCounts
-from megatron_midus.training.memory_usage import MemoryUsage, relative
+from megatron_midus.training.memory.counters import BlockCounts
+from megatron_midus.training.memory.usage import MemoryUsage, relative
 
 OVERLAP_COLUMNS = 1 << 16  # slots whose use by all heads is compared at a time
 NORM_EDGES = [0.0, *(2.0**power for power in range(-24, 11))]

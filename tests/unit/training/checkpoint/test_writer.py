@@ -9,7 +9,7 @@ from leftovers import leave_partial
 
 from megatron_midus.files import replace_directory
 from megatron_midus.partials import destroy, make_partial
-from megatron_midus.training.checkpoint_writer import apply_retention, remove_leftovers
+from megatron_midus.training.checkpoint.writer import apply_retention, remove_leftovers
 
 
 def directories(root: Path) -> list[str]:

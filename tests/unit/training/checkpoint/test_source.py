@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_midus.checkpoint.checksums import write_checksums
+from megatron_midus.checkpoint.layout import iteration_directory, write_latest_iteration
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.checkpoint import CheckpointConfig
-from megatron_midus.conversion.checkpoint_layout import iteration_directory, write_latest_iteration
-from megatron_midus.conversion.checksums import write_checksums
-from megatron_midus.training.source import find_start, held_iteration
+from megatron_midus.training.checkpoint.source import find_start, held_iteration
 from megatron_midus.upscaling import make_plan
 
 MODEL = ModelConfig(

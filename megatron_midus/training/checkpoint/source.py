@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_midus.config.checkpoint import CheckpointConfig
-from megatron_midus.config.model import ModelConfig
-from megatron_midus.conversion.checkpoint_layout import (
+from megatron_midus.checkpoint.checksums import CHECKSUMS_FILE, DamagedError, check_files, read_checksums
+from megatron_midus.checkpoint.layout import (
     LATEST_FILE,
     find_checkpoint,
     is_iteration_directory,
@@ -17,7 +16,8 @@ from megatron_midus.conversion.checkpoint_layout import (
     list_iterations,
     read_latest_iteration,
 )
-from megatron_midus.conversion.checksums import CHECKSUMS_FILE, DamagedError, check_files, read_checksums
+from megatron_midus.config.checkpoint import CheckpointConfig
+from megatron_midus.config.model import ModelConfig
 from megatron_midus.errors import UserError
 from megatron_midus.training.messages import print_rank_0, warn_rank_0
 from megatron_midus.upscaling.plan import UpscalePlan

@@ -22,13 +22,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_midus.checkpoint import common_state
 from megatron_midus.config.optimizer import OptimizerSettings
-from megatron_midus.conversion import common_state
 from megatron_midus.errors import UserError
 from megatron_midus.megatron_compat import load_checkpoint
 from megatron_midus.model.checkpoint import sharded_state_dict
+from megatron_midus.training.checkpoint.optimizer_state import load_optimizer_state, optimizer_metadata, stored_groups
 from megatron_midus.training.messages import warn_rank_0
-from megatron_midus.training.optimizer_state import load_optimizer_state, optimizer_metadata, stored_groups
 from megatron_midus.training.schedule import describe_change, flags_of, without_effect
 
 _TRAINING_STATE = "training_state"

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from megatron_midus.conversion.checksums import (
+from megatron_midus.checkpoint.checksums import (
     CHECKSUMS_FILE,
     DamagedError,
     check_checkpoint,

@@ -18,9 +18,6 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from megatron_midus.conversion.megatron_io import corruption_named
-from megatron_midus.conversion.model_card import TrainingRecord
-
 COMMON_FILE = "common.pt"
 _COMMON_KEY = "common_state/"  # and which part of how many, of which there is one
 
@@ -97,20 +94,3 @@ def _load_inert(content: bytes) -> Any:
             if not names:
                 raise
             return {}
-
-
-def read_training_record(directory: str | Path, iteration: int) -> TrainingRecord:
-    """What the checkpoint ``directory`` says about the training that it went through, in our loop or in upstream's."""
-    path = Path(directory) / COMMON_FILE
-    with corruption_named(path if path.is_file() else Path(directory)):
-        common = read_common_state(directory)
-        state = common.get("training_state") or _upstream_state(common.get("args"))
-        return TrainingRecord(iteration, state.get("consumed_train_tokens"), state.get("train"))
-
-
-def _upstream_state(arguments: Any) -> dict[str, Any]:
-    """Tokens and trained blocks from the arguments that upstream's loop stores, where they are ours to read."""
-    stored = getattr(arguments, "__dict__", {})
-    samples, length = stored.get("consumed_train_samples"), stored.get("seq_length")
-    is_counted = isinstance(samples, int) and isinstance(length, int)
-    return {"consumed_train_tokens": samples * length if is_counted else None, "train": stored.get("train")}

@@ -24,7 +24,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_midus.conversion.checkpoint_layout import (
+from megatron_midus.checkpoint.checksums import file_sha256, write_checksums
+from megatron_midus.checkpoint.layout import (
     ASSETS_DIRECTORY,
     LATEST_CHECKSUM_FILE,
     LATEST_FILE,
@@ -34,15 +35,14 @@ from megatron_midus.conversion.checkpoint_layout import (
     read_latest_iteration,
     write_latest_iteration,
 )
-from megatron_midus.conversion.checksums import file_sha256, write_checksums
 from megatron_midus.errors import UserError
 from megatron_midus.files import discard_directory, remove_partials, replace_directory
 from megatron_midus.megatron_compat import save_checkpoint
 from megatron_midus.partials import CONTENT, destroy, make_partial, new_token, partial_path, target_name
 from megatron_midus.training.architecture import Architecture
+from megatron_midus.training.checkpoint.optimizer_state import optimizer_metadata
+from megatron_midus.training.checkpoint.source import RUN_FILE, held_iteration
 from megatron_midus.training.helper_process import start_result_queue
-from megatron_midus.training.optimizer_state import optimizer_metadata
-from megatron_midus.training.source import RUN_FILE, held_iteration
 
 
 class CheckpointWriter:

@@ -9,10 +9,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_midus.conversion.common_state import read_common_state
+from megatron_midus.checkpoint.common_state import read_common_state
 from megatron_midus.megatron_compat import load_checkpoint
 from megatron_midus.memory import HeadWiseMemory
-from megatron_midus.training.memory_counters import BlockCounts
+from megatron_midus.training.memory.counters import BlockCounts
 
 STATE = "memory_usage"
 

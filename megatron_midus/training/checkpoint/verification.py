@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from megatron_midus.checkpoint.checksums import CHECKSUMS_FILE, DamagedError
 from megatron_midus.config.checkpoint import CheckpointConfig
-from megatron_midus.conversion.checksums import CHECKSUMS_FILE, DamagedError
 from megatron_midus.errors import UserError
+from megatron_midus.training.checkpoint.source import Source, check_share, find_source, is_chosen
 from megatron_midus.training.messages import print_rank_0, rank, warn_rank_0
-from megatron_midus.training.source import Source, check_share, find_source, is_chosen
 
 
 def agree_on_source(checkpoint: CheckpointConfig, source: Source) -> Source:

@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_midus.conversion.checksums import file_sha256
+from megatron_midus.checkpoint.checksums import file_sha256
 from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
 

@@ -19,8 +19,8 @@ from megatron.core.rerun_state_machine import RerunMode, RerunState
 from megatron.core.transformer.enums import AttnBackend
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from megatron_midus.conversion.common_state import Foreign, read_common_state, read_training_record
-from megatron_midus.conversion.model_card import TrainingRecord
+from megatron_midus.checkpoint.common_state import Foreign, read_common_state
+from megatron_midus.checkpoint.training_record import TrainingRecord, read_training_record
 
 
 def upstreams_arguments(**more):

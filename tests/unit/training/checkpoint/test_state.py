@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_midus.training.checkpointing import Progress, read_progress
+from megatron_midus.training.checkpoint.state import Progress, read_progress
 
 
 def test_progress_of_a_checkpoint_without_training_state_is_the_beginning():

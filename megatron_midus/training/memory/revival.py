@@ -12,7 +12,7 @@ import torch
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 
 from megatron_midus.memory import HeadWiseMemory
-from megatron_midus.training.memory_usage import MemoryUsage
+from megatron_midus.training.memory.usage import MemoryUsage
 
 NOISE = 0.1  # of the root mean square of the sub-key that a revived one is put beside
 HALVES = ("row_keys", "col_keys")

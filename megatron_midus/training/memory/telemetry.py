@@ -11,12 +11,12 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_midus.config.memory_telemetry import MemoryTelemetryConfig
-from megatron_midus.training.memory_counters import BlockCounter, memory_layers
-from megatron_midus.training.memory_figures import BlockFigures, block_figures
-from megatron_midus.training.memory_revival import revive_dead_subkeys
-from megatron_midus.training.memory_usage import MemoryUsage
+from megatron_midus.training.memory.counters import BlockCounter, memory_layers
+from megatron_midus.training.memory.figures import BlockFigures, block_figures
+from megatron_midus.training.memory.revival import revive_dead_subkeys
+from megatron_midus.training.memory.update_ratio import UpdateRatio
+from megatron_midus.training.memory.usage import MemoryUsage
 from megatron_midus.training.telemetry import Telemetry
-from megatron_midus.training.update_ratio import UpdateRatio
 
 # A block has recovered well above the threshold of the alarm only, so that it is not said again and again at the edge.
 RECOVERY = 1.5

@@ -1,0 +1,45 @@
+"""What the training behind a checkpoint was: iterations, tokens, which blocks learnt."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megatron_midus.checkpoint.common_state import COMMON_FILE, read_common_state
+from megatron_midus.checkpoint.damage import corruption_named
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRecord:
+    """What a model went through since it was up-scaled.
+
+    Attributes:
+        iteration: training iterations.
+        tokens: training tokens; ``None`` where nobody counted.
+        train: which blocks were trained, ``inserted`` or ``all``; ``None`` where nobody wrote it down.
+    """
+
+    iteration: int = 0
+    tokens: int | None = None
+    train: str | None = None
+
+
+UNTRAINED = TrainingRecord()
+
+
+def read_training_record(directory: str | Path, iteration: int) -> TrainingRecord:
+    """What the checkpoint ``directory`` says about the training that it went through, in our loop or in upstream's."""
+    path = Path(directory) / COMMON_FILE
+    with corruption_named(path if path.is_file() else Path(directory)):
+        common = read_common_state(directory)
+        state = common.get("training_state") or _upstream_state(common.get("args"))
+        return TrainingRecord(iteration, state.get("consumed_train_tokens"), state.get("train"))
+
+
+def _upstream_state(arguments: Any) -> dict[str, Any]:
+    """Tokens and trained blocks from the arguments that upstream's loop stores, where they are ours to read."""
+    stored = getattr(arguments, "__dict__", {})
+    samples, length = stored.get("consumed_train_samples"), stored.get("seq_length")
+    is_counted = isinstance(samples, int) and isinstance(length, int)
+    return {"consumed_train_tokens": samples * length if is_counted else None, "train": stored.get("train")}

@@ -1,0 +1,1 @@
+"""What the memories of a run do: counters, figures, telemetry, revival of dead sub-keys."""
