@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import platform as host
 import subprocess
 import sys
 import textwrap
@@ -204,6 +205,6 @@ def test_a_start_has_a_name_that_earlier_starts_cannot_have_left():
     [("x86_64", "AVX2", False), ("x86_64", "AVX512", True), ("AMD64", "DEFAULT", False), ("aarch64", "DEFAULT", True)],
 )
 def test_which_processors_multiply_bf16(monkeypatch, machine, capability, fast):
-    monkeypatch.setattr(platform.host, "machine", lambda: machine)
+    monkeypatch.setattr(host, "machine", lambda: machine)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert platform.cpu_multiplies_bf16() is fast

@@ -219,7 +219,7 @@ def values_main_grad(settings: dict[str, Any], *, straight: bool) -> torch.Tenso
     """Megatron's fp32 gradient of the bank after two micro-batches, by Triton's kernels run as numpy."""
     os.environ["TRITON_INTERPRET"] = "1"  # triton is not imported yet
     module = make_memory(settings, Layout())
-    module.backend, module.value_bank_main_grad = "triton", straight
+    module.backend, module.values_main_grad = "triton", straight
     for name, parameter in module.named_parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator(name)))
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True)
