@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_midus.platform import transformer_engine_available
 from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.checkpoint.source import Source
@@ -37,7 +38,19 @@ def describe_run(arguments: Arguments, architecture: Architecture, layout: Layou
     if parallel.pipeline_model_parallel_layout is not None:
         lines.append(f"pipeline: {parallel.pipeline_model_parallel_layout}")
     lines += [f"note: {note}" for note in plan.notes]
+    if missing := missing_engine(arguments.parallel.distributed_backend):
+        lines.append(missing)
     return "\n".join(lines)
+
+
+def missing_engine(distributed_backend: str) -> str:
+    """What training on GPUs without Transformer Engine costs; empty where it is there, and on CPUs."""
+    if distributed_backend == "gloo" or transformer_engine_available():
+        return ""
+    return (
+        "WARNING: Transformer Engine is not installed: layers of plain torch are slower and keep more activations, and there is "
+        "no context parallelism and no FP8; pip install 'megatron-midus[gpu]' (needs nvcc), or use the image of the Dockerfile"
+    )
 
 
 def describe_blocks(architecture: Architecture) -> str:

@@ -165,3 +165,20 @@ def test_starts_at_the_same_time_make_one_environment(tmp_path):
 def test_other_scripts_refuse_flags_of_training(tmp_path):
     done = script("llama3.2_1b", "01_preprocess.sh", tmp_path, "--", "--lr", "1")
     assert done.returncode == 1 and "03_cpt.sh alone takes flags" in done.stderr
+
+
+@pytest.mark.parametrize("builds", [True, False])
+def test_transformer_engine_is_installed_where_there_is_a_gpu_or_its_absence_is_told(tmp_path, builds):
+    slurm = Slurm(tmp_path)
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.write_text('#!/usr/bin/env bash\necho "GPU 0: of a test"\n')
+    smi.chmod(0o755)
+    if not builds:
+        python = tmp_path / "bin" / "python-to-make"
+        python.write_text(PYTHON + 'if [[ "${@: -1}" == *"[gpu]" ]]; then echo "no nvcc"; exit 1; fi\n')
+    command = ["bash", "-c", f"source {EXAMPLES.parent}/tools/setup_environment.sh 'eval,gpu?' && echo entered"]
+    done = subprocess.run(command, env=slurm.environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("entered\n"), done.stderr
+    installed = (tmp_path / "installed").read_text().splitlines()
+    assert [line.partition("[")[2] for line in installed[1:]] == ["eval]", "gpu]"]
+    assert ("WARNING: Training goes on with layers of plain torch: slower" in done.stderr) is not builds

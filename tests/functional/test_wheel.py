@@ -81,3 +81,11 @@ def test_the_journey(run):
     )
     assert "midus_hf against base" in table
     assert run("generate", "--model", "midus_hf", "--prompt", "Slot", "--generate-tokens", "3").startswith("Slot")
+
+
+def test_the_wheel_brings_the_recipes(run):
+    shown = run("recipe", "show", "llama3.2_1b", "--step", "upscale")
+    assert "--num-blocks=8" in shown and "--memory-num-keys=512" in shown
+    assert "get it with: hf download Qwen/Qwen3-4B-Base" in run(
+        "recipe", "run", "qwen3_4b", "--step", "upscale", code=1
+    )
