@@ -48,8 +48,8 @@ VERBS = {
     "evaluate": Entry("compare models on held-out text and tasks", "config.evaluate:EvaluateConfig", "verbs.evaluate"),
     "generate": Entry("continue prompts", "config.evaluate:GenerateConfig", "verbs.generate"),
     "compare": Entry("train and compare up-scaling methods", "config.compare:CompareConfig", "verbs.compare"),
-    "analyze": Entry("what a trained memory learnt", "config.analyze:AnalyzeConfig", "verbs.analyze"),
-    "plan": Entry("which layouts of a cluster fit", "config.plan:PlanConfig", "verbs.plan"),
+    "analyze": Entry("show what a trained memory does", "config.analyze:AnalyzeConfig", "verbs.analyze"),
+    "plan": Entry("list the cluster layouts that fit a model", "config.plan:PlanConfig", "verbs.plan"),
     "recipe": Entry("run a model's recipe, from text to evaluation", "config.recipe:RecipeConfig", "verbs.recipe"),
     "doctor": Entry("check this machine and installation", "config.doctor:DoctorConfig", "verbs.doctor"),
 }
@@ -101,7 +101,7 @@ def summary() -> str:
     lines = "\n".join(f"  {name:<{width}}  {SUMMARIES[name]}" for name in SUMMARIES)
     return (
         "usage: midus VERB [flags]\n\n"
-        "Makes a pretrained language model deeper with memory layers (MIDUS), trains it on, gives it back.\n\n"
+        "Makes a pretrained language model deeper with Memory blocks (MIDUS), continues its pre-training, exports it.\n\n"
         f"{lines}\n\nmidus VERB --help lists the flags of a verb; midus --version; midus completion bash|zsh|fish\n"
     )
 

@@ -11,8 +11,8 @@ from megatron_midus.config.text import check_at_least_one
 class CompareConfig:
     """Comparison
 
-    Up-scales one base in several ways, trains all of them alike, and lays the results side by side. A run that was
-    interrupted goes on with the same command; after a change in the file only what depends on it runs again.
+    Up-scales one base in several ways, trains all of them alike, and compares the results in one table. Run the same
+    command again to resume; after a change in the file only what depends on it runs again.
 
     Examples:
       midus compare examples/comparison/smoke.yaml --output comparison_smoke

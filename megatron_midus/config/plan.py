@@ -42,9 +42,9 @@ class HardwareConfig:
 class PlanConfig:
     """Planning
 
-    Says which layouts of a cluster a model fits on, what each GPU holds and sends, and how long a step should take.
-    Nothing is run: figures follow from the plan. Memory and traffic are those that the tests compare with real runs; times
-    are estimates from peaks and from the shares of them that training reaches (megatron_midus/planning/hardware.py).
+    Lists the layouts that fit a cluster: memory and traffic of each GPU, and an estimate of the time of a step.
+    Nothing is run. Tests compare memory and traffic with real runs. Times are estimates from hardware peaks and the
+    share of them that training reaches (megatron_midus/planning/hardware.py).
 
     Examples:
       midus plan --hf-model Llama-3.1-8B --num-blocks 16 --memory-num-keys 512 --nodes 4 --gpus-per-node 8

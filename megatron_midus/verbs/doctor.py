@@ -141,5 +141,5 @@ def command(config: DoctorConfig) -> int:
         remedy = f"; {finding.remedy}" if finding.remedy else ""
         print(f"{marks[finding.state]:<8} {finding.name:<19} {finding.value}{remedy}")
     problems = [finding.name for finding in findings if finding.state == "problem"]
-    print(f"problems: {', '.join(problems)}" if problems else "everything that the verbs need is here")
+    print(f"problems: {', '.join(problems)}" if problems else "everything that the verbs need is installed")
     return 1 if problems else 0
