@@ -11,6 +11,7 @@ from megatron_midus.errors import UserError
 from megatron_midus.evaluation.parameters import check_safetensors
 from megatron_midus.json_files import read_json_object
 
+_COUNTS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -25,7 +26,12 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         if (directory / "latest_checkpointed_iteration.txt").is_file() or (directory / "model_config.json").is_file():
             hint = "; it looks like a Megatron checkpoint: export it with midus convert --to hf"
         raise UserError(f"{directory} holds no config.json, so it is not a Hugging Face model{hint}")
-    return read_json_object(path)
+    config = read_json_object(path)
+    for name in _COUNTS:
+        # transformers builds a model of -1 layers and fails when it is used.
+        if name in config and not (isinstance(config[name], int) and config[name] >= 1):
+            raise UserError(f"{path}: {name}={config[name]!r} must be a whole number from 1")
+    return config
 
 
 def choose_device(name: str | None) -> torch.device:
