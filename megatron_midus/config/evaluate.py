@@ -25,6 +25,9 @@ class WindowConfig:
     max_tokens: int | None = None
     """Use only the first documents, up to so many tokens of the first model."""
 
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "stride", "max_tokens")
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
@@ -46,6 +49,9 @@ class TaskConfig:
     task_limit: int | None = dataclasses.field(default=None, metadata={"metavar": "N"})
     """Only the first N items of each task, for a trial."""
 
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "max_length", "task_limit")
+
 
 @dataclasses.dataclass(frozen=True)
 class LatencyConfig:
@@ -66,6 +72,9 @@ class LatencyConfig:
     latency_rounds: int = 7
     """Timed rounds of all models in turn."""
 
+    def __post_init__(self) -> None:
+        check_at_least_one(self, *(field.name for field in dataclasses.fields(self) if field.name != "latency"))
+
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
@@ -82,6 +91,9 @@ class RuntimeConfig:
 
     trust_remote_code: bool = False
     """Run modeling code that lies in a model's directory."""
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,3 +34,6 @@ class TextConfig:
 
     seq_length: int = 512
     """Tokens that the model reads at once."""
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "seq_length")

@@ -190,7 +190,7 @@ def test_one_part_alone(midus, text, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--tokens", "0"], "tokens=0 must be at least 1"),
+        (["--tokens", "0"], "--tokens 0 must be at least 1"),
         (["--seq-length", "5000"], "less than one window of seq_length=5000"),
         (["--tokens", "40"], "needs 4"),
         (["--device", "tpu7"], "'tpu7' is not available"),
