@@ -10,12 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_midus.checkpoint.layout import LATEST_FILE
 from megatron_midus.comparison.arms import ResolvedArm
 from megatron_midus.comparison.experiment import REPOSITORY, Experiment
 from megatron_midus.comparison.steps import Step, StepFailed
 from megatron_midus.config.run_file import words_of_entries
-
-LATEST_FILE = "latest_checkpointed_iteration.txt"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Literal
 
 from megatron_midus.errors import UserError
 
-_DEPTH_DEPENDENT = (
+# Flags whose meaning hangs on a layer's number; inserting blocks would move them to other layers without a word.
+DEPTH_DEPENDENT = (
     "apply_query_key_layer_scaling",
     "no_rope_freq",
     "window_attn_skip_freq",
@@ -73,7 +74,7 @@ class CompatibilityConfig:
         free = ("make_vocab_size_divisible_by", "untie_embeddings_and_output_weights")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in _DEPTH_DEPENDENT and value != field.default:
+            if field.name in DEPTH_DEPENDENT and value != field.default:
                 raise UserError(
                     f"{field.name}={value} depends on layer numbers, which inserted blocks shift; leave the flag out"
                 )

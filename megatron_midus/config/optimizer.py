@@ -1,4 +1,4 @@
-"""OptimizerSettings: AdamW or SGD, the learning-rate schedule, and what the memory values get of their own."""
+"""OptimizationConfig: AdamW or SGD, the learning-rate schedule, and what the memory values get of their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_midus.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerSettings:
+class OptimizationConfig:
     """Optimizer and learning rate"""
 
     optimizer: Literal["adam", "sgd"] = "adam"

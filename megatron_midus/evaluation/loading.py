@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_midus.checkpoint.layout import LATEST_FILE
 from megatron_midus.errors import UserError
 from megatron_midus.evaluation.parameters import check_safetensors
 from megatron_midus.json_files import read_json_object
@@ -23,7 +24,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         hint = ""
-        if (directory / "latest_checkpointed_iteration.txt").is_file() or (directory / "model_config.json").is_file():
+        if (directory / LATEST_FILE).is_file() or (directory / "model_config.json").is_file():
             hint = "; it looks like a Megatron checkpoint: export it with midus convert --to hf"
         raise UserError(f"{directory} holds no config.json, so it is not a Hugging Face model{hint}")
     config = read_json_object(path)

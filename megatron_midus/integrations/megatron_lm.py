@@ -22,7 +22,7 @@ from megatron_midus.checkpoint.layout import ASSETS_DIRECTORY, LATEST_FILE, find
 from megatron_midus.config import ModelConfig, padded_vocab_size
 from megatron_midus.config.fields import field_docs
 from megatron_midus.config.model import MODEL_CONFIG_FILE
-from megatron_midus.config.optimizer import OptimizerSettings
+from megatron_midus.config.optimizer import OptimizationConfig
 from megatron_midus.errors import UserError
 from megatron_midus.model.builder import build_model, freeze
 from megatron_midus.model.config import check_transformer_config
@@ -90,7 +90,7 @@ def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     Raises:
         ValueError: a checkpoint that is missing or not ours.
     """
-    docs = field_docs(OptimizerSettings)
+    docs = field_docs(OptimizationConfig)
     group = parser.add_argument_group("MIDUS")
     group.add_argument(
         "--midus-model",
@@ -103,7 +103,7 @@ def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         choices=("inserted", "all"),
         help="parameters that learn: the inserted blocks, the base frozen, or all; by the plan's policy when absent",
     )
-    defaults = OptimizerSettings()
+    defaults = OptimizationConfig()
     for name in ("value_lr_mult", "value_weight_decay"):
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, type=float, default=getattr(defaults, name), help=docs[name])
@@ -353,7 +353,7 @@ midus_block_spec = _BlockSpec()
 # -- optimizer -------------------------------------------------------------------------------------------------------
 def optimizer_overrides(arguments: argparse.Namespace) -> dict:
     """``config_overrides`` of Megatron-Core's optimizer: learning rate and weight decay of memory values and norms."""
-    settings = OptimizerSettings(
+    settings = OptimizationConfig(
         lr=arguments.lr,
         min_lr=arguments.min_lr or 0.0,
         weight_decay=arguments.weight_decay,

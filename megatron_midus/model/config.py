@@ -11,21 +11,14 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_midus.config import ModelConfig
+from megatron_midus.config.compatibility import DEPTH_DEPENDENT
 from megatron_midus.errors import UserError
 from megatron_midus.platform import is_cpu, transformer_engine_available
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.pipeline_layout import parse_layout
 
-# Options whose meaning hangs on a layer's number; inserting blocks would move them to other layers without a word.
-_DEPTH_DEPENDENT = (
-    "apply_query_key_layer_scaling",
-    "no_rope_freq",
-    "window_attn_skip_freq",
-    "first_last_layers_bf16",
-    "moe_layer_freq",
-    "linear_attention_freq",
-    "heterogeneous_block_specs",
-)
+# Those that are no flags of ours are fields of Megatron-Core.
+_DEPTH_DEPENDENT = (*DEPTH_DEPENDENT, "moe_layer_freq", "linear_attention_freq", "heterogeneous_block_specs")
 _UNSUPPORTED = ("num_moe_experts", "multi_latent_attention", "mtp_num_layers", "experimental_attention_variant")
 
 

@@ -12,12 +12,12 @@ from megatron_midus.config.checkpoint import CheckpointConfig
 from megatron_midus.config.compatibility import CompatibilityConfig
 from megatron_midus.config.data import DataConfig
 from megatron_midus.config.fields import add_arguments, from_namespace, heading_of, part, parts_of
+from megatron_midus.config.logging import LoggingConfig
 from megatron_midus.config.memory_telemetry import MemoryTelemetryConfig
-from megatron_midus.config.optimizer import OptimizerSettings
+from megatron_midus.config.optimizer import OptimizationConfig
 from megatron_midus.config.parallel import ParallelConfig
 from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.config.run_file import parse_arguments_with_file, write_run_file
-from megatron_midus.config.telemetry import LoggingConfig
 from megatron_midus.config.training import TrainingConfig
 from megatron_midus.errors import UserError
 
@@ -35,7 +35,7 @@ class Arguments:
     """
 
     training: TrainingConfig = part(TrainingConfig)
-    optimizer: OptimizerSettings = part(OptimizerSettings)
+    optimizer: OptimizationConfig = part(OptimizationConfig)
     parallel: ParallelConfig = part(ParallelConfig)
     checkpoint: CheckpointConfig = part(CheckpointConfig)
     logging: LoggingConfig = part(LoggingConfig)

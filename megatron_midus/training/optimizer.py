@@ -23,7 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
-from megatron_midus.config.optimizer import OptimizerSettings
+from megatron_midus.config.optimizer import OptimizationConfig
 from megatron_midus.config.parallel import ParallelConfig
 from megatron_midus.config.training import TrainingConfig
 from megatron_midus.training.schedule import schedule_lengths
@@ -41,7 +41,7 @@ def has_weight_decay(parameter: torch.Tensor, name: str) -> bool:
     return not is_vector and not is_memory_value(parameter)
 
 
-def param_group_overrides(settings: OptimizerSettings) -> dict[ParamKey, dict[str, Any]]:
+def param_group_overrides(settings: OptimizationConfig) -> dict[ParamKey, dict[str, Any]]:
     """What sets parameters apart from the default group, as Megatron-Core's ``config_overrides``."""
     no_decay = ParamKey(
         with_name_predicate=ParamWithNamePredicate(
@@ -63,7 +63,7 @@ def param_group_overrides(settings: OptimizerSettings) -> dict[ParamKey, dict[st
 
 def build_optimizer(
     model_chunks: Sequence[torch.nn.Module],
-    settings: OptimizerSettings,
+    settings: OptimizationConfig,
     training: TrainingConfig,
     parallel: ParallelConfig,
     *,
@@ -98,7 +98,7 @@ def build_optimizer(
     return get_megatron_optimizer(config, list(model_chunks), config_overrides=param_group_overrides(settings))
 
 
-def optimizer_step(optimizer: MegatronOptimizer, settings: OptimizerSettings) -> tuple[bool, float | None, int | None]:
+def optimizer_step(optimizer: MegatronOptimizer, settings: OptimizationConfig) -> tuple[bool, float | None, int | None]:
     """One step; returns (whether it was made, gradient norm, zeros in the gradient).
 
     With ``value_clip_grad`` the values and the rest are clipped by norms of their own, and the norm returned is the
@@ -141,7 +141,7 @@ def _clip(part: MegatronOptimizer, parameters: list[torch.Tensor], limit: float)
 
 
 def build_scheduler(
-    optimizer: MegatronOptimizer, settings: OptimizerSettings, training: TrainingConfig, global_batch_size: int
+    optimizer: MegatronOptimizer, settings: OptimizationConfig, training: TrainingConfig, global_batch_size: int
 ) -> OptimizerParamScheduler:
     """The schedule of learning rate and weight decay, counted in samples."""
     lengths = schedule_lengths(settings, training, global_batch_size)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_midus.config.telemetry import LoggingConfig
+from megatron_midus.config.logging import LoggingConfig
 from megatron_midus.files import staged_file
 
 

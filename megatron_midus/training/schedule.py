@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_midus.config.optimizer import OptimizerSettings
+from megatron_midus.config.optimizer import OptimizationConfig
 from megatron_midus.config.training import TrainingConfig
 from megatron_midus.errors import UserError
 
@@ -21,7 +21,7 @@ class ScheduleLengths:
     total: int
 
 
-def schedule_lengths(settings: OptimizerSettings, training: TrainingConfig, global_batch_size: int) -> ScheduleLengths:
+def schedule_lengths(settings: OptimizationConfig, training: TrainingConfig, global_batch_size: int) -> ScheduleLengths:
     """Turns counts of steps into counts of samples.
 
     Raises:
@@ -70,7 +70,7 @@ _FLAGS = {
 }
 
 
-def schedule_flags(settings: OptimizerSettings, training: TrainingConfig, global_batch_size: int) -> dict[str, Any]:
+def schedule_flags(settings: OptimizationConfig, training: TrainingConfig, global_batch_size: int) -> dict[str, Any]:
     """``{flag: value}`` of all that makes a schedule, as a user types them; ``None`` = absent."""
     values = {**dataclasses.asdict(settings), **dataclasses.asdict(training)}
     # Steps become samples by it, so it counts where steps are counted, and there also when it was not typed.

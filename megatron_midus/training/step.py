@@ -20,7 +20,7 @@ from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, get_
 from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_midus import platform
-from megatron_midus.config.optimizer import OptimizerSettings
+from megatron_midus.config.optimizer import OptimizationConfig
 from megatron_midus.data import get_batch
 from megatron_midus.errors import UserError
 from megatron_midus.training.optimizer import optimizer_step
@@ -125,7 +125,7 @@ def train_step(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     shape: BatchShape,
-    settings: OptimizerSettings,
+    settings: OptimizationConfig,
     *,
     samples: int,
     check_loss: bool,

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_midus.config.telemetry import LoggingConfig
+from megatron_midus.config.logging import LoggingConfig
 from megatron_midus.errors import UserError
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_midus.checkpoint.layout import LATEST_FILE
 from megatron_midus.config.fields import add_arguments, from_namespace
 from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.config.recipe import STEPS, Recipe, RecipeConfig, Step, read_recipe
@@ -201,7 +202,7 @@ class _Work:
                 (work / "upscaled", "run step upscale first"),
                 (work / "data" / "train_text_document.idx", "run step preprocess first"),
             ],
-            "convert": [(work / "checkpoints" / "latest_checkpointed_iteration.txt", "run step pretrain first")],
+            "convert": [(work / "checkpoints" / LATEST_FILE, "run step pretrain first")],
             "evaluate": [(work / "midus_hf" / "config.json", "run step convert first")],
         }  # fmt: skip
         for path, remedy in needs[step]:

@@ -220,7 +220,7 @@ BROKEN = {
     "missing tensor": (edit_tensors(lambda t: t.pop("model.norm.weight")), "lack 1 tensors"),
     "missing shard": (only_index, "absent.safetensors is named by .* and does not exist"),
     "wrong family": (edit_json("config.json", architectures=["X"], model_type="x"), "cannot be loaded"),
-    "corrupt safetensors": (truncate, "model.safetensors has .* it is damaged"),
+    "corrupt safetensors": (truncate, "model.safetensors is damaged or cut off"),
     "tokenizer too large": (grow_tokenizer, "the embedding of .* has only 263 rows"),
     "no tokenizer": (
         lambda d: [(d / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")],

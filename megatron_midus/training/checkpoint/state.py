@@ -23,7 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_midus.checkpoint import common_state
-from megatron_midus.config.optimizer import OptimizerSettings
+from megatron_midus.config.optimizer import OptimizationConfig
 from megatron_midus.errors import UserError
 from megatron_midus.megatron_compat import load_checkpoint
 from megatron_midus.model.checkpoint import sharded_state_dict
@@ -198,7 +198,7 @@ def load_training_state(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     *,
-    settings: OptimizerSettings,
+    settings: OptimizationConfig,
     flags: dict[str, Any],
     train: str,
     load_optim: bool,
@@ -295,7 +295,7 @@ def _load_schedule(
     common: dict[str, Any],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-    settings: OptimizerSettings,
+    settings: OptimizationConfig,
     flags: dict[str, Any],
     directory: Path,
 ) -> None:

@@ -70,7 +70,7 @@ BROKEN = {
     "own code": (lambda d: edit_config(d, model_type="x", auto_map={"AutoConfig": "a.B"}), "--trust-remote-code"),
     "NaN": (spoil(float("nan")), "model.layers.1.mlp.up_proj.weight in .* holds NaN or infinities"),
     "infinity": (spoil(float("-inf")), "model.layers.1.mlp.up_proj.weight in .* holds NaN or infinities"),
-    "cut weights": (lambda d: (d / "model.safetensors").write_bytes(b"12345"), "cut off in its header"),
+    "cut weights": (lambda d: (d / "model.safetensors").write_bytes(b"12345"), "is damaged or cut off"),
 }
 
 

@@ -61,13 +61,13 @@ def shift_offsets(data):
 
 
 DAMAGE = {
-    "cut in the data": (lambda data: data[:-100], "it is damaged"),
-    "too long": (lambda data: data + b"x", "it is damaged"),
-    "cut in the header": (lambda data: data[:60], "cut off in its header"),
-    "empty": (lambda data: b"", "cut off in its header"),
-    "header length": (flip_length, "cut off in its header"),
-    "header is no JSON": (lambda data: data[:8] + b"\xff" + data[9:], "its header is damaged"),
-    "entry without offsets": (shift_offsets, "its header is damaged"),
+    "cut in the data": (lambda data: data[:-100], "is damaged or cut off"),
+    "too long": (lambda data: data + b"x", "is damaged or cut off"),
+    "cut in the header": (lambda data: data[:60], "is damaged or cut off"),
+    "empty": (lambda data: b"", "is damaged or cut off"),
+    "header length": (flip_length, "is damaged or cut off"),
+    "header is no JSON": (lambda data: data[:8] + b"\xff" + data[9:], "is damaged or cut off"),
+    "entry without offsets": (shift_offsets, "is damaged or cut off"),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_midus.config.optimizer import OptimizerSettings
+from megatron_midus.config.optimizer import OptimizationConfig
 from megatron_midus.training.checkpoint.optimizer_state import GROUP_IDENTITY
 from megatron_midus.training.optimizer import has_weight_decay, param_group_overrides
 
@@ -26,7 +26,7 @@ def parameters() -> dict[str, torch.nn.Parameter]:
     return made
 
 
-def override_of(name: str, settings: OptimizerSettings) -> dict:
+def override_of(name: str, settings: OptimizationConfig) -> dict:
     """The overrides that Megatron-Core would merge for a parameter."""
     parameter = parameters()[name]
     found: dict = {}
@@ -48,7 +48,7 @@ def test_only_matrices_decay():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mult", [1.0, 4.0])
 def test_overrides(name, mult):
-    settings = OptimizerSettings(lr=1e-3, min_lr=1e-4, value_lr_mult=mult)
+    settings = OptimizationConfig(lr=1e-3, min_lr=1e-4, value_lr_mult=mult)
     override = override_of(name, settings)
     if name.endswith("value_bank"):
         assert override["wd_mult"] == 0.0
@@ -62,7 +62,7 @@ def test_overrides(name, mult):
 @pytest.mark.parametrize("settings", [{"value_lr_mult": 1.0}, {"value_lr_mult": 4.0}, {"value_weight_decay": 0.1}])
 def test_no_two_groups_look_alike_in_a_checkpoint(settings):
     """A group of a checkpoint is found by these keys, which every release of Megatron-Core has among its own."""
-    settings = OptimizerSettings(lr=1e-3, weight_decay=0.1, **settings)
+    settings = OptimizationConfig(lr=1e-3, weight_decay=0.1, **settings)
     defaults = {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
     groups = {tuple(sorted(override_of(name, settings).items())) for name in NAMES}
     identities = {tuple({**defaults, **dict(group)}[key] for key in GROUP_IDENTITY) for group in groups}
@@ -70,6 +70,6 @@ def test_no_two_groups_look_alike_in_a_checkpoint(settings):
 
 
 def test_value_decay_is_a_share_of_the_common_one():
-    settings = OptimizerSettings(lr=1e-3, weight_decay=0.1, value_weight_decay=0.02)
+    settings = OptimizationConfig(lr=1e-3, weight_decay=0.1, value_weight_decay=0.02)
     name = "decoder.layers.1.self_attention.linear_proj.value_bank"
     assert override_of(name, settings)["wd_mult"] == pytest.approx(0.2)

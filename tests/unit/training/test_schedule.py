@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_midus.config.optimizer import OptimizerSettings
+from megatron_midus.config.optimizer import OptimizationConfig
 from megatron_midus.config.training import TrainingConfig
 from megatron_midus.training.schedule import ScheduleLengths, schedule_lengths
 
 
 def lengths(optimizer: dict, training: dict) -> ScheduleLengths:
-    return schedule_lengths(OptimizerSettings(lr=1.0, **optimizer), TrainingConfig(**training), global_batch_size=8)
+    return schedule_lengths(OptimizationConfig(lr=1.0, **optimizer), TrainingConfig(**training), global_batch_size=8)
 
 
 @pytest.mark.parametrize(

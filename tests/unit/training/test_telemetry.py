@@ -15,7 +15,7 @@ import types
 
 import pytest
 
-from megatron_midus.config.telemetry import LoggingConfig
+from megatron_midus.config.logging import LoggingConfig
 from megatron_midus.training.telemetry import StepReport, Telemetry, format_seconds
 
 
