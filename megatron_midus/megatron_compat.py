@@ -37,7 +37,7 @@ def save_checkpoint(state: dict[str, Any], directory: str | Path, strategy: Any 
 def load_checkpoint(state: dict[str, Any], directory: str | Path) -> dict[str, Any]:
     """``dist_checkpointing.load`` of what ``state`` names, whichever release wrote the checkpoint. Collective.
 
-    What all ranks have alike is not for here, ``conversion.common_state`` reads it without running any of it. Releases
+    What all ranks have alike is not for here, ``checkpoint.common_state`` reads it without running any of it. Releases
     before 0.19 would fail without a ``common.pt``, which later ones do not write.
     """
     strategy = getattr(common, "TorchCommonLoadStrategy", None)

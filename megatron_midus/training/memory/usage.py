@@ -100,7 +100,8 @@ class MemoryUsage:
         reports = common.get(STATE, {}).get("reports", 0)
         if not reports:
             return
-        loaded = load_checkpoint({STATE: self._sharded()}, directory)[STATE]
+        # A pipeline stage without Memory blocks asks for nothing and gets nothing, not even the key.
+        loaded = load_checkpoint({STATE: self._sharded()}, directory).get(STATE, {})
         for index, block in self.blocks.items():
             block.slots, block.subkeys = loaded[str(index)]["slots"], loaded[str(index)]["subkeys"]
         self.reports = reports
