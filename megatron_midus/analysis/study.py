@@ -16,12 +16,12 @@ from megatron_midus.analysis.sensitivity import Sensitivity, measure_sensitivity
 from megatron_midus.analysis.slots import NUM_SLOT_PASSES, BlockSlots, SlotSettings, measure_slots
 from megatron_midus.analysis.usage import BlockUsage, measure_usage
 from megatron_midus.analysis.windows import Estimate, Windows, loss_change, mean_loss
+from megatron_midus.config.analyze import PARTS
 from megatron_midus.errors import UserError
 from megatron_midus.evaluation.loading import read_config
 from megatron_midus.evaluation.perplexity import Tokenizer
 from megatron_midus.evaluation.result import model_name
 
-PARTS = ("usage", "heads", "retrieval", "slots", "sensitivity")
 FITTED_PARTS = ("retrieval", "sensitivity")
 
 

@@ -8,7 +8,7 @@ from launcher import launch
 from scenarios import Layout
 
 MEMORY = "decoder.layers.2.self_attention.linear_proj"
-COPIED = [f"{MEMORY}.values", "decoder.final_layernorm.weight", "decoder.layers.0.input_layernorm.weight"]
+COPIED = [f"{MEMORY}.value_bank", "decoder.final_layernorm.weight", "decoder.layers.0.input_layernorm.weight"]
 DIVIDED = ["embedding.word_embeddings.weight", f"{MEMORY}.row_keys", "decoder.layers.0.mlp.linear_fc1.weight"]
 
 

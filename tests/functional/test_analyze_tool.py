@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_models import randomize, write_base, write_tokenizer
 
-from megatron_midus.analysis.study import PARTS
+from megatron_midus.config.analyze import PARTS
 from megatron_midus.hf import MidusConfig, MidusForCausalLM
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -152,8 +152,8 @@ def test_summary_says_the_same(report):
 
 def test_its_page():
     page = (TOOLS.parent / "docs" / "analysis.md").read_text()
-    assert tuple(re.findall(r"^\| `(\w+)` \| .*\?", page, re.MULTILINE)) == analyze.PARTS == PARTS
-    (command,) = re.findall(r"^python tools/analyze.py (.*)$", page, re.MULTILINE)
+    assert tuple(re.findall(r"^\| `(\w+)` \| .*\?", page, re.MULTILINE)) == PARTS
+    (command,) = re.findall(r"^midus analyze (.*)$", page, re.MULTILINE)
     asked = analyze.make_parser().parse_args(command.split())
     options = {name.removeprefix("--").replace("-", "_") for name in re.findall(r"`(--[a-z-]+)", page)}
     assert options and options <= set(vars(asked))

@@ -240,7 +240,7 @@ WRONG_MEGATRON = [
     (shutil.rmtree, [], r"iter_0000000 does not exist; .* holds iterations \[\]"),
     (None, ["--ckpt-step", "7"], "iter_0000007 does not exist"),
     (lambda i: (i / "model_config.json").unlink(), [], "model_config.json does not exist"),
-    (lambda i: (i / "model_config.json").write_text("{"), [], "not a valid model configuration"),
+    (lambda i: (i / "model_config.json").write_text("{"), [], "model_config.json is not valid JSON"),
     (edit_json("model_config.json", colour=1), [], "unknown entries"),
     (edit_json("model_config.json", num_layers=5), [], "num_layers=5, midus_plan.json 7"),
     (edit_json("model_config.json", ffn_hidden_size=90), [], "ffn_hidden_size is 90 in model_config.json and 88"),
