@@ -3,6 +3,7 @@
 python tools/benchmark.py hml --shape cpu-h8 cpu-h32 --threads 2
 python tools/benchmark.py layer --shape paper-1b
 python tools/benchmark.py train --shape train-cpu --threads 2 --json train.json --plot train.png
+python tools/benchmark.py serve --shape cpu-h8 --threads 2 --json serve.json
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in pretrain_midus.py, 
 from megatron_midus import cli
 from megatron_midus.benchmark.output import print_result, result_to_markdown
 from megatron_midus.benchmark.result import BenchmarkResult
-from megatron_midus.benchmark.settings import HmlSettings, LayerSettings, RunSettings, TrainSettings
+from megatron_midus.benchmark.settings import HmlSettings, LayerSettings, RunSettings, ServeSettings, TrainSettings
 from megatron_midus.config.fields import add_arguments, from_namespace
 from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.files import check_output_file, write_text_atomically
 
-SETTINGS: dict[str, type[RunSettings]] = {"hml": HmlSettings, "layer": LayerSettings, "train": TrainSettings}
+SETTINGS: dict[str, type[RunSettings]] = {
+    "hml": HmlSettings,
+    "layer": LayerSettings,
+    "train": TrainSettings,
+    "serve": ServeSettings,
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,11 +46,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[str, RunSettings]:
 
 
 def find_runner(command: str) -> Callable[[RunSettings], BenchmarkResult]:
-    """Imported where used: ``layer`` and ``train`` need Megatron, ``hml`` does not."""
+    """Imported where used: ``layer`` and ``train`` need Megatron, ``serve`` vLLM, ``hml`` neither."""
     if command == "hml":
         from megatron_midus.benchmark.hml import run_hml as run
     elif command == "layer":
         from megatron_midus.benchmark.layer import run_layer as run
+    elif command == "serve":
+        from megatron_midus.benchmark.serve import run_serve as run
     else:
         from megatron_midus.benchmark.train import run_train as run
     return run

@@ -61,12 +61,15 @@ def section_rows(section: Section) -> tuple[list[str], list[list[Cell]]]:
     has_memory = any(row.peak_bytes is not None for row in section.rows)
     has_rates = any(row.roofline_share is not None for row in section.rows)
     header = ["contender", *(f"{phase}, ms" for phase in phases)] + (["total, ms"] if len(phases) > 1 else [])
+    speeds = list(section.rows[0].tokens_per_second)
+    header += [f"{phase}, tokens/s" for phase in speeds]
     header += [f"time / {baseline}" for baseline in baselines]
     header += ["peak, MB"] * has_memory + ["GB/s", "TFLOP/s", "roofline"] * has_rates
     rows = []
     for row in section.rows:
         texts = [row.name, *(_time(row.phases[phase]) for phase in phases)]
         texts += [_time(row.total)] if len(phases) > 1 else []
+        texts += [f"{row.tokens_per_second[phase]:.1f}" for phase in speeds]
         texts += [_ratio(row.ratios.get(baseline)) for baseline in baselines]
         texts += ([_megabytes(row)] * has_memory) + (_rates(row) if has_rates else [])
         rows.append(text_cells(texts))

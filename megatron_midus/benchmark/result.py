@@ -28,6 +28,7 @@ class Row:
         ratios: by baseline, this contender's time over the baseline's in the same round.
         peak_bytes: peak memory above what was held before, ``None`` when it was not measured.
         gigabytes_per_second, teraflops: necessary work over the median time.
+        tokens_per_second: by phase, where tokens are served.
         roofline_share: least possible time of that work on this machine over the median time.
     """
 
@@ -39,6 +40,7 @@ class Row:
     gigabytes_per_second: float | None = None
     teraflops: float | None = None
     roofline_share: float | None = None
+    tokens_per_second: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

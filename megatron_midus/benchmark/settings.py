@@ -108,3 +108,26 @@ class TrainSettings(LayerSettings):
     """base = the base alone, all of it trained; copied = with copied Transformer blocks; memory = with Memory blocks;
     watched = with Memory blocks, counted and reported in every iteration (a run does so every --memory-log-interval).
     But for the first, the inserted blocks are trained and the base is frozen."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeSettings(RunSettings):
+    """Serving in vLLM"""
+
+    rounds: int = 5
+    """Times that every contender is timed, one after the other in turn, each round on fresh prompts."""
+
+    batch: list[int] = dataclasses.field(default_factory=lambda: [1, 16])
+    """Prompts at a time, one table each."""
+
+    prompt_tokens: int = 256
+    """Tokens of a prompt."""
+
+    new_tokens: int = 32
+    """Tokens decoded after the first one."""
+
+    eager: bool = False
+    """Without a compiler (vLLM's --enforce-eager)."""
+
+    implementation: Literal["auto", "transformers"] = "auto"
+    """How vLLM runs the base and copied blocks: auto = its own Llama; transformers = the backend that Memory blocks need."""
