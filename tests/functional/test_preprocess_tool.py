@@ -60,7 +60,7 @@ def test_as_a_program_with_two_workers(corpus, tokenizer, tmp_path, capsys):
     command = [sys.executable, str(TOOL), *arguments(corpus, tokenizer, tmp_path / "two", "--workers", 2)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr and "Warning" not in done.stderr and "B/s" in done.stderr
+    assert done.stderr == ""  # a log gets a line a minute
     preprocess_data.main(arguments(corpus, tokenizer, tmp_path / "one", "--workers", 1))
     for suffix in ("bin", "idx", "json"):
         one, two = (tmp_path / f"{name}_text_document.{suffix}" for name in ("one", "two"))
@@ -309,7 +309,7 @@ def test_mistakes(corpus, tokenizer, tmp_path, make, message):
 
 def test_missing_flags():
     for given in ([], ["--input", "a.jsonl"], ["--input", "a.jsonl", "--output-prefix", "p"]):
-        with pytest.raises(ValueError, match="is missing"):
+        with pytest.raises(ValueError, match="(is|are) missing"):
             preprocess_data.main(given)
 
 
