@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 import traceback
@@ -31,7 +30,14 @@ def launch(function: Callable, world_size: int, *args: Any, timeout: float = 300
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    environment = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    # As torchrun's agent does: whoever looks for a free port and opens it later may find it taken by then.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     with tempfile.TemporaryDirectory() as directory:
         processes = [
             # No daemons: those may have no children, and saving a checkpoint starts some.
@@ -82,9 +88,3 @@ def _failure(rank: int, process: Any, directory: str) -> str | None:
         return None
     report = Path(directory) / f"{rank}.txt"
     return f"rank {rank}: " + (report.read_text() if report.exists() else f"killed, exit code {process.exitcode}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
