@@ -112,7 +112,7 @@ def _engine(path: Path, shape: Shape, settings: ServeSettings) -> Any:
     return LLM(
         str(path), skip_tokenizer_init=True, dtype=shape.dtype, enforce_eager=settings.eager, seed=settings.seed,
         enable_prefix_caching=False, max_model_len=settings.prompt_tokens + settings.new_tokens + 64,
-        model_impl=settings.implementation, gpu_memory_utilization=0.25,
+        model_impl="auto" if path.name == "memory" else settings.implementation, gpu_memory_utilization=0.25,
     )  # fmt: skip
 
 
