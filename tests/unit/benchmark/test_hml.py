@@ -51,6 +51,7 @@ def test_json(report):
     row = found["sections"][0]["rows"][0]
     assert set(row) == {
         "name", "phases", "total", "ratios", "peak_bytes", "gigabytes_per_second", "teraflops", "roofline_share",
+        "tokens_per_second",
     }  # fmt: skip
     assert set(row["total"]) == {"median", "lower_quartile", "upper_quartile", "minimum", "rounds"}
     assert row["total"]["rounds"] == 3 and found["sections"][1]["rows"][0]["total"]["rounds"] == 2
