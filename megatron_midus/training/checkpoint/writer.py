@@ -42,7 +42,7 @@ from megatron_midus.partials import CONTENT, destroy, make_partial, new_token, p
 from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.checkpoint.optimizer_state import optimizer_metadata
 from megatron_midus.training.checkpoint.source import RUN_FILE, held_iteration
-from megatron_midus.training.helper_process import start_result_queue
+from megatron_midus.training.helper_process import end_forks_with_this_process, start_result_queue
 
 
 class CheckpointWriter:
@@ -78,6 +78,7 @@ class CheckpointWriter:
         # Its processes report what they could not write; the one line of the run has it too.
         logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
         start_result_queue()
+        end_forks_with_this_process()
         if torch.distributed.get_rank() == 0:
             self.root.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.root)
