@@ -85,9 +85,12 @@ def resolve_arm(experiment: Experiment, arm: Arm, model: ModelConfig) -> Resolve
         )
         flops, trainable, iterations = forward_flops_per_token(model, plan, experiment.seq_length), 0, 0
         if arm.train != "none":
-            flops = flops_per_token(model, plan, experiment.seq_length, train=arm.train)
-            trainable = trainable_parameters(model, plan, arm.train)
-            iterations = count_iterations(experiment, flops)
+            rank = driver_flags(experiment, arm).get("lora_rank") if arm.train == "lora" else None
+            if arm.train == "lora" and not isinstance(rank, int):
+                raise UserError(f"train: lora needs driver: {{lora-rank: R}} with a whole number, not {rank!r}")
+            flops = flops_per_token(model, plan, experiment.seq_length, train=arm.train, lora_rank=rank)
+            trainable = trainable_parameters(model, plan, arm.train, lora_rank=rank)
+            iterations = count_iterations(experiment, flops, arm.tokens)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     parameters = total_parameters(model, plan)
@@ -103,18 +106,25 @@ def resolve_arm(experiment: Experiment, arm: Arm, model: ModelConfig) -> Resolve
     )
 
 
-def count_iterations(experiment: Experiment, flops: float) -> int:
+def driver_flags(experiment: Experiment, arm: Arm) -> dict[str, Any]:
+    """Flags of midus pretrain of an arm, those of the experiment included, by their names with underscores."""
+    given = {**experiment.driver, **arm.driver}
+    return {name.lstrip("-").replace("-", "_"): value for name, value in given.items()}
+
+
+def count_iterations(experiment: Experiment, flops: float, tokens: int | None = None) -> int:
     """Steps that the budget pays for, a multiple of the points of the validation curve where it is long enough.
 
     Args:
         experiment: with the budget and the batch.
         flops: of one token of a training step.
+        tokens: instead of the budget.
 
     Raises:
         ValueError: the budget is below one step.
     """
     batch = experiment.global_batch_size * experiment.seq_length
-    tokens = experiment.budget.tokens
+    tokens = tokens or experiment.budget.tokens
     if tokens is None:
         assert experiment.budget.flops is not None
         tokens = int(experiment.budget.flops / flops)

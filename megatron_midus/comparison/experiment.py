@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ from megatron_midus.upscaling.policies import POLICY_ALIASES, canonical_policy
 
 REPOSITORY = Path(__file__).parents[2]
 PLACEHOLDERS = ("{output}", "{repository}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+# NAME, or NAME@KEY=VALUE,KEY=VALUE for one strength of an arm.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*(@[A-Za-z0-9._+=,-]+)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +57,15 @@ class Data:
     """Text of the loss curves and of the choice among learning rates; the held-out text of the new domain when absent."""
     json_key: str = "text"
     """Key of the text in the JSON lines of the held-out files."""
+    replay: list[TrainData] = dataclasses.field(default_factory=list)
+    """Text of the base's own domain that arms with a share of replay train on as well."""
 
     def __post_init__(self) -> None:
         if not self.train:
             raise UserError("train is empty; name at least one text or dataset")
-        if len({source.weight is None for source in self.train}) > 1:
-            raise UserError("train: some sources have a weight and some have none; give all or none")
+        for name in ("train", "replay"):
+            if len({source.weight is None for source in getattr(self, name)}) > 1:
+                raise UserError(f"{name}: some sources have a weight and some have none; give all or none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +152,12 @@ class Arm:
     """Blocks to insert, spread by the policy."""
     insert_after: list[int] | None = None
     """0-based layers after which a block is inserted, instead of num_blocks."""
-    train: Literal["inserted", "all", "none"] = "inserted"
-    """What learns; none = the model is evaluated as up-scaling leaves it."""
+    train: Literal["inserted", "all", "lora", "none"] = "inserted"
+    """What learns; none = the model is evaluated as up-scaling leaves it; lora = adapters of driver: {lora-rank: R}."""
+    replay: float = 0.0
+    """Share of data: replay in the training tokens."""
+    tokens: int | None = None
+    """Training tokens, where they are not those of the budget."""
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of Memory blocks: the flags of midus upscale without --memory-."""
     calibration_data: str | None = None
@@ -159,6 +168,18 @@ class Arm:
     """Largest learning rate; several = the best on the first seed is used for all; that of the experiment when absent."""
     driver: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Flags of midus pretrain for this arm only."""
+    strengths: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Grids {key: [value, …]}: every combination is a run of this arm. A key is one of these keys, memory.KEY, or a flag of midus pretrain."""
+
+    @property
+    def method(self) -> str:
+        """The arm in the file that this is a strength of; its own name without strengths."""
+        return self.name.partition("@")[0]
+
+    @property
+    def point(self) -> str:
+        """``KEY=VALUE,KEY=VALUE`` of its strength; empty without strengths."""
+        return self.name.partition("@")[2]
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -180,6 +201,10 @@ class Arm:
             raise UserError("calibration_data and memory: {key_init: calibrated} need each other; give both or neither")
         if self.lr is not None:
             _check_rates(self.lr)
+        if not 0 <= self.replay < 1:
+            raise UserError(f"replay={self.replay} must be at least 0 and below 1")
+        if self.tokens is not None and self.tokens < 1:
+            raise UserError(f"tokens={self.tokens} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,8 +259,10 @@ class Experiment:
         for arm in self.arms:
             if arm.train != "none" and not (arm.lr or self.lr):
                 raise UserError(f"arm {arm.name!r} has no learning rate; give 'lr' to it or to the experiment")
-        if self.reference is not None and self.reference not in names:
-            check_keys([self.reference], names, "reference")
+            if arm.replay and not self.data.replay:
+                raise UserError(f"arm {arm.name!r} has replay={arm.replay:g}; name the text under data: replay")
+        if self.reference is not None:
+            check_keys([self.reference], [*names, *(arm.method for arm in self.arms)], "reference")
 
     def rates(self, arm: Arm) -> list[float]:
         """Learning rates that ``arm`` tries; none when it does not train."""
@@ -245,20 +272,38 @@ class Experiment:
     def reference_name(self) -> str:
         """The arm that differences are taken to."""
         trained = [arm.name for arm in self.arms if arm.train != "none"]
-        return self.reference or (trained or [self.arms[0].name])[0]
+        named = [arm.name for arm in self.arms if self.reference in (arm.name, arm.method)]
+        return (named or trained or [self.arms[0].name])[0]
+
+    @property
+    def has_strengths(self) -> bool:
+        """Whether any arm is one point of a line."""
+        return any(arm.point for arm in self.arms)
 
     def select(self, arms: list[str] | None, seeds: list[int] | None) -> Experiment:
-        """Only some arms and seeds of it; raises ``ValueError`` for one that it has not."""
-        names = [arm.name for arm in self.arms]
+        """Only some arms and seeds of it; raises ``ValueError`` for one that it has not.
+
+        The name of an arm stands for all of its strengths. The base as it is stays where there are strengths: what they
+        gain and lose is counted from it.
+        """
         if arms is not None:
-            check_keys(arms, names, "--arms")
+            check_keys(arms, [name for arm in self.arms for name in (arm.name, arm.method)], "--arms")
         unknown = set(seeds or ()) - set(self.seeds)
         if unknown:
             raise UserError(f"--seeds: {min(unknown)} is not one of {', '.join(map(str, self.seeds))}")
-        kept = [arm for arm in self.arms if arms is None or arm.name in arms]
-        reference = self.reference if self.reference in {arm.name for arm in kept} else None
+        kept = [
+            arm
+            for arm in self.arms
+            if arms is None or {arm.name, arm.method} & set(arms) or (self.has_strengths and is_base(arm))
+        ]
+        reference = self.reference if any(self.reference in (arm.name, arm.method) for arm in kept) else None
         chosen = [seed for seed in self.seeds if seeds is None or seed in seeds]
         return dataclasses.replace(self, arms=kept, seeds=chosen, reference=reference)
+
+
+def is_base(arm: Arm) -> bool:
+    """Whether an arm is the base as it is."""
+    return arm.policy == "none" and arm.train == "none"
 
 
 def _check_rates(rates: list[float]) -> None:
@@ -287,7 +332,8 @@ def read_experiment(path: str | Path, output: str | Path) -> Experiment:
         raise UserError(f"{path.name}: defaults is not a mapping of 'key: value' lines")
     check_keys(defaults, [key for key in arm_keys if key not in ("name", "policy")], f"{path.name}: defaults")
     if isinstance(values.get("arms"), list):
-        values["arms"] = [with_defaults(arm, defaults) for arm in values["arms"]]
+        arms = [with_defaults(arm, defaults) for arm in values["arms"]]
+        values["arms"] = with_strengths(arms, path.name)
     experiment = build(Experiment, values, path.name)
     return _resolve_paths(experiment, path.resolve().parent, Path(output).resolve())
 
@@ -303,11 +349,56 @@ def with_defaults(arm: Any, defaults: Mapping[str, Any]) -> Any:
         usable.pop("num_blocks", None)
     if arm.get("policy") == "none" or "num_blocks" in arm:
         usable.pop("insert_after", None)
+    if arm.get("train") == "none":
+        usable.pop("strengths", None)
     merged = {**usable, **arm}
     for name in ("memory", "driver"):
         if isinstance(usable.get(name), dict) and isinstance(arm.get(name), dict):
             merged[name] = {**usable[name], **arm[name]}
     return merged
+
+
+def with_strengths(arms: list[Any], where: str) -> list[Any]:
+    """The arms of a file with an arm for every strength, ``NAME@KEY=VALUE,…``, and with the base if it is missing."""
+    found = []
+    for arm in arms:
+        if not isinstance(arm, dict) or not arm.get("strengths"):
+            found.append(arm)
+            continue
+        arm = dict(arm)
+        grids = arm.pop("strengths")
+        for grid in grids if isinstance(grids, list) else [grids]:
+            _check_grid(grid, f"{where}: arm {arm.get('name')!r}: strengths")
+            for values in itertools.product(*grid.values()):
+                found.append(_with_strength(arm, dict(zip(grid, values))))
+    has_base = any(isinstance(a, dict) and (a.get("policy"), a.get("train")) == ("none", "none") for a in found)
+    if len(found) > len(arms) and not has_base:
+        found.insert(0, {"name": "base", "policy": "none", "train": "none"})
+    return found
+
+
+def _check_grid(grid: Any, where: str) -> None:
+    if not isinstance(grid, dict) or not grid or not all(isinstance(v, list) and v for v in grid.values()):
+        raise UserError(f"{where}: {grid!r} must be lines of 'key: [value, …]', or a list of such grids")
+    if any(key in ("name", "strengths", "memory", "driver", "insert_after") for key in grid):
+        raise UserError(
+            f"{where}: give single settings, such as lr, num_blocks, memory.num_keys or a flag of midus pretrain"
+        )
+
+
+def _with_strength(arm: dict[str, Any], strength: dict[str, Any]) -> dict[str, Any]:
+    point = ",".join(f"{key}={value}" for key, value in strength.items())
+    arm = {**arm, "name": f"{arm.get('name')}@{point}"}
+    keys = [field.name for field in dataclasses.fields(Arm)]
+    for key, value in strength.items():
+        group, _, name = key.rpartition(".")
+        if key in keys:
+            arm[key] = value
+        elif group == "memory":
+            arm["memory"] = {**arm.get("memory", {}), name: value}
+        else:
+            arm["driver"] = {**arm.get("driver", {}), key: value}
+    return arm
 
 
 def _resolve_paths(experiment: Experiment, home: Path, output: Path) -> Experiment:
@@ -321,15 +412,15 @@ def _resolve_paths(experiment: Experiment, home: Path, output: Path) -> Experime
     def resolve(text: str | None) -> str | None:
         return None if text is None else str((home / fill(text)).resolve())
 
-    train = [
-        dataclasses.replace(source, text=resolve(source.text), dataset=resolve(source.dataset))
-        for source in experiment.data.train
-    ]
+    def sources(entries: list[TrainData]) -> list[TrainData]:
+        return [dataclasses.replace(e, text=resolve(e.text), dataset=resolve(e.dataset)) for e in entries]
+
+    train, replay = sources(experiment.data.train), sources(experiment.data.replay)
     texts = {name: resolve(getattr(experiment.data, name)) for name in ("new", "old", "valid")}
     return dataclasses.replace(
         experiment,
         base=model(experiment.base),
-        data=dataclasses.replace(experiment.data, train=train, **texts),  # type: ignore[arg-type]
+        data=dataclasses.replace(experiment.data, train=train, replay=replay, **texts),  # type: ignore[arg-type]
         prepare=[fill(command) for command in experiment.prepare],
         arms=[dataclasses.replace(arm, calibration_data=resolve(arm.calibration_data)) for arm in experiment.arms],
     )

@@ -10,16 +10,17 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from megatron_midus.comparison.arms import ResolvedArm
 from megatron_midus.comparison.curves import make_curves, read_scalars
 from megatron_midus.comparison.experiment import REPOSITORY
-from megatron_midus.comparison.runs import Chain, Runs, command_line, one_of_each_architecture
+from megatron_midus.comparison.runs import Chain, Runs, command_line, is_one_process, one_of_each_architecture
 from megatron_midus.comparison.steps import FileHashes, Step, StepFailed, environment
+from megatron_midus.comparison.warm import WarmProcess, WarmServer
 from megatron_midus.errors import UserError
 from megatron_midus.report.machine import machine_facts
 
@@ -54,9 +55,17 @@ class Runner:
         hashes: of what steps read.
         say: prints one line.
         jobs: chains at a time.
+        warm: ``{verb: what it imports}``, see ``WarmServer``: steps with such a verb that are one process start at once.
     """
 
-    def __init__(self, hashes: FileHashes, say: Callable[[str], None], *, jobs: int = 1) -> None:
+    def __init__(
+        self,
+        hashes: FileHashes,
+        say: Callable[[str], None],
+        *,
+        jobs: int = 1,
+        warm: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
         self.hashes = hashes
         self.say = say
         self.jobs = jobs
@@ -64,7 +73,9 @@ class Runner:
         self.failures: dict[str, str] = {}
         self._mutex = threading.Lock()
         self._step_locks: dict[Path, threading.Lock] = {}
-        self._processes: set[subprocess.Popen] = set()
+        self._processes: set[subprocess.Popen | WarmProcess] = set()
+        self._warm = dict(warm or {})
+        self._servers: dict[tuple[str, ...], WarmServer] = {}
         self._stopped = False
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -98,23 +109,37 @@ class Runner:
             with self._mutex:
                 if self._stopped:
                     raise StepFailed("stopped")
-                # A session of its own: the launcher and its ranks are ended together. What is inherited is the lock.
-                process = subprocess.Popen(
-                    command_line(step),
-                    cwd=REPOSITORY,
-                    env=environment(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    close_fds=False,
-                )
+                process = self._start(step, log)
                 self._processes.add(process)
             try:
                 return process.wait()
             finally:
                 with self._mutex:
                     self._processes.discard(process)
+
+    def _start(self, step: Step, log: IO[str]) -> subprocess.Popen | WarmProcess:
+        modules = self._warm.get(step.words[0])
+        if modules is not None and is_one_process(step):
+            if modules not in self._servers:
+                self._servers[modules] = WarmServer(modules, environment(), REPOSITORY)
+            return self._servers[modules].start(step.words, step.log)
+        # A session of its own: the launcher and its ranks are ended together. What is inherited is the lock.
+        return subprocess.Popen(
+            command_line(step),
+            cwd=REPOSITORY,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            close_fds=False,
+        )
+
+    def close(self) -> None:
+        """Ends what waits for steps to start."""
+        for server in self._servers.values():
+            server.close()
+        self._servers.clear()
 
     def stop(self) -> None:
         """Ends what runs: a driver saves first."""
@@ -170,6 +195,8 @@ def run_experiment(runs: Runs, runner: Runner) -> list[Chain]:
     except BaseException:
         runner.stop()
         raise
+    finally:
+        runner.close()
 
 
 def _run_all(runs: Runs, runner: Runner) -> list[Chain]:

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_midus.checkpoint.layout import LATEST_FILE
-from megatron_midus.comparison.arms import ResolvedArm
-from megatron_midus.comparison.experiment import REPOSITORY, Experiment
+from megatron_midus.comparison.arms import ResolvedArm, driver_flags
+from megatron_midus.comparison.experiment import REPOSITORY, Arm, Experiment, TrainData
 from megatron_midus.comparison.steps import Step, StepFailed
 from megatron_midus.config.run_file import words_of_entries
+from megatron_midus.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +84,15 @@ class Runs:
         longest = max((arm.iterations for arm in arms), default=0)
         self.data_iterations = longest and (data_iterations or longest)
         self.prepare = self._prepare_steps()
-        self.datasets, self.train_words = self._train_data()
+        self.train_data = self._encode("train", experiment.data.train)
+        has_replay = any(arm.arm.replay for arm in arms)
+        self.replay_data = self._encode("replay", experiment.data.replay if has_replay else [])
+        self.datasets = [*self.train_data.steps, *self.replay_data.steps]
         self.valid_prefix = ""
         if self.data_iterations:
             data = experiment.data
-            step, self.valid_prefix = self._tokenise("valid", data.valid or data.new, data.json_key)
-            self.datasets.append(step)
+            self._valid_step, self.valid_prefix = self._tokenise("valid", data.valid or data.new, data.json_key)
+            self.datasets.append(self._valid_step)
 
     def seeds_of(self, arm: ResolvedArm) -> list[int]:
         """All seeds; one for an arm that does not train, which none of them changes."""
@@ -97,7 +101,7 @@ class Runs:
     def prepared_paths(self) -> list[str]:
         """What the experiment reads from its own output directory, and so expects ``prepare`` to make."""
         data = self.experiment.data
-        texts = [*(source.text for source in data.train), data.new, data.old, data.valid]
+        texts = [*(source.text for source in (*data.train, *data.replay)), data.new, data.old, data.valid]
         texts += [arm.arm.calibration_data for arm in self.arms]
         return [text for text in texts if text is not None and Path(text).is_relative_to(self.output)]
 
@@ -145,30 +149,39 @@ class Runs:
         )  # fmt: skip
         return step, str(directory / f"part_{key}_document")
 
-    def _train_data(self) -> tuple[list[Step], list[str]]:
-        steps, words = [], []
-        if not self.data_iterations:
-            return [], []
-        for index, source in enumerate(self.experiment.data.train):
+    def _encode(self, name: str, sources: Sequence[TrainData]) -> _Encoded:
+        steps: list[Step] = []
+        prefixes: list[str] = []
+        for index, source in enumerate(sources if self.data_iterations else ()):
             prefix = source.dataset
             if source.text is not None:
-                step, prefix = self._tokenise(f"train-{index}", source.text, source.json_key)
+                step, prefix = self._tokenise(f"{name}-{index}", source.text, source.json_key)
                 steps.append(step)
-            words += [f"{source.weight:g}"] if source.weight is not None else []
-            words.append(str(prefix))
-        return steps, words
+            prefixes.append(str(prefix))
+        weights = [source.weight for source in sources]
+        ready = tuple(source.dataset for source in sources if source.dataset is not None)
+        return _Encoded(steps, prefixes, weights, ready)
+
+    def _data_of(self, arm: ResolvedArm) -> _Encoded:
+        """What an arm trains on: the share of replay taken from the old domain, the rest as all others."""
+        new, replay = self.train_data, arm.arm.replay
+        if not replay:
+            return new
+        old = self.replay_data
+        weights = [(1 - replay) * w for w in new.shares("train")] + [replay * w for w in old.shares("replay")]
+        return _Encoded(new.steps + old.steps, new.prefixes + old.prefixes, weights, new.ready + old.ready)
 
     # -- an arm --------------------------------------------------------------------------------------------------
     def chain(self, arm: ResolvedArm, seed: int, rate: float | None) -> Chain:
         """The steps of one run."""
-        root = self.output / "runs" / arm.arm.name / f"seed-{seed}"
-        directory = root if rate is None else root / f"lr-{rate:g}"
+        root = self.output / "runs" / arm.arm.method / f"seed-{seed}"
+        directory = root if rate is None else root / _point(arm.arm, rate)
         train = None
         if rate is None:
             model = self._upscale(arm, seed, directory / "hf", ["--save-format", "hf"])
             steps = [model]
         else:
-            upscale = self._upscale(arm, seed, root / "upscaled", self._padding(arm))
+            upscale = self._upscale(arm, seed, root / _upscaling_of(arm.arm.point) / "upscaled", self._padding(arm))
             train = self._train(arm, seed, rate, directory, upscale)
             model = self._export(directory, train)
             steps = [upscale, train, model]
@@ -177,8 +190,7 @@ class Runs:
 
     def _padding(self, arm: ResolvedArm) -> list[str]:
         """Flags of the training's layout that up-scaling has to know."""
-        flags = {**self.experiment.driver, **arm.arm.driver}
-        given = {name.lstrip("-").replace("-", "_"): value for name, value in flags.items()}
+        given = driver_flags(self.experiment, arm.arm)
         words = []
         for name, target in (
             ("tensor_model_parallel_size", "--target-tensor-parallel-size"),
@@ -218,7 +230,7 @@ class Runs:
         )
 
     def _train(self, arm: ResolvedArm, seed: int, rate: float, directory: Path, upscale: Step) -> Step:
-        experiment, checkpoints = self.experiment, directory / "checkpoints"
+        experiment, checkpoints, data = self.experiment, directory / "checkpoints", self._data_of(arm)
         flags = words_of_entries(self.driver, {**experiment.driver, **arm.arm.driver}, where="driver")
         words = [
             "pretrain", *flags,
@@ -232,7 +244,7 @@ class Runs:
             "--train-iters", str(self.data_iterations), "--exit-interval", str(arm.iterations),
             "--lr", f"{rate:g}", "--min-lr", f"{rate * experiment.min_lr_ratio:g}",
             "--lr-decay-iters", str(arm.iterations),
-            "--train-data-path", *self.train_words, "--valid-data-path", self.valid_prefix,
+            "--train-data-path", *data.words, "--valid-data-path", self.valid_prefix,
             "--data-cache-path", str(directory / "cache"),
             "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", experiment.base,
             "--eval-at-start", "--eval-interval", str(arm.eval_interval),
@@ -240,7 +252,6 @@ class Runs:
             "--log-interval", str(max(1, arm.iterations // 200)),
             "--tensorboard-dir", str(directory / "tensorboard"), "--log-memory-to-tensorboard",
         ]  # fmt: skip
-        ready = [source.dataset for source in experiment.data.train if source.dataset is not None]
 
         def check() -> None:
             """A driver that was asked to stop saves and ends well."""
@@ -255,8 +266,8 @@ class Runs:
             words=tuple(words),
             launcher=self._launcher(),
             output=self.output,
-            reads=(experiment.base, *ready),
-            after=(upscale, *self.datasets),
+            reads=(experiment.base, *data.ready),
+            after=(upscale, *data.steps, self._valid_step),
             makes=(checkpoints, directory / "tensorboard", directory / "cache"),
             goes_on=True,
             check=check,
@@ -334,6 +345,52 @@ class Runs:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Encoded:
+    """Datasets that are read together.
+
+    Attributes:
+        steps: that make those of texts.
+        prefixes: of all.
+        weights: shares in the blend, or none.
+        ready: prefixes of those that are no step's product.
+    """
+
+    steps: list[Step]
+    prefixes: list[str]
+    weights: Sequence[float | None]
+    ready: tuple[str, ...]
+
+    @property
+    def words(self) -> list[str]:
+        """``W1 P1 W2 P2``, or prefixes alone."""
+        pairs = zip(self.weights, self.prefixes)
+        return [word for weight, prefix in pairs for word in ([] if weight is None else [f"{weight:g}"]) + [prefix]]
+
+    def shares(self, name: str) -> list[float]:
+        """Weights that add up to 1; raises ``ValueError`` when there are several sources without any."""
+        weights = [1.0 if weight is None and len(self.prefixes) == 1 else weight for weight in self.weights]
+        if any(weight is None for weight in weights):
+            raise UserError(f"data: {name} has {len(weights)} sources; give each a weight, because an arm has replay")
+        given = [weight for weight in weights if weight is not None]
+        return [weight / sum(given) for weight in given]
+
+
+def _point(arm: Arm, rate: float) -> str:
+    """Directory of a strength: its name, with the learning rate where that is none of it."""
+    if not arm.point:
+        return f"lr-{rate:g}"
+    has_rate = any(entry.startswith("lr=") for entry in arm.point.split(","))
+    return arm.point if has_rate else f"{arm.point},lr={rate:g}"
+
+
+def _upscaling_of(point: str) -> str:
+    """The part of a strength that up-scaling sees: strengths that differ in the rest share one up-scaled model."""
+    keys = ("policy", "num_blocks", "calibration_data", "calibration_tokens")
+    entries = [entry for entry in point.split(",") if entry.startswith("memory.") or entry.partition("=")[0] in keys]
+    return ",".join(entries)
+
+
 FREE_PORT = "{free port}"
 # What the interpreter, or torchrun, runs before a verb.
 MIDUS = ("-m", "megatron_midus")
@@ -352,6 +409,11 @@ def one_of_each_architecture(chains: Sequence[Chain]) -> list[Chain]:
     for chain in chains:
         found.setdefault(chain.arm.architecture, chain)
     return list(found.values())
+
+
+def is_one_process(step: Step) -> bool:
+    """Whether a step is a ``midus`` command without a launcher."""
+    return step.launcher == (sys.executable, *MIDUS)
 
 
 def command_line(step: Step) -> list[str]:

@@ -32,10 +32,16 @@ class TrainingConfig:
     decrease_batch_size_if_needed: bool = False
     """Round the global batch size down to a multiple of micro-batch-size * data-parallel size instead of refusing."""
 
-    train: Literal["inserted", "all"] | None = None
-    """What learns: the blocks that up-scaling inserted (the chosen layers of policy control), with the base frozen, or
-    every parameter. When absent, what the plan's policy is made for: all for none, solar and stack, inserted for the
+    train: Literal["inserted", "all", "lora"] | None = None
+    """What learns: the blocks that up-scaling inserted (the chosen layers of policy control), with the base frozen,
+    every parameter, or low-rank adapters on every linear layer, with all else frozen. When absent, what the plan's policy is made for: all for none, solar and stack, inserted for the
     others. Another value on resume drops the optimizer state, because it belongs to other parameters."""
+
+    lora_rank: int | None = None
+    """Rank of the adapters of --train lora. Checkpoints and exports hold merged weights."""
+
+    lora_alpha: float = 16.0
+    """Factor on the adapters' output, divided by --lora-rank."""
 
     bf16: bool = False
     """Compute in bfloat16 with float32 master weights."""
@@ -116,6 +122,7 @@ class TrainingConfig:
             "micro_batch_size",
             "global_batch_size",
             "exit_interval",
+            "lora_rank",
             "check_weight_hash_across_dp_replicas_interval",
         ):
             value = getattr(self, name)
@@ -131,6 +138,10 @@ class TrainingConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         if self.bf16 and self.fp16:
             raise UserError("bf16 and fp16 exclude each other; give one of --bf16 and --fp16")
+        if (self.train == "lora") != (self.lora_rank is not None):
+            raise UserError(
+                f"train={self.train} and lora_rank={self.lora_rank}: --train lora and --lora-rank need each other"
+            )
         self._check_rampup()
 
     def _check_rampup(self) -> None:

@@ -112,6 +112,8 @@ def _size_rows(model: ModelConfig, plan: UpscalePlan, dtype: str, training: Trai
         count = trainable_parameters(model, plan, training.train)  # type: ignore[arg-type]
         what = "the inserted blocks, the base frozen" if training.train == "inserted" else "the whole model"
         trained = [f"- trained: {count:,} ({what})"]
+    if training.iteration and training.train == "lora":
+        trained = ["- trained: low-rank adapters on every linear layer, merged into the weights"]
     return [
         f"- parameters: {total:,}",
         f"- of the base: {base:,}",

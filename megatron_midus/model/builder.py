@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -20,6 +20,7 @@ from megatron_midus.model.layer import layer_index
 from megatron_midus.model.rotary import ScaledRotaryEmbedding, attention_settings
 from megatron_midus.model.specs import TransformerImpl, get_midus_block_spec
 from megatron_midus.upscaling import UpscalePlan
+from megatron_midus.upscaling.cost import Train
 
 __all__ = ["build_model", "freeze", "make_transformer_config", "unwrap"]
 
@@ -126,7 +127,7 @@ class _LogitMask:
         return (logits.masked_fill(padding, torch.finfo(logits.dtype).min), *output[1:])
 
 
-def freeze(model_chunks: Sequence[torch.nn.Module], plan: UpscalePlan, train: Literal["inserted", "all"]) -> int:
+def freeze(model_chunks: Sequence[torch.nn.Module], plan: UpscalePlan, train: Train) -> int:
     """Leaves trainable what ``train`` says; call it before gradients get their buffers.
 
     ``inserted`` trains the blocks that the plan inserted; embedding, final norm and output layer stay as they are.
@@ -147,7 +148,7 @@ def freeze(model_chunks: Sequence[torch.nn.Module], plan: UpscalePlan, train: Li
         if train == "inserted":
             for layer in _layers(chunk):
                 layer.requires_grad_(plan.blocks[layer_index(layer)].inserted)
-            _let_gradients_through(unwrap(chunk))
+            let_gradients_through(unwrap(chunk))
         trainable += sum(p.numel() for p in chunk.parameters() if p.requires_grad)
     return trainable
 
@@ -156,7 +157,7 @@ def _layers(chunk: torch.nn.Module) -> Iterator[TransformerLayer]:
     return (module for module in chunk.modules() if isinstance(module, TransformerLayer))
 
 
-def _let_gradients_through(model: torch.nn.Module) -> None:
+def let_gradients_through(model: torch.nn.Module) -> None:
     """Makes a frozen embedding's output require a gradient under full recompute.
 
     Full recompute hands each layer its input alone: if that needs no gradient, neither does the output, and the

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_midus.errors import UserError
 from megatron_midus.megatron_compat import load_checkpoint, save_checkpoint
 from megatron_midus.model.builder import unwrap
+from megatron_midus.model.lora import KEY_PREFIX, merge_state
 
 # Every key of a model starts with one of these; optimizer state and the rest of a training checkpoint do not.
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
@@ -39,7 +40,7 @@ def sharded_state_dict(model_chunks: Sequence[torch.nn.Module], metadata: dict[s
 
 
 def _chunk_state_dict(model: torch.nn.Module, metadata: dict[str, Any]) -> dict:
-    state = model.sharded_state_dict(metadata=metadata)
+    state = merge_state(model, model.sharded_state_dict(metadata=metadata))
     if model.config.fp8:
         return state
     return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
@@ -73,6 +74,35 @@ def load_weights(model_chunks: Sequence[torch.nn.Module], iteration_directory: s
     for name, chunk in zip(wanted, model_chunks):
         missing = unwrap(chunk).load_state_dict(loaded[name], strict=False).missing_keys
         assert all(key.endswith("_extra_state") for key in missing), f"not loaded: {missing}"
+
+
+def load_adapters(model_chunks: Sequence[torch.nn.Module], iteration_directory: str | Path) -> None:
+    """Reads adapters and the weights below them; every rank calls it.
+
+    A checkpoint that was not trained with adapters has none: those of the model stay as they are.
+
+    Raises:
+        ValueError: adapters of another rank.
+    """
+    directory = str(iteration_directory)
+    wanted = {
+        name: {k: v for k, v in state.items() if k.rpartition(".")[2] != "merged" and v.key.startswith(KEY_PREFIX)}
+        for name, state in sharded_state_dict(model_chunks).items()
+    }
+    stored = {t.key: tuple(t.global_shape) for t in _tensors(dist_checkpointing.load_tensors_metadata(directory))}
+    if not any(key.startswith(KEY_PREFIX) for key in stored):
+        return
+    for tensor in (t for t in _tensors(wanted) if t.key.endswith(".up")):
+        there = stored[tensor.key][-1]
+        if there != tensor.global_shape[-1]:
+            raise UserError(
+                f"lora_rank={tensor.global_shape[-1]} contradicts {directory}, whose adapters have rank {there}; "
+                f"give --lora-rank {there}"
+            )
+    loaded = load_checkpoint(wanted, directory)
+    for name, chunk in zip(wanted, model_chunks):
+        unexpected = unwrap(chunk).load_state_dict(loaded[name], strict=False).unexpected_keys
+        assert not unexpected, unexpected
 
 
 def _tensors(state: dict) -> Iterator[ShardedTensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_midus.checkpoint.layout import ASSETS_DIRECTORY, find_checkpoint, read_latest_iteration
 from megatron_midus.config import ModelConfig
@@ -15,6 +15,7 @@ from megatron_midus.hub import local_model
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.checkpoint.source import Source
 from megatron_midus.upscaling import UpscalePlan, make_plan
+from megatron_midus.upscaling.cost import Train
 
 # Policies whose base stays useful frozen; solar and stack break the function of the base, so everything must learn.
 _FROZEN_BASE_POLICIES = ("interleave", "control", "llama_pro", "average", "opt_deus", "opt_deus_literal")
@@ -34,7 +35,7 @@ class Architecture:
 
     model: ModelConfig
     plan: UpscalePlan
-    train: Literal["inserted", "all"]
+    train: Train
     assets: Path | None
     assets_left_out: tuple[str, ...] = ()
 
@@ -89,7 +90,7 @@ def _check_other_plans(checkpoint: CheckpointConfig, plan: UpscalePlan, director
             )
 
 
-def resolve_train(train: Literal["inserted", "all"] | None, plan: UpscalePlan) -> Literal["inserted", "all"]:
+def resolve_train(train: Train | None, plan: UpscalePlan) -> Train:
     """What ``--train`` means for a plan; by its policy when the flag is absent."""
     if train is None:
         return "inserted" if plan.policy in _FROZEN_BASE_POLICIES and plan.inserted_indices else "all"

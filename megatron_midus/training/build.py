@@ -25,9 +25,10 @@ from megatron_midus.config.data import DataConfig
 from megatron_midus.config.parallel import ParallelConfig
 from megatron_midus.data.tokenizer import Tokenizer
 from megatron_midus.memory import BalanceLoss
-from megatron_midus.model.builder import build_model, freeze
-from megatron_midus.model.checkpoint import load_weights
+from megatron_midus.model.builder import build_model, freeze, let_gradients_through, unwrap
+from megatron_midus.model.checkpoint import load_adapters, load_weights
 from megatron_midus.model.config import make_transformer_config
+from megatron_midus.model.lora import add_adapters
 from megatron_midus.model.specs import TransformerImpl
 from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.arguments import Arguments
@@ -83,9 +84,11 @@ def transformer_config(arguments: Arguments, architecture: Architecture, timers:
 
 
 def transformer_impl(arguments: Arguments) -> TransformerImpl:
-    """What ``auto`` means for this run: masks between documents need attention that looks at masks."""
+    """What ``auto`` means for this run: masks between documents need attention that looks at masks, adapters layers whose
+    input is that of their weight."""
     chosen = arguments.parallel.transformer_impl
-    return "local" if chosen == "auto" and arguments.data.reset_attention_mask else chosen
+    needs_local = arguments.data.reset_attention_mask or arguments.training.lora_rank is not None
+    return "local" if chosen == "auto" and needs_local else chosen
 
 
 def build_model_chunks(
@@ -122,12 +125,31 @@ def build_model_chunks(
     if source.directory is not None:
         with readable(source.directory):
             load_weights(chunks, source.directory)
-    freeze(chunks, architecture.plan, architecture.train)
+    if architecture.train == "lora":
+        _add_adapters(chunks, arguments, config, source)
+    else:
+        freeze(chunks, architecture.plan, architecture.train)
     coeff = arguments.memory_telemetry.memory_balance_loss_coeff
     if coeff:
         for layer in memory_layers(chunks):
             layer.self_attention.linear_proj.balance_loss = BalanceLoss(coeff, get_num_microbatches)
     return chunks
+
+
+def _add_adapters(
+    chunks: Sequence[torch.nn.Module], arguments: Arguments, config: TransformerConfig, source: Source
+) -> None:
+    """Freezes the model but for adapters, those of ``source`` where it has them."""
+    training = arguments.training
+    assert training.lora_rank is not None
+    add_adapters(chunks, config, rank=training.lora_rank, alpha=training.lora_alpha, seed=training.seed)
+    for chunk in chunks:
+        let_gradients_through(unwrap(chunk))
+        for parameter in chunk.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    if source.resume and source.directory is not None:
+        with readable(source.directory):
+            load_adapters(chunks, source.directory)
 
 
 def place_values(arguments: Arguments, architecture: Architecture, layout: Layout) -> Placement:

@@ -11,6 +11,8 @@ import sys
 import threading
 from multiprocessing.managers import SyncManager
 
+from megatron_midus.platform import is_cpu
+
 _PR_SET_PDEATHSIG = 1
 _forking: list[int] = []  # the process that is about to fork, where its child is to end with it
 
@@ -24,8 +26,9 @@ def start_result_queue() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:
-        # As Megatron-Core does: a fork of a process with a CUDA context is not safe.
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        # As Megatron-Core does: a fork of a process with a CUDA context is not safe. Without one a fork is there at once,
+        # and has imported the torch that it needs for its first message.
+        manager = SyncManager(ctx=multiprocessing.get_context("fork" if is_cpu() else "spawn"))
         manager.start(live_as_long_as_the_rank, (os.getpid(),))
         filesystem_async._results_queue = manager.Queue()
 

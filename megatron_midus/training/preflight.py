@@ -99,6 +99,8 @@ def check_model_fits(arguments: Arguments, architecture: Architecture, warn: Cal
             "needs; change --seq-length or leave --sequence-parallel out"
         )
     _check_context_parallel(parallel, seq_length)
+    if architecture.train == "lora":
+        _check_lora(parallel)
     if seq_length > architecture.model.max_position_embeddings:
         warn(_beyond_positions(architecture.model, seq_length))
 
@@ -115,6 +117,18 @@ def _beyond_positions(model: ModelConfig, seq_length: int) -> str:
         f"--seq-length {seq_length} is longer than the {longest} positions that the model was made for. {rope}; "
         f"checkpoints and exports keep max_position_embeddings={longest}"
     )
+
+
+def _check_lora(parallel: ParallelConfig) -> None:
+    if parallel.tensor_model_parallel_size > 1:
+        raise UserError(
+            f"tensor_model_parallel_size={parallel.tensor_model_parallel_size}: --train lora does not split its adapters; "
+            "choose 1"
+        )
+    if parallel.transformer_impl == "transformer_engine":
+        raise UserError(
+            "--train lora adapts layers of plain torch; leave --transformer-impl transformer_engine out, which is then local"
+        )
 
 
 def _check_context_parallel(parallel: ParallelConfig, seq_length: int) -> None:

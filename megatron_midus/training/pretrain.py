@@ -155,7 +155,11 @@ def _build_trainer(
         arguments.logging,
         train_iters=train_iters,
         flops_per_token=flops_per_token(
-            architecture.model, architecture.plan, arguments.data.seq_length, train=architecture.train
+            architecture.model,
+            architecture.plan,
+            arguments.data.seq_length,
+            train=architecture.train,
+            lora_rank=training.lora_rank,
         ),
         seq_length=arguments.data.seq_length,
         world_size=layout.world_size,

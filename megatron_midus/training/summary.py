@@ -16,7 +16,7 @@ def describe_run(arguments: Arguments, architecture: Architecture, layout: Layou
     """A few lines: where the weights come from, the blocks, the parameters, the processes and batches."""
     model, plan = architecture.model, architecture.plan
     total = total_parameters(model, plan)
-    trained = trainable_parameters(model, plan, architecture.train)
+    trained = trainable_parameters(model, plan, architecture.train, lora_rank=arguments.training.lora_rank)
     precision = "bf16" if arguments.training.bf16 else "fp16" if arguments.training.fp16 else "fp32"
     parallel = arguments.parallel
     replica_step = arguments.training.micro_batch_size * layout.data_parallel_size

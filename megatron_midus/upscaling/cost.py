@@ -10,7 +10,7 @@ from megatron_midus.config import ModelConfig
 from megatron_midus.upscaling.plan import Block, UpscalePlan
 from megatron_midus.upscaling.tensors import block_shapes, model_shapes
 
-Train = Literal["inserted", "all"]
+Train = Literal["inserted", "all", "lora"]
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -29,12 +29,26 @@ def total_parameters(model: ModelConfig, plan: UpscalePlan) -> int:
     return _count(model_shapes(model, plan))
 
 
-def trainable_parameters(model: ModelConfig, plan: UpscalePlan, train: Train) -> int:
-    """Parameters that ``--train inserted`` or ``--train all`` updates."""
+def trainable_parameters(model: ModelConfig, plan: UpscalePlan, train: Train, *, lora_rank: int | None = None) -> int:
+    """Parameters that ``--train inserted``, ``all``, or ``lora`` with ``--lora-rank`` updates."""
     if train == "all":
         return total_parameters(model, plan)
+    if train == "lora":
+        return _lora_parameters(model, plan, lora_rank)
     counts = block_parameters(model, plan)
     return sum(counts[index] for index in plan.inserted_indices)
+
+
+def _lora_parameters(model: ModelConfig, plan: UpscalePlan, rank: int | None) -> int:
+    """``rank * (rows + columns)`` of every linear layer of a block; what a memory holds is none."""
+    assert rank is not None, "--train lora has a rank"
+    matrices = [
+        shape
+        for index in range(plan.num_layers)
+        for name, shape in block_shapes(model, plan, index).items()
+        if name.endswith("_proj.weight")
+    ]
+    return rank * sum(map(sum, matrices))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,15 +110,22 @@ def forward_flops_per_token(model: ModelConfig, plan: UpscalePlan, seq_length: i
     return sum(block.weights + block.activations for block in blocks) + logits
 
 
-def flops_per_token(model: ModelConfig, plan: UpscalePlan, seq_length: int, *, train: Train = "all") -> float:
+def flops_per_token(
+    model: ModelConfig, plan: UpscalePlan, seq_length: int, *, train: Train = "all", lora_rank: int | None = None
+) -> float:
     """FLOPs of one token's share of a training step: forward and backward, no recomputation.
 
     ``all`` is three times the forward pass. With ``inserted`` the frozen base needs no weight gradients, and no
-    gradients at all before the first inserted block.
+    gradients at all before the first inserted block. With ``lora`` every block needs gradients of its activations, and
+    the adapters need both.
     """
     if train == "all":
         return 3.0 * forward_flops_per_token(model, plan, seq_length)
     total = forward_flops_per_token(model, plan, seq_length)
+    if train == "lora":
+        blocks = [block_flops(model, plan, index, seq_length) for index in range(plan.num_layers)]
+        total += sum(block.weights + 2.0 * block.activations for block in blocks)
+        return total + 2.0 * model.hidden_size * model.vocab_size + 6.0 * _lora_parameters(model, plan, lora_rank)
     if not plan.inserted_indices:
         return total
     for index in range(plan.inserted_indices[0], plan.num_layers):

@@ -62,11 +62,11 @@ def estimate_costs(
     Args:
         seq_length: tokens of a sequence, for the attention's share.
         train: ``inserted`` spares frozen blocks their weight gradients, and those before the first inserted one the
-            whole backward pass.
+            whole backward pass; ``lora`` spares all blocks their weight gradients.
         device: what computes.
     """
     trained = [train == "all" or block.inserted for block in plan.blocks]
-    first = trained.index(True) if any(trained) else len(trained)
+    first = 0 if train == "lora" else trained.index(True) if any(trained) else len(trained)
     blocks = tuple(
         _seconds(
             block_flops(model, plan, index, seq_length),

@@ -27,6 +27,22 @@ from megatron_midus.training.arguments import build_parser
 from megatron_midus.training.preflight import check_run_to_come
 from megatron_midus.verbs.verb import verb
 
+# What the verbs import, in this order: Megatron after the mapping to the CPU, and not where a model is only read.
+_READING = ("verbs.upscale", "verbs.convert", "verbs.evaluate", "evaluation.perplexity")
+_TRAINING = ("platform:activate_cpu_mapping", "training.main", "training.pretrain")
+_TOKENIZER = ("transformers.models.auto.tokenization_auto", "transformers.models.llama.configuration_llama")
+WARM = {
+    "pretrain": (*(f"megatron_midus.{name}" for name in _TRAINING), *_TOKENIZER),
+    **{
+        verb: (
+            "transformers.models.llama.modeling_llama",
+            *_TOKENIZER,
+            *(f"megatron_midus.{name}" for name in _READING),
+        )
+        for verb in ("upscale", "convert", "evaluate")
+    },
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
@@ -55,7 +71,8 @@ def compare(config: CompareConfig, progress: Progress) -> Comparison:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     with lock(output):
-        runner = Runner(FileHashes(output / "hashes.json"), say, jobs=config.jobs)
+        warm = WARM if runs.experiment.layout.backend == "gloo" else None
+        runner = Runner(FileHashes(output / "hashes.json"), say, jobs=config.jobs, warm=warm)
         try:
             if not config.report_only:
                 run_experiment(runs, runner)

@@ -56,7 +56,7 @@ def read(directory: Path, entries: dict[str, Any] | None = None, output: str | P
     for name in ("train.jsonl", "new.jsonl"):
         (directory / name).write_text('{"text": "some words"}\n')
     path = directory / "mine.yaml"
-    path.write_text(yaml.safe_dump(values() if entries is None else entries))
+    path.write_text(yaml.safe_dump(values() if entries is None else entries, sort_keys=False))
     return read_experiment(path, directory / output)
 
 

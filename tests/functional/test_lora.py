@@ -1,0 +1,81 @@
+"""--train lora in real processes: it resumes exactly, only adapters learn, and a checkpoint is an ordinary model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from driver import TINY_RUN, Run, train
+from upscaled import read_tensors, write_upscaled
+
+STEPS = "--train-iters 8 --lr 1e-2 --lr-warmup-iters 2 --lr-decay-style cosine"
+LORA = "--train lora --lora-rank 3"
+
+
+@pytest.fixture(scope="module")
+def upscaled(tmp_path_factory):
+    """Base, memory, base; all weights random."""
+    return write_upscaled(tmp_path_factory.mktemp("upscaled") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def stopped(upscaled, tmp_path_factory) -> tuple[Run, object]:
+    """Three of eight steps, with an evaluation behind them."""
+    save = tmp_path_factory.mktemp("stopped")
+    evaluate = "--eval-interval 3 --eval-iters 2 --exit-interval 3"
+    return train(*TINY_RUN, STEPS, LORA, evaluate, "--load", upscaled, "--save", save).check(), save
+
+
+LAYOUTS = {
+    "alone": ("", 1),
+    "dp2-distributed-optimizer": ("--use-distributed-optimizer", 2),
+    "pp3": ("--pipeline-model-parallel-size 3", 3),
+    "recompute": ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resume_is_exact_at_every_layout(layout, upscaled, stopped, tmp_path):
+    flags, processes = LAYOUTS[layout]
+    whole = train(*TINY_RUN, STEPS, LORA, flags, "--load", upscaled, processes=processes).check()
+    assert float(whole.losses[8]) != float(whole.losses[1])
+    if layout == "alone":
+        _, save = stopped
+    else:
+        save = tmp_path
+        words = (*TINY_RUN, STEPS, LORA, flags, "--exit-interval 3 --load", upscaled, "--save", save)
+        train(*words, processes=processes).check()
+    second = train(*TINY_RUN, STEPS, LORA, flags, "--load", save, processes=processes).check()
+    assert second.losses == {i: loss for i, loss in whole.losses.items() if i > 3}
+
+
+def test_a_checkpoint_holds_the_merged_model(upscaled, stopped):
+    run, save = stopped
+    before, after = read_tensors(upscaled, 0), read_tensors(save, 3)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    linear = {
+        key
+        for key in before
+        if ".linear_" in key and key.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight"))
+    }
+    assert changed == linear and len(changed) == 4 + 1 + 4
+    for key in linear:
+        assert torch.equal(after[f"lora.{key}"], before[key]), "the weight below the adapter is the base's"
+    # Whoever knows nothing of adapters reads the same model: two evaluations of the same batches.
+    plain = train(*TINY_RUN, "--skip-train --eval-iters 2 --load", save).check()
+    (mine,) = [loss for (split, iteration), loss in run.evaluations.items() if (split, iteration) == ("validation", 3)]
+    theirs = plain.evaluations["validation", 3]
+    assert theirs == pytest.approx(mine, rel=1e-5) and mine != pytest.approx(float(run.losses[1]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "message"),
+    [
+        ("--train lora", 1, "--train lora and --lora-rank need each other"),
+        ("--train lora --lora-rank 3 --tensor-model-parallel-size 2", 2, "does not split its adapters; choose 1"),
+        ("--train lora --lora-rank 4", 1, "whose adapters have rank 3; give --lora-rank 3"),
+    ],
+)
+def test_what_cannot_be_is_refused(flags, processes, message, stopped):
+    _, save = stopped
+    run = train(*TINY_RUN, STEPS, flags, "--load", save, processes=processes)
+    assert message in run.err, run.err
