@@ -103,6 +103,7 @@ def chart(
     x_ticks: Sequence[float] | None = None,
     title: str = "",
     label_points: bool = False,
+    label_ends: bool = False,
     levels: Sequence[Level] = (),
     other_name: str = "others",
 ) -> str:
@@ -115,6 +116,7 @@ def chart(
         x_ticks: where the horizontal axis has ticks, within the values; round numbers when absent.
         title: said to screen readers.
         label_points: write names beside points instead of a legend.
+        label_ends: write names beside the last point of lines instead of a legend.
         levels: horizontal lines.
         other_name: of all grey series together, in the legend.
     """
@@ -123,7 +125,7 @@ def chart(
     if not series:
         return '<p class="note">No data.</p>'
     series = sorted(series, key=lambda entry: entry.style is not None)  # grey below the others
-    entries = [] if label_points else _legend_entries(series, other_name)
+    entries = [] if label_points or label_ends else _legend_entries(series, other_name)
     rows = _legend_rows(entries)
     height = _HEIGHT + 18 * len(rows)
     x = _axis([v for s in series for v in s.x], _LEFT, _WIDTH - _RIGHT, is_log=log_x)
@@ -137,6 +139,9 @@ def chart(
         parts += _draw(entry, x, y)
     if label_points:
         parts += _point_labels(series, x, y)
+    if label_ends:
+        ends = [dataclasses.replace(s, x=s.x[-1:], y=s.y[-1:]) for s in series if s.is_line]
+        parts += _point_labels(ends, x, y)
     for index, row in enumerate(rows):
         parts += _legend(row, _HEIGHT + 12 + 18 * index)
     return "\n".join([*parts, "</svg>"])

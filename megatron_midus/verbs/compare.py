@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_midus.comparison.arms import resolve
 from megatron_midus.comparison.columns import to_markdown
 from megatron_midus.comparison.experiment import read_experiment
+from megatron_midus.comparison.line_page import write_line
 from megatron_midus.comparison.results import Results, collect
 from megatron_midus.comparison.results_page import loss_svg, to_html
 from megatron_midus.comparison.runner import Runner, lock, run_experiment
@@ -119,7 +120,7 @@ def _check_training(runs: Runs, base: ModelConfig) -> None:
 
 
 def _write_report(runs: Runs, runner: Runner, output: Path) -> Results:
-    """``results.json``, ``table.md``, ``report.html``, ``loss.svg``."""
+    """``results.json``, ``table.md``, ``report.html``, ``loss.svg``, and ``line.*`` where arms have strengths."""
     notes = []
     if runner.jobs > 1:
         notes.append(f"{runner.jobs} runs went on at a time: compare times with care")
@@ -128,6 +129,9 @@ def _write_report(runs: Runs, runner: Runner, output: Path) -> Results:
     write_text_atomically(output / "table.md", to_markdown(results))
     write_text_atomically(output / "report.html", to_html(results))
     write_text_atomically(output / "loss.svg", loss_svg(results))
+    if runs.experiment.has_strengths:
+        for name, content in write_line(results).items():
+            write_text_atomically(output / name, content)
     return results
 
 
