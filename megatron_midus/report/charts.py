@@ -138,10 +138,10 @@ def chart(
     for entry in series:
         parts += _draw(entry, x, y)
     if label_points:
-        parts += _point_labels(series, x, y)
+        parts += _point_labels(series, series, x, y)
     if label_ends:
         ends = [dataclasses.replace(s, x=s.x[-1:], y=s.y[-1:]) for s in series if s.is_line]
-        parts += _point_labels(ends, x, y)
+        parts += _point_labels(ends, series, x, y)
     for index, row in enumerate(rows):
         parts += _legend(row, _HEIGHT + 12 + 18 * index)
     return "\n".join([*parts, "</svg>"])
@@ -225,13 +225,14 @@ def _draw(entry: Series, x: _Axis, y: _Axis) -> list[str]:
     return parts
 
 
-def _point_labels(series: Sequence[Series], x: _Axis, y: _Axis) -> list[str]:
-    """Names beside points, each at the nearest height where it covers no name and no point; a thin line leads to one that
+def _point_labels(series: Sequence[Series], drawn: Sequence[Series], x: _Axis, y: _Axis) -> list[str]:
+    """Names beside the points of ``series``, each at the nearest height where it covers no name and no point of ``drawn``; a thin line leads to one that
     moved. Coloured series choose their places first."""
     points = sorted(
         (entry.style is None, x.place(a), y.place(b), entry.name) for entry in series for a, b in zip(entry.x, entry.y)
     )
-    taken = [(a - 6, a + 6, b + 4) for _, a, b, _ in points]  # left, right, baseline
+    dots = ((x.place(a), y.place(b)) for entry in drawn for a, b in zip(entry.x, entry.y))
+    taken = [(a - 6, a + 6, b + 4) for a, b in dots]  # left, right, baseline
     parts = []
     for is_grey, a, b, name in points:
         width = _CHARACTER * len(name)
