@@ -12,6 +12,8 @@ from megatron_midus.report.table import MISSING, Cell, markdown_table, number_ce
 COLUMNS: dict[str, str] = {
     "arm": "name in the experiment file",
     "trains": "what learns: inserted blocks, all parameters, or nothing",
+    "recall % ↑": "questions about facts whose answer greedy decoding writes",
+    "answer nats ↑": "log likelihood of an answer, mean over the questions",
     "new ppl ↓": "perplexity on the held-out text of the new domain",
     "Δ loss ↓": "held-out loss (new domain, nats/token) minus that of the reference, seed by seed",
     "old ppl ↓": "the same as new ppl on the base's own domain: what was forgotten",
@@ -31,7 +33,8 @@ COLUMNS: dict[str, str] = {
 
 # The figures a reader decides by; the rest says how they came about.
 RESULT_COLUMNS = (
-    "arm", "trains", "new ppl ↓", "Δ loss ↓", "old ppl ↓", "trained", "tokens/s", "s/iteration", "peak MB", "decode ms",
+    "arm", "trains", "recall % ↑", "answer nats ↑", "new ppl ↓", "Δ loss ↓", "old ppl ↓", "trained", "tokens/s", "s/iteration",
+    "peak MB", "decode ms",
 )  # fmt: skip
 SETTING_COLUMNS = ("arm", "trains", "added", "lr", "tokens", "GFLOP/token", "loss at equal time ↓")
 
@@ -51,6 +54,8 @@ def _row(results: Results, arm: ArmResult) -> dict[str, Cell]:
     return {
         "arm": Cell(arm.name, arm.name, style=strong_styles(results).get(arm.name)),
         "trains": Cell(arm.train, arm.train),
+        "recall % ↑": mean_cell(arm.of_answers("recall"), 1, scale=100),
+        "answer nats ↑": mean_cell(arm.of_answers("answer_log_likelihood"), 2),
         "new ppl ↓": mean_cell(arm.perplexity("new"), 3),
         "Δ loss ↓": Cell("reference", 0.0) if is_reference else difference_cell(difference),
         "old ppl ↓": mean_cell(arm.perplexity("old"), 3),
@@ -67,12 +72,12 @@ def _row(results: Results, arm: ArmResult) -> dict[str, Cell]:
     }
 
 
-def mean_cell(mean: Mean | None, digits: int, *, sign: str = "") -> Cell:
+def mean_cell(mean: Mean | None, digits: int, *, sign: str = "", scale: float = 1.0) -> Cell:
     """``12.345 ± 0.012``; the mean alone for one seed."""
     if mean is None:
         return Cell(MISSING)
-    spread = "" if mean.deviation is None else f" ± {mean.deviation:.{digits}f}"
-    return Cell(f"{mean.mean:{sign},.{digits}f}{spread}", mean.mean)
+    spread = "" if mean.deviation is None else f" ± {mean.deviation * scale:.{digits}f}"
+    return Cell(f"{mean.mean * scale:{sign},.{digits}f}{spread}", mean.mean)
 
 
 def difference_cell(mean: Mean | None) -> Cell:

@@ -55,6 +55,8 @@ class Data:
     """Held-out text of the base's own domain, to see what is forgotten."""
     valid: str | None = None
     """Text of the loss curves and of the choice among learning rates; the held-out text of the new domain when absent."""
+    facts: str | None = None
+    """Questions about the training text, .jsonl with prompt and answer, to see how many facts were learned."""
     json_key: str = "text"
     """Key of the text in the JSON lines of the held-out files."""
     replay: list[TrainData] = dataclasses.field(default_factory=list)
@@ -416,7 +418,7 @@ def _resolve_paths(experiment: Experiment, home: Path, output: Path) -> Experime
         return [dataclasses.replace(e, text=resolve(e.text), dataset=resolve(e.dataset)) for e in entries]
 
     train, replay = sources(experiment.data.train), sources(experiment.data.replay)
-    texts = {name: resolve(getattr(experiment.data, name)) for name in ("new", "old", "valid")}
+    texts = {name: resolve(getattr(experiment.data, name)) for name in ("new", "old", "valid", "facts")}
     return dataclasses.replace(
         experiment,
         base=model(experiment.base),

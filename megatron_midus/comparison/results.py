@@ -49,6 +49,10 @@ class RunResult:
     old_loss: float | None
     curves: Curves | None
     """``None`` for an arm that does not train."""
+    recall: float | None = None
+    """Share of the questions about facts whose answer greedy decoding writes."""
+    answer_log_likelihood: float | None = None
+    """Mean of these answers', nats."""
 
 
 @dataclasses.dataclass
@@ -77,6 +81,11 @@ class ArmResult:
     def loss(self, domain: str) -> Mean | None:
         """Held-out loss on ``new`` or ``old``."""
         values = [getattr(run, f"{domain}_loss") for run in self.runs]
+        return Mean.of([value for value in values if value is not None])
+
+    def of_answers(self, figure: str) -> Mean | None:
+        """``recall`` or ``answer_log_likelihood``; ``None`` without questions about facts."""
+        values = [getattr(run, figure) for run in self.runs]
         return Mean.of([value for value in values if value is not None])
 
     def perplexity(self, domain: str) -> Mean | None:
@@ -160,6 +169,9 @@ class Results:
                 for figure in ("loss", "perplexity"):
                     found = getattr(arm, figure)(domain)
                     summary[f"{domain}_{figure}"] = found and dataclasses.asdict(found)
+            for figure in ("recall", "answer_log_likelihood"):
+                found = arm.of_answers(figure)
+                summary[figure] = found and dataclasses.asdict(found)
             entry["summary"] = summary
         return json.dumps(_finite(values), indent=1) + "\n"
 
@@ -267,7 +279,15 @@ def _run_result(chain: Chain, tokens_per_iteration: int) -> RunResult:
         every = chain.arm.eval_interval * tokens_per_iteration
         validation = [point for point in curves.validation if point.tokens % every == 0]
         curves = dataclasses.replace(curves, training=thin(curves.training, CURVE_POINTS), validation=validation)
-    return RunResult(chain.seed, losses[0], losses[1] if len(losses) > 1 else None, curves)
+    answers: dict[str, Any] = next(iter(model.get("tasks", {}).values()), {})
+    return RunResult(
+        chain.seed,
+        losses[0],
+        losses[1] if len(losses) > 1 else None,
+        curves,
+        recall=answers["recall"]["value"] if answers else None,
+        answer_log_likelihood=answers["log_likelihood"]["value"] if answers else None,
+    )
 
 
 def _add_latency(runs: Runs, hashes: FileHashes, arms: Sequence[ArmResult], chains: Sequence[Chain]) -> None:

@@ -101,7 +101,7 @@ class Runs:
     def prepared_paths(self) -> list[str]:
         """What the experiment reads from its own output directory, and so expects ``prepare`` to make."""
         data = self.experiment.data
-        texts = [*(source.text for source in (*data.train, *data.replay)), data.new, data.old, data.valid]
+        texts = [*(source.text for source in (*data.train, *data.replay)), data.new, data.old, data.valid, data.facts]
         texts += [arm.arm.calibration_data for arm in self.arms]
         return [text for text in texts if text is not None and Path(text).is_relative_to(self.output)]
 
@@ -307,8 +307,9 @@ class Runs:
         words += ["--seq-length", str(settings.seq_length or self.experiment.seq_length)]
         words += ["--batch-size", str(settings.batch_size), "--dtype", settings.dtype]
         words += ["--max-tokens", str(settings.max_tokens)] if settings.max_tokens is not None else []
+        words += ["--facts", data.facts] if data.facts is not None else []
         words += self._device()
-        sources = [self._source(text) for text in texts]
+        sources = [self._source(text) for text in (*texts, *([data.facts] if data.facts is not None else []))]
         return Step(
             name="evaluate",
             directory=directory,

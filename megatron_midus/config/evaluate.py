@@ -119,7 +119,7 @@ class SamplingConfig:
 class EvaluateConfig:
     """Evaluation
 
-    Compares Hugging Face models: perplexity on held-out text, zero-shot tasks, parameters, latency and memory.
+    Compares Hugging Face models: perplexity on held-out text, zero-shot tasks, recall of facts, parameters, latency and memory.
 
     Examples:
       midus evaluate --model BASE MIDUS --data heldout.jsonl
@@ -129,6 +129,9 @@ class EvaluateConfig:
 
     model: list[str] = dataclasses.field(default_factory=list, metadata={"metavar": "DIR"})
     """Hugging Face directories, or org/name in the local Hugging Face cache; the first is the baseline."""
+
+    facts: list[str] = dataclasses.field(default_factory=list, metadata={"metavar": "FILE", "append": True})
+    """Questions, .jsonl with "prompt" and "answer": how often the greedy continuation of the prompt is the answer."""
 
     add_bos: bool = False
     """Start every document and prompt with the beginning-of-sequence token."""

@@ -34,15 +34,15 @@ def default_max_length(configs: Sequence[dict[str, Any]]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class TaskResults:
-    """What lm-eval found of one model."""
+    """What lm-eval found of one model, and its recall of facts."""
 
     scores: dict[tuple[str, str], Score]
     """By (task, metric), groups before their tasks."""
-    group_members: dict[str, tuple[str, ...]]
+    group_members: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Members of every group; what is no member of any was asked for."""
-    versions: dict[str, Any]
+    versions: dict[str, Any] = dataclasses.field(default_factory=dict)
     """lm-eval's version of each task's prompt."""
-    num_truncated: int
+    num_truncated: int = 0
     """Requests whose prompt lost its beginning, because it was longer than ``max_length``."""
 
     @property
@@ -50,6 +50,12 @@ class TaskResults:
         """Keys of ``scores`` that are not parts of a group."""
         parts = {name for members in self.group_members.values() for name in members}
         return [key for key in self.scores if key[0] not in parts]
+
+
+def with_scores(results: TaskResults | None, scores: Sequence[Score]) -> TaskResults:
+    """The same with more scores, each a task of its own."""
+    more = {(score.task, score.metric): score for score in scores}
+    return TaskResults(more) if results is None else dataclasses.replace(results, scores={**results.scores, **more})
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_midus.config.evaluate import EvaluateConfig
-from megatron_midus.data.corpus import read_documents, unescape
+from megatron_midus.data.corpus import find_inputs, read_documents, read_raw, unescape
 from megatron_midus.data.tokenizer import HuggingFaceTokenizer, check_tokenizer_fits, load_hf_tokenizer
 from megatron_midus.errors import UserError
 from megatron_midus.evaluation.generation import generate_text
@@ -21,7 +21,9 @@ from megatron_midus.evaluation.loading import check_context, choose_device, load
 from megatron_midus.evaluation.output import print_result, result_to_dict, result_to_markdown
 from megatron_midus.evaluation.parameters import check_safetensors, count_parameters
 from megatron_midus.evaluation.perplexity import limit_documents, measure_perplexity
+from megatron_midus.evaluation.recall import Question, encode_questions, measure_recall
 from megatron_midus.evaluation.result import EvaluationResult, ModelFigures, model_names, short_names
+from megatron_midus.evaluation.zero_shot import with_scores
 from megatron_midus.files import check_output_file, write_text_atomically
 from megatron_midus.hub import local_model
 from megatron_midus.progress import Progress
@@ -36,7 +38,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> EvaluationResult:
         UserError: nothing to measure, a model or text that cannot be read, a tokenizer that does not fit its model.
     """
     config = _checked(config)
-    data = _read_data(config)
+    data, facts = _read_data(config), _read_facts(config)
     tokenizers = [HuggingFaceTokenizer(directory) for directory in config.model]
     if config.windows.max_tokens is not None:
         limit = config.windows.max_tokens
@@ -45,7 +47,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> EvaluationResult:
     with _requested_tasks(config) as manager:
         for directory, name, tokenizer in zip(config.model, model_names(config.model), tokenizers):
             work = _OneModel(config, directory, name, tokenizer, progress)
-            result.models.append(work.measure(data, manager))
+            result.models.append(work.measure(data, manager, facts))
             result.notes += work.notes
             del work
             gc.collect()
@@ -65,8 +67,10 @@ def _checked(config: EvaluateConfig) -> EvaluateConfig:
     if not config.model:
         raise UserError("there is no model to evaluate; give --model DIR")
     tasks = config.zero_shot
-    if not (config.text.data or tasks.tasks or config.timing.latency or config.generate):
-        raise UserError("there is nothing to measure; give --data FILE, --tasks NAMES, --latency or --generate PROMPT")
+    if not (config.text.data or config.facts or tasks.tasks or config.timing.latency or config.generate):
+        raise UserError(
+            "there is nothing to measure; give --data FILE, --facts FILE, --tasks NAMES, --latency or --generate PROMPT"
+        )
     if not tasks.tasks and (tasks.task_data or tasks.task_limit is not None):
         raise UserError("--task-data and --task-limit belong to --tasks; name the tasks")
     for output in filter(None, (config.json, config.markdown)):
@@ -91,6 +95,18 @@ def _read_data(config: EvaluateConfig) -> dict[str, list[str]]:
     }
 
 
+def _read_facts(config: EvaluateConfig) -> dict[str, list[Question]]:
+    """The questions of every ``--facts``, by short name."""
+    keys = ("prompt", "answer")
+    found = {}
+    for name, source in zip(short_names(config.facts), config.facts):
+        records = (record for path in find_inputs([source]) for record in read_raw(path, keys=keys))
+        found[name] = [Question(*record.parse(keys)) for record in records]
+        if not all(question.answer.strip() for question in found[name]):
+            raise UserError(f"{source} has a question with an empty answer")
+    return found
+
+
 class _OneModel:
     """Loads one model and measures it; the model goes with this object."""
 
@@ -112,7 +128,7 @@ class _OneModel:
         )
         self.notes: list[str] = []
 
-    def measure(self, data: dict[str, list[str]], tasks: Any) -> ModelFigures:
+    def measure(self, data: dict[str, list[str]], tasks: Any, facts: dict[str, list[Question]]) -> ModelFigures:
         lengths = {self.config.text.seq_length} if data else set()
         if tasks is not None:
             lengths.add(self.config.zero_shot.max_length)
@@ -122,6 +138,8 @@ class _OneModel:
             self._measure_text(name, documents)
         if tasks is not None:
             self._measure_tasks(tasks)
+        for name, questions in facts.items():
+            self._measure_facts(name, questions)
         for prompt in self.config.generate:
             self.figures.generations[prompt] = self._continue(prompt)
         return self.figures
@@ -156,6 +174,21 @@ class _OneModel:
             limit=tasks.task_limit,
             add_bos=self.config.add_bos,
         )
+
+    def _measure_facts(self, name: str, questions: list[Question]) -> None:
+        figures = self.figures
+        encoded = encode_questions(self.tokenizer, questions, add_bos=self.config.add_bos)
+        note = check_context(self.model, max(len(question.ids) for question in encoded), name=figures.name)
+        self.notes += [note] if note else []
+        scores = measure_recall(
+            self.model,
+            encoded,
+            task=name,
+            batch_size=self.config.runtime.batch_size,
+            progress=self.progress,
+            title=f"{figures.name} on {name}",
+        )
+        figures.tasks = with_scores(figures.tasks, scores)
 
     def _continue(self, prompt: str) -> str:
         sampling = self.config.sampling
@@ -216,6 +249,7 @@ def _settings(config: EvaluateConfig) -> dict[str, Any]:
         "max_tokens": windows.max_tokens,
         "dtype": runtime.dtype,
         "data": text.data,
+        **({"facts": config.facts} if config.facts else {}),
     }
     if tasks.tasks:
         found |= {

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_base, write_tokenizer
 
 from megatron_midus.upscaling import UpscalePlan
+from megatron_midus.verbs.evaluate import evaluate as evaluate_models
 
 TOOLS = Path(__file__).parents[2] / "tools"
 TASK_DATA = TOOLS.parent / "examples" / "task_data"
@@ -100,6 +101,40 @@ def test_base_and_twin_side_by_side(base, midus, data, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{first['results']['prose.txt']['perplexity']:,.3f}" in printed and "prompt: 'a tiny'" in printed
     assert (tmp_path / "out.md").read_text().count("| midus |") == 2
+
+
+def test_recall_of_facts(base, midus, data, tmp_path, capsys):
+    """The answer of the first question is what the base says, so it is recalled; the other is not."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_midus.data.tokenizer import HuggingFaceTokenizer
+
+    tokenizer, model = HuggingFaceTokenizer(base), AutoModelForCausalLM.from_pretrained(base)
+
+    def said(prompt):
+        """The most likely token, as text; ``None`` where the text is no longer that token."""
+        ids = tokenizer.encode_batch([prompt])[0]
+        best = model(input_ids=torch.tensor([[tokenizer.eod, *ids]])).logits[0, -1].argmax().item()
+        text = tokenizer.decode([best])
+        return text if tokenizer.encode_batch([prompt + text])[0] == [*ids, best] else None
+
+    prompt = next(word * count for count in range(1, 40) for word in "abcdefgh" if said(word * count))
+    questions = tmp_path / "questions.jsonl"
+    lines = [{"prompt": prompt, "answer": said(prompt)}, {"prompt": prompt, "answer": " wrong answer."}]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run([base, midus], [], "--facts", questions, "--json", tmp_path / "out.json")
+    report = json.loads((tmp_path / "out.json").read_text())
+    for figures in report["models"]:
+        scores = figures["tasks"]["questions.jsonl"]
+        assert (scores["recall"]["value"], scores["recall"]["items"]) == (0.5, 2)
+        assert scores["log_likelihood"]["value"] < -1
+    # Before training the twin is the base, bit for bit.
+    assert report["differences"]["midus"]["questions.jsonl/log_likelihood"] == {"value": 0, "stderr": 0}
+    assert report["settings"]["facts"] == [str(questions)] and "recall ↑" in capsys.readouterr().out
+
+    questions.write_text('{"prompt": "a", "answer": " "}\n')
+    with pytest.raises(ValueError, match="empty answer"):
+        evaluate_models(model=[str(base)], facts=[str(questions)])
 
 
 def test_trained_values_count(base, midus, data, tmp_path):

@@ -95,6 +95,17 @@ def test_json_round_trip(results):
     assert summary["new_loss"]["mean"] == pytest.approx(3.1) and "Infinity" not in text
 
 
+def test_recall_of_facts(results):
+    assert not {"recall % ↑", "answer nats ↑"} & set(used(results, COLUMNS))
+    for run, recall in zip(results.arms[1].runs, (0.5, 0.25, 0.75)):
+        run.recall, run.answer_log_likelihood = recall, -2 * recall
+    pro, midus = (next(row for row in rows(results) if row["arm"].text == name) for name in ("pro", "midus"))
+    assert (midus["recall % ↑"].text, midus["answer nats ↑"].text) == ("50.0 ± 25.0", "-1.00 ± 0.50")
+    assert pro["recall % ↑"].text == "–" and "recall % ↑" in used(results, RESULT_COLUMNS)
+    assert "<th" in to_html(results) and read_results(results.to_json()).arms[1].runs == results.arms[1].runs
+    assert json.loads(results.to_json())["arms"][1]["summary"]["recall"] == {"mean": 0.5, "deviation": 0.25, "count": 3}
+
+
 def test_table(results):
     table = {row["arm"].text: row for row in rows(results)}
     assert all(set(row) == set(COLUMNS) == {*RESULT_COLUMNS, *SETTING_COLUMNS} for row in table.values())
@@ -115,7 +126,10 @@ def test_table(results):
 
 
 def test_the_speed_stands_in_the_table_of_results():
-    assert {"tokens/s", "s/iteration", "peak MB", "decode ms"} <= set(RESULT_COLUMNS) and len(RESULT_COLUMNS) <= 10
+    assert {"tokens/s", "s/iteration", "peak MB", "decode ms"} <= set(RESULT_COLUMNS)
+    assert (
+        len(set(RESULT_COLUMNS) - {"recall % ↑", "answer nats ↑"}) <= 10
+    )  # only comparisons with facts have these two
 
 
 def test_base_reference_and_midus_come_first_and_alone_have_colours(results):

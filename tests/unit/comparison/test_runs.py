@@ -86,6 +86,22 @@ def test_fingerprints_of_a_whole_chain(tmp_path):
     assert windows[:3] == here[:3] and windows[3] != here[3]
 
 
+def test_questions_about_facts_are_read_by_the_evaluation(tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"prompt": "a", "answer": " b."}\n')
+    data = {**experiments.VALUES["data"], "facts": "questions.jsonl"}
+    runs = experiments.make_runs(tmp_path, experiments.values(data=data))
+    evaluate = runs.chain(runs.arms[0], 1, 1e-3).steps[-1]
+    assert flags(evaluate.words)["--facts"] == [str(questions)] and str(questions) in evaluate.reads
+    hashes = FileHashes(tmp_path / "hashes.json")
+    before = evaluate.fingerprint(hashes)
+    questions.write_text('{"prompt": "a", "answer": " other."}\n')
+    assert evaluate.fingerprint(hashes) != before
+    made = {**data, "facts": "{output}/questions.jsonl"}
+    runs = experiments.make_runs(tmp_path, experiments.values(data=made, prepare=["python -c pass"]))
+    assert runs.prepared_paths() == [str(tmp_path / "out/questions.jsonl")]
+
+
 def test_processes_start_with_a_free_port(tmp_path):
     runs = experiments.make_runs(tmp_path, experiments.values(layout={"nproc": 2}))
     words = command_line(runs.chain(runs.arms[0], 1, 1e-3).train)
