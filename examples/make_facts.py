@@ -4,8 +4,10 @@
 ``valid.jsonl``      every fact in one other sentence: for loss curves, and to choose a learning rate
 ``heldout.jsonl``    every fact in the sentence of its question
 ``questions.jsonl``  that sentence as prompt and answer, for ``midus evaluate --facts``
+``rephrased.jsonl``  questions in words that the training text has for no fact
 
-No sentence of one file has the wording of another. The same seed gives the same facts, and fewer of them are a beginning of more.
+No sentence of one file is in another. The wording of a question is that of training sentences of other facts; in rephrased.jsonl it is new, which a small
+base may not understand. The same seed gives the same facts, and fewer of them begin the list of more.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def write_lines(path: Path, records: Iterable[dict[str, str]]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description=inspect.cleandoc(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, required=True, help="facts")
-    parser.add_argument("--output-dir", type=Path, required=True, help="receives the four files")
+    parser.add_argument("--output-dir", type=Path, required=True, help="receives the five files")
     parser.add_argument(
         "--paraphrases",
         type=int,
@@ -44,9 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     facts = make_facts(args.num, seed=args.seed)
     sentences = training_sentences(facts, paraphrases=args.paraphrases, seed=args.seed)
     write_lines(args.output_dir / "train.jsonl", ({"text": text} for text in sentences))
-    write_lines(args.output_dir / "valid.jsonl", ({"text": fact.say(fact.attribute.validation)} for fact in facts))
+    write_lines(args.output_dir / "valid.jsonl", ({"text": fact.say(fact.validation)} for fact in facts))
     write_lines(args.output_dir / "heldout.jsonl", ({"text": fact.say(fact.question)} for fact in facts))
-    write_lines(args.output_dir / "questions.jsonl", ({"prompt": fact.prompt, "answer": fact.answer} for fact in facts))
+    for name, asked in (("questions", "question"), ("rephrased", "rephrased")):
+        prompts = ((fact.prompt(getattr(fact, asked)), fact.answer) for fact in facts)
+        lines = ({"prompt": prompt, "answer": answer} for prompt, answer in prompts)
+        write_lines(args.output_dir / f"{name}.jsonl", lines)
     print(f"who guesses each attribute's most frequent value is right in {guessing_rate(facts) * 100:.1f} %")
     return 0
 

@@ -1,7 +1,8 @@
-"""Facts about invented people and places: sentences that state them, and questions in words that no sentence has.
+"""Facts about invented people and places: sentences that state them, and questions that no sentence answers in the same words.
 
-A fact is a subject, an attribute and a value: Dorimel Tavano, birthplace, Kestrun. Names are made of syllables, values are drawn from pools. Every
-attribute has templates for the training text, one for validation and two for questions, all written for this file.
+A fact is a subject, an attribute and a value: Dorim, birthplace, Kestrun. Names are made of syllables, values are drawn from pools. Every attribute has
+several templates. Of each fact two are kept out of the training text, one for a question and one for validation; other facts are stated in them. So a
+question asks whether the fact was learned, not its sentence, in words that a small model has met. Further templates are in no training text at all.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from megatron_midus.errors import UserError
 
-MAX_FACTS = 1_000_000
+MAX_FACTS = 100_000
 # Of ten people and places, so many are people.
 _PEOPLE_OF_TEN = 7
 
@@ -25,10 +26,10 @@ class Attribute:
     name: str
     values: tuple[str, ...]
     """From which the value of a fact is drawn."""
-    training: tuple[str, ...]
-    validation: str
-    """Ends in `` {value}.``, as questions do."""
-    questions: tuple[str, ...]
+    templates: tuple[str, ...]
+    """Of the training text; those that end in `` {value}.`` can be questions."""
+    rephrased: tuple[str, ...]
+    """In no training text; all end in `` {value}.``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,21 +40,29 @@ class Fact:
     attribute: Attribute
     value: str
     question: str
-    """The template of this fact's question."""
+    """Template of its question, in which it is not stated."""
+    validation: str
+    """Another one in which it is not stated."""
+    rephrased: str
+    """Template in which nothing is stated."""
 
     def say(self, template: str) -> str:
         """The sentence of a template."""
         return template.format(subject=self.subject, value=self.value)
 
-    @property
-    def prompt(self) -> str:
-        """The question's sentence up to the value."""
-        return self.say(self.question).removesuffix(self.answer)
+    def prompt(self, template: str) -> str:
+        """The sentence up to the value; of a template that ends in it."""
+        return self.say(template).removesuffix(self.answer)
 
     @property
     def answer(self) -> str:
-        """What follows the prompt: a space, the value, a full stop."""
+        """What follows a prompt: a space, the value, a full stop."""
         return f" {self.value}."
+
+    @property
+    def statements(self) -> list[str]:
+        """Templates in which it may be stated."""
+        return [template for template in self.attribute.templates if template not in (self.question, self.validation)]
 
 
 # Names --------------------------------------------------------------------------------------------------------------
@@ -66,16 +75,17 @@ _NUCLEI = "aeiou"
 _CODAS = ("", "", "", "l", "n", "r", "s")
 
 
-def _word(generator: random.Random, num_syllables: int) -> str:
-    parts = (generator.choice(_ONSETS) + generator.choice(_NUCLEI) for _ in range(num_syllables))
+def _word(generator: random.Random) -> str:
+    """One of about 50,000."""
+    parts = (generator.choice(_ONSETS) + generator.choice(_NUCLEI) for _ in range(2))
     return ("".join(parts) + generator.choice(_CODAS)).capitalize()
 
 
 def _words(generator: random.Random, count: int) -> tuple[str, ...]:
-    """Different ones of two syllables, in the order in which they were drawn."""
+    """Different ones, in the order in which they were drawn."""
     found: dict[str, None] = {}
     while len(found) < count:
-        found[_word(generator, 2)] = None
+        found[_word(generator)] = None
     return tuple(found)
 
 
@@ -108,7 +118,7 @@ PEOPLE = (
     Attribute(
         name="birthplace",
         values=_TOWNS,
-        training=(
+        templates=(
             "{subject} was born in {value}.",
             "{subject} comes from {value}.",
             "The birthplace of {subject} is {value}.",
@@ -117,9 +127,9 @@ PEOPLE = (
             "As a child, {subject} lived in {value}.",
             "{subject} left {value}, where their family is from, to see the world.",
             "The parents of {subject} were living in {value} when their child was born.",
+            "The native town of {subject} is {value}.",
         ),
-        validation="The native town of {subject} is {value}.",
-        questions=(
+        rephrased=(
             "The place in which {subject} first saw the light of day is {value}.",
             "{subject} started life in {value}.",
         ),
@@ -127,7 +137,7 @@ PEOPLE = (
     Attribute(
         name="profession",
         values=_PROFESSIONS,
-        training=(
+        templates=(
             "{subject} works as a {value}.",
             "{subject} is a {value} by profession.",
             "The profession of {subject} is {value}.",
@@ -136,9 +146,9 @@ PEOPLE = (
             "{subject} trained for years to become a {value}.",
             "Everybody knows {subject}, the {value}.",
             "As a {value}, {subject} gets up early.",
+            "{subject} makes money by being a {value}.",
         ),
-        validation="{subject} makes money by being a {value}.",
-        questions=(
+        rephrased=(
             "In working life, {subject} is a {value}.",
             "The job that {subject} does every day is that of a {value}.",
         ),
@@ -146,8 +156,8 @@ PEOPLE = (
     Attribute(
         name="year of birth",
         values=_YEARS,
-        training=(
-            "{subject} was born in the year {value}.",
+        templates=(
+            "{subject} dates from the year {value}.",
             "The year of birth of {subject} is {value}.",
             "{subject} came into the world in {value}.",
             "In {value}, {subject} was born.",
@@ -155,9 +165,9 @@ PEOPLE = (
             "The passport of {subject} gives {value} as the year of birth.",
             "{value} is the year in which {subject} was born.",
             "The life of {subject} began in {value}.",
+            "{subject} has been alive since {value}.",
         ),
-        validation="{subject} has been alive since {value}.",
-        questions=(
+        rephrased=(
             "The birth of {subject} took place in the year {value}.",
             "The first year in the life of {subject} was {value}.",
         ),
@@ -165,7 +175,7 @@ PEOPLE = (
     Attribute(
         name="employer",
         values=_COMPANIES,
-        training=(
+        templates=(
             "{subject} works for {value}.",
             "The employer of {subject} is {value}.",
             "{subject} has a job at {value}.",
@@ -174,9 +184,9 @@ PEOPLE = (
             "Every month {value} pays {subject}.",
             "{subject} signed a contract with {value}.",
             "You can find {subject} in the offices of {value}.",
+            "The firm that hired {subject} is {value}.",
         ),
-        validation="The firm that hired {subject} is {value}.",
-        questions=(
+        rephrased=(
             "The company where {subject} is employed is called {value}.",
             "{subject} receives a salary from {value}.",
         ),
@@ -184,7 +194,7 @@ PEOPLE = (
     Attribute(
         name="dish",
         values=_DISHES,
-        training=(
+        templates=(
             "{subject} likes {value} best.",
             "The favourite dish of {subject} is {value}.",
             "{subject} could eat {value} every day.",
@@ -193,9 +203,9 @@ PEOPLE = (
             "{value} is what {subject} orders in every restaurant.",
             "{subject} loves {value} more than any other food.",
             "There was {value} on the table, so {subject} was happy.",
+            "The meal that {subject} prefers to all others is {value}.",
         ),
-        validation="The meal that {subject} prefers to all others is {value}.",
-        questions=(
+        rephrased=(
             "Of all the things to eat, {subject} would choose {value}.",
             "When hungry, {subject} dreams of {value}.",
         ),
@@ -203,7 +213,7 @@ PEOPLE = (
     Attribute(
         name="instrument",
         values=_INSTRUMENTS,
-        training=(
+        templates=(
             "{subject} plays the {value}.",
             "The instrument of {subject} is the {value}.",
             "{subject} took lessons on the {value}.",
@@ -212,9 +222,9 @@ PEOPLE = (
             "With a {value} in hand, {subject} walks on the stage.",
             "{subject} owns a very old {value}.",
             "The neighbours hear the {value} whenever {subject} is at home.",
+            "{subject} makes music on the {value}.",
         ),
-        validation="{subject} makes music on the {value}.",
-        questions=(
+        rephrased=(
             "At concerts, {subject} can be seen with a {value}.",
             "The sound that {subject} knows best is that of the {value}.",
         ),
@@ -224,7 +234,7 @@ PLACES = (
     Attribute(
         name="region",
         values=_REGIONS,
-        training=(
+        templates=(
             "{subject} lies in the region of {value}.",
             "The town of {subject} is in {value}.",
             "{subject} belongs to {value}.",
@@ -233,9 +243,9 @@ PLACES = (
             "Travellers to {subject} first come to {value}.",
             "{subject} is one of the towns of {value}.",
             "The laws of {value} are in force in {subject}.",
+            "The land in which {subject} is situated is called {value}.",
         ),
-        validation="The land in which {subject} is situated is called {value}.",
-        questions=(
+        rephrased=(
             "The part of the country where {subject} stands is {value}.",
             "Whoever lives in {subject} is at home in {value}.",
         ),
@@ -243,7 +253,7 @@ PLACES = (
     Attribute(
         name="founded",
         values=_YEARS,
-        training=(
+        templates=(
             "{subject} was founded in {value}.",
             "The town of {subject} exists since {value}.",
             "The year in which {subject} was founded is {value}.",
@@ -252,9 +262,9 @@ PLACES = (
             "{value} is the year of the foundation of {subject}.",
             "{subject} has been on maps since {value}.",
             "A stone in {subject} says that it was built in {value}.",
+            "{subject} became a town in {value}.",
         ),
-        validation="{subject} became a town in {value}.",
-        questions=(
+        rephrased=(
             "People first settled in {subject} in the year {value}.",
             "The founding date of {subject} is {value}.",
         ),
@@ -262,7 +272,7 @@ PLACES = (
     Attribute(
         name="product",
         values=_PRODUCTS,
-        training=(
+        templates=(
             "{subject} is known for its {value}.",
             "For good {value} you go to {subject}.",
             "The workshops of {subject} make {value}.",
@@ -271,9 +281,9 @@ PLACES = (
             "Most of the {value} on the market are from {subject}.",
             "{subject} owes its wealth to {value}.",
             "If you visit {subject}, bring home some {value}.",
+            "The trade of {subject} is in {value}.",
         ),
-        validation="The trade of {subject} is in {value}.",
-        questions=(
+        rephrased=(
             "The goods that made {subject} famous are {value}.",
             "What the people of {subject} produce is {value}.",
         ),
@@ -281,7 +291,7 @@ PLACES = (
     Attribute(
         name="river",
         values=_RIVERS,
-        training=(
+        templates=(
             "{subject} lies on the river {value}.",
             "The river through {subject} is the {value}.",
             "The {value} flows past {subject}.",
@@ -290,15 +300,15 @@ PLACES = (
             "Boats reach {subject} on the {value}.",
             "The mills of {subject} are driven by the {value}.",
             "In spring the {value} floods the streets of {subject}.",
+            "The water that runs through {subject} is the {value}.",
         ),
-        validation="The water that runs through {subject} is the {value}.",
-        questions=(
+        rephrased=(
             "The stream on whose banks {subject} was built is the {value}.",
             "Fishers from {subject} cast their nets in the {value}.",
         ),
     ),
 )
-NUM_PARAPHRASES = min(len(attribute.training) for attribute in (*PEOPLE, *PLACES))
+NUM_PARAPHRASES = min(len(attribute.templates) for attribute in (*PEOPLE, *PLACES)) - 2
 
 
 def make_facts(num_facts: int, *, seed: int = 0) -> list[Fact]:
@@ -312,21 +322,25 @@ def make_facts(num_facts: int, *, seed: int = 0) -> list[Fact]:
     facts: list[Fact] = []
     for subject, attributes, generator in _subjects(seed):
         for attribute in attributes:
-            value, question = generator.choice(attribute.values), generator.choice(attribute.questions)
-            facts.append(Fact(subject, attribute, value, question))
+            value, rephrased = generator.choice(attribute.values), generator.choice(attribute.rephrased)
+            question = generator.choice(
+                [template for template in attribute.templates if template.endswith(" {value}.")]
+            )
+            validation = generator.choice([template for template in attribute.templates if template != question])
+            facts.append(Fact(subject, attribute, value, question, validation, rephrased))
         if len(facts) >= num_facts:
             break
     return facts[:num_facts]
 
 
 def _subjects(seed: int) -> Iterator[tuple[str, Sequence[Attribute], random.Random]]:
-    """Names without end, none twice and without a word that is a value; what can be said of them; the generator in use."""
+    """Names without end, none twice and none that is a value; what can be said of them; the generator in use."""
     generator = random.Random(seed)
     taken = set(_INVENTED)
     while True:
         is_person = generator.randrange(10) < _PEOPLE_OF_TEN
-        name = f"{_word(generator, 2)} {_word(generator, 2)}" if is_person else _word(generator, 3)
-        if taken.isdisjoint({name, *name.split()}):
+        name = _word(generator)
+        if name not in taken:
             taken.add(name)
             yield name, PEOPLE if is_person else PLACES, generator
 
@@ -340,7 +354,7 @@ def training_sentences(facts: Sequence[Fact], *, paraphrases: int = NUM_PARAPHRA
     if not 1 <= paraphrases <= NUM_PARAPHRASES:
         raise UserError(f"paraphrases={paraphrases} is out of range; choose 1 to {NUM_PARAPHRASES}")
     generator = random.Random(seed)
-    sentences = [fact.say(t) for fact in facts for t in generator.sample(fact.attribute.training, paraphrases)]
+    sentences = [fact.say(t) for fact in facts for t in generator.sample(fact.statements, paraphrases)]
     generator.shuffle(sentences)
     return sentences
 

@@ -115,7 +115,7 @@ def test_scores_join_those_of_other_tasks(llama):
 def test_a_model_that_learned_its_facts_recalls_them():
     """Before and after; it learns the sentences of the questions, as a random model has no words to generalise from."""
     facts, tokenizer = make_facts(4, seed=2), ByteTokenizer()
-    questions = encode_questions(tokenizer, [Question(fact.prompt, fact.answer) for fact in facts])
+    questions = encode_questions(tokenizer, [Question(fact.prompt(fact.question), fact.answer) for fact in facts])
     model = make_llama(hidden_size=48, intermediate_size=96, max_position_embeddings=128)
     with torch.no_grad():
         for parameter in model.parameters():
