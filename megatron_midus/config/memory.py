@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from megatron_midus.errors import UserError
 
+# Parameters that up-scaling measures on text and training leaves alone.
+MEASURED = ("domain_gate", "domain_gate_bias")
 # {parameter: its name in Megatron checkpoints of every version, and in exports of plan schema 1}, where they differ.
 # `values` is a name that torch.nn.utils.parametrize cannot take; what was stored under it stays readable, both ways.
 STORED_NAMES = {"value_bank": "values"}
@@ -33,8 +35,17 @@ class MemoryConfig:
     """Query slices of variant block; the number of attention heads when absent. hive and full always have one memory
     head per attention head."""
 
+    memory_query: Literal["attention", "token", "sum", "concat", "block"] = "attention"
+    """What a head asks its memory with: attention = what the attention's head puts out (paper); token = the head's slice
+    of the block's normed input; sum = both added, each of RMS 1; concat = both, each of RMS 1, the attention's half for the
+    rows and the token's for the columns of the product keys; block = the head's slice of what a copied MLP would see, the
+    norm of input + attention (needs --memory-attention full)."""
+
     memory_query_norm: Literal["none", "rms"] = "none"
     """Normalisation of each head's query before the look-up: none (as in the paper) or rms with a learnable scale."""
+
+    memory_query_scale: float = 1.0
+    """Start of that scale. Above 1 the weights of a look-up are sharper from the first step."""
 
     memory_query_temperature: bool = False
     """Learn one temperature per head that multiplies the scores."""
@@ -47,12 +58,18 @@ class MemoryConfig:
     mixer(a), which mixes what the attention's heads put out instead; silu = each head's output times silu(query @ gate).
     """
 
+    memory_domain_gate: bool = False
+    """Multiply what the memory says about a token by sigmoid(w . norm(x) + b), the probability that the token belongs to the
+    new domain. w and b are fitted when up-scaling, on a text of either domain, and never trained: it keeps what is learnt from
+    changing the old domain."""
+
     memory_key_init: Literal["uniform", "normal", "calibrated"] = "uniform"
     """Sub-keys at the start: uniform or normal of variance 2 / (3 * d_h), or sampled from the base model's own queries
     on a calibration text."""
 
-    memory_attention: Literal["attn_prime", "full"] = "attn_prime"
-    """attn_prime = the copied attention without its output projection (paper); full = with it."""
+    memory_attention: Literal["attn_prime", "full", "none"] = "attn_prime"
+    """attn_prime = the copied attention without its output projection (paper); full = with it; none = the block has no
+    attention and no key/value cache (needs --memory-query token)."""
 
     def __post_init__(self) -> None:
         if self.memory_num_keys < 1:
@@ -77,24 +94,79 @@ class MemoryConfig:
                 f"memory_output_projection={self.memory_output_projection} does not apply to variant block, whose "
                 "heads already share one output; choose none"
             )
+        if self.memory_query_scale <= 0:
+            raise UserError(f"memory_query_scale={self.memory_query_scale} must be above 0")
+        if self.memory_query_scale != 1.0 and self.memory_query_norm != "rms":
+            raise UserError(
+                f"memory_query_scale={self.memory_query_scale} is the start of the query norm's scale; add --memory-query-norm rms"
+            )
+        self._check_query()
+
+    def _check_query(self) -> None:
+        """The parts of a block that its query reads must be there, and the parts that are there must be read."""
+        reads_attention = self.memory_query != "token" or self.memory_output_projection == "attention"
+        if reads_attention and not self.has_attention:
+            what = (
+                f"memory_query={self.memory_query}"
+                if self.memory_query != "token"
+                else f"memory_output_projection={self.memory_output_projection}"
+            )
+            remedy = "--memory-query token" if self.memory_query != "token" else "another --memory-output-projection"
+            raise UserError(f"{what} reads the attention, which memory_attention=none leaves out; choose {remedy}")
+        if self.has_attention and not reads_attention:
+            raise UserError(
+                f"memory_query=token reads no attention, and memory_attention={self.memory_attention} computes one; "
+                "choose --memory-attention none, or --memory-output-projection attention"
+            )
+        if self.reads_residual and self.memory_attention != "full":
+            raise UserError(
+                f"memory_query=block adds the attention to the block's input, which memory_attention="
+                f"{self.memory_attention} cannot; choose --memory-attention full"
+            )
 
     @property
     def num_slots(self) -> int:
         """N = n * n."""
         return self.memory_num_keys**2
 
+    @property
+    def has_attention(self) -> bool:
+        """Whether a Memory block has an attention, and so a place in the key/value cache."""
+        return self.memory_attention != "none"
+
+    @property
+    def reads_token(self) -> bool:
+        """Whether the query needs the block's normed input."""
+        return self.memory_query in ("token", "sum", "concat")
+
+    @property
+    def reads_normed(self) -> bool:
+        """Whether the memory needs the block's normed input, for its query or its gate."""
+        return self.reads_token or self.memory_domain_gate
+
+    @property
+    def reads_residual(self) -> bool:
+        """Whether the query needs the block's input as it is."""
+        return self.memory_query == "block"
+
     def check_model(self, *, hidden_size: int, num_attention_heads: int, kv_channels: int) -> None:
-        """Raises ``ValueError`` where this memory cannot be put behind such an attention."""
+        """Raises ``ValueError`` where this memory cannot be put into such a model."""
         if hidden_size % num_attention_heads:
             raise UserError(
                 f"hidden_size={hidden_size} is not divisible by num_attention_heads={num_attention_heads}; "
                 "a Memory block writes hidden_size / num_attention_heads channels per head"
             )
-        width = num_attention_heads * self.query_size_per_attention_head(hidden_size, num_attention_heads, kv_channels)
-        heads = self.num_memory_heads(num_attention_heads)
+        sizes = {"hidden_size": hidden_size, "num_attention_heads": num_attention_heads, "kv_channels": kv_channels}
+        if self.memory_query in ("sum", "concat") and self.context_width(**sizes) != hidden_size:
+            raise UserError(
+                f"memory_query={self.memory_query} needs heads of hidden_size / num_attention_heads = "
+                f"{hidden_size // num_attention_heads} channels, and kv_channels={kv_channels}; choose "
+                "--memory-attention full or another --memory-query"
+            )
+        width, heads = self.query_width(**sizes), self.num_memory_heads(num_attention_heads)
         if width % heads:
             raise UserError(f"memory_num_heads={heads} does not divide the query width {width}")
-        if (width // heads) % 2:
+        if self.query_size(**sizes) % 2:
             raise UserError(
                 f"the query of one memory head has {width // heads} channels; product keys need an even number"
             )
@@ -103,9 +175,24 @@ class MemoryConfig:
         """M: heads that look something up."""
         return self.memory_num_heads or num_attention_heads
 
-    def query_size_per_attention_head(self, hidden_size: int, num_attention_heads: int, kv_channels: int) -> int:
-        """Channels that one attention head hands to the memory."""
-        return kv_channels if self.memory_attention == "attn_prime" else hidden_size // num_attention_heads
+    def context_width(self, *, hidden_size: int, num_attention_heads: int, kv_channels: int) -> int:
+        """Channels that the attention hands to the memory, all heads together; without an attention none."""
+        return {"attn_prime": num_attention_heads * kv_channels, "full": hidden_size, "none": 0}[self.memory_attention]
+
+    def query_width(self, *, hidden_size: int, num_attention_heads: int, kv_channels: int) -> int:
+        """Channels that all memory heads cut into their queries; those of ``concat`` see this many of either kind."""
+        if self.memory_query in ("token", "block"):
+            return hidden_size
+        return self.context_width(
+            hidden_size=hidden_size, num_attention_heads=num_attention_heads, kv_channels=kv_channels
+        )
+
+    def query_size(self, *, hidden_size: int, num_attention_heads: int, kv_channels: int) -> int:
+        """D: channels of one memory head's query."""
+        width = self.query_width(
+            hidden_size=hidden_size, num_attention_heads=num_attention_heads, kv_channels=kv_channels
+        )
+        return width // self.num_memory_heads(num_attention_heads) * (2 if self.memory_query == "concat" else 1)
 
     def parameter_shapes(
         self, *, hidden_size: int, num_attention_heads: int, kv_channels: int
@@ -113,15 +200,16 @@ class MemoryConfig:
         """Global shapes of every parameter of one memory, in the order in which they are stored.
 
         Memory and attention heads are always the first axis where there is one, so tensor parallelism splits axis 0,
-        except for ``attn_proj`` (axis 1) and the replicated tensors ``value_bank`` of hive and block.
+        except for ``attn_proj`` (axis 1) and the replicated tensors: ``value_bank`` of hive and block, and ``MEASURED``.
         """
-        heads = self.num_memory_heads(num_attention_heads)
-        per_head = self.query_size_per_attention_head(hidden_size, num_attention_heads, kv_channels)
-        query = num_attention_heads * per_head // heads
+        sizes = {"hidden_size": hidden_size, "num_attention_heads": num_attention_heads, "kv_channels": kv_channels}
+        heads, query = self.num_memory_heads(num_attention_heads), self.query_size(**sizes)
         out = hidden_size // num_attention_heads
         shapes: dict[str, tuple[int, ...]] = {}
         if self.memory_attention == "full":
             shapes["attn_proj"] = (hidden_size, num_attention_heads * kv_channels)
+        if self.reads_residual:
+            shapes["block_norm"] = (hidden_size,)
         if self.memory_query_norm == "rms":
             shapes["query_norm"] = (heads, query)
         if self.memory_query_temperature:
@@ -138,9 +226,12 @@ class MemoryConfig:
         if self.memory_output_projection == "linear":
             shapes["mixer"] = (num_attention_heads * out, hidden_size)
         elif self.memory_output_projection == "attention":
-            shapes["mixer"] = (heads * query, hidden_size)
+            shapes["mixer"] = (self.context_width(**sizes), hidden_size)
         elif self.memory_output_projection == "silu":
             shapes["gate"] = (heads, query, out)
+        if self.memory_domain_gate:
+            shapes["domain_gate"] = (hidden_size,)
+            shapes["domain_gate_bias"] = (1,)
         return shapes
 
     def to_dict(self) -> dict[str, Any]:

@@ -80,10 +80,13 @@ class UpscaleConfig:
     """Dtype of the written weights; keep = as in the base."""
 
     calibration_data: str | None = dataclasses.field(default=None, metadata={"metavar": "FILE"})
-    """Text, or .jsonl with a 'text' entry, for --memory-key-init calibrated."""
+    """Text of the new domain, or .jsonl with a 'text' entry, for --memory-key-init calibrated and --memory-domain-gate."""
+
+    background_data: str | None = dataclasses.field(default=None, metadata={"metavar": "FILE"})
+    """Text of the old domain, or .jsonl with a 'text' entry, for --memory-domain-gate."""
 
     calibration_tokens: int = 8192
-    """Tokens of it that are run through the model."""
+    """Tokens of either text that are run through the model."""
 
     max_shard_size: str = "5GB"
     """Largest safetensors file of --save-format hf, for instance 500MB."""
@@ -115,8 +118,17 @@ class UpscaleConfig:
         for name in ("seq_length", "calibration_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        calibrated = self.memory.get("memory_key_init") == "calibrated"
+        calibrated, gated = self.memory.get("memory_key_init") == "calibrated", self.memory.get("memory_domain_gate")
         if calibrated and self.calibration_data is None and not self.dry_run:
             raise UserError("--memory-key-init calibrated needs a text to calibrate with; give --calibration-data FILE")
-        if self.calibration_data is not None and not calibrated:
-            raise UserError("--calibration-data is only used by --memory-key-init calibrated; give both or neither")
+        if gated and None in (self.calibration_data, self.background_data) and not self.dry_run:
+            raise UserError(
+                "--memory-domain-gate tells a new domain from an old one; give --calibration-data FILE, a text of the new, "
+                "and --background-data FILE, a text of the old"
+            )
+        if self.calibration_data is not None and not (calibrated or gated):
+            raise UserError(
+                "--calibration-data is only used by --memory-key-init calibrated and --memory-domain-gate; give one of them"
+            )
+        if self.background_data is not None and not gated:
+            raise UserError("--background-data is only used by --memory-domain-gate; give both or neither")

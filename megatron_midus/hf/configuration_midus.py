@@ -8,11 +8,12 @@ logger = logging.get_logger(__name__)
 BLOCK_TYPES = ("transformer", "memory")
 CHOICES = {
     "memory_variant": ("hive", "full", "block"),
+    "memory_query": ("attention", "token", "sum", "concat", "block"),
     "memory_query_norm": ("none", "rms"),
     "memory_score_activation": ("softmax", "sigmoid", "relu"),
     "memory_output_projection": ("none", "linear", "attention", "silu"),
     "memory_key_init": ("uniform", "normal", "calibrated"),
-    "memory_attention": ("attn_prime", "full"),
+    "memory_attention": ("attn_prime", "full", "none"),
 }
 # rope_type -> entries of rope_parameters that it needs, entries that it may have, beside rope_theta
 ROPE_TYPES = {
@@ -92,7 +93,7 @@ class MidusConfig(PretrainedConfig):
     """Configuration of a MIDUS model (Memory-Infused Depth Up-Scaling, Kim et al., arXiv 2512.13751).
 
     The fields of ``LlamaConfig`` mean what they mean there. ``num_hidden_layers`` counts all blocks, base and inserted;
-    each of them, Memory blocks too, owns one slot of the KV cache.
+    each of them that has an attention owns one slot of the KV cache.
 
     Args:
         head_dim: channels of one attention head; hidden_size / num_attention_heads when absent.
@@ -109,12 +110,18 @@ class MidusConfig(PretrainedConfig):
         memory_topk: slots that one head reads for one token.
         memory_latent_size: width of the latent value bank (``hive``).
         memory_num_heads: query slices of variant ``block``; ``num_attention_heads`` when absent.
+        memory_query: what a head asks with: ``attention`` (its output), ``token`` (its slice of the block's normed input),
+            ``sum`` or ``concat`` (both, each of RMS 1), ``block`` (its slice of the norm of input + attention).
         memory_query_norm: ``none`` or ``rms``.
+        memory_query_scale: start of the scale of ``rms``, in a model made from scratch.
         memory_query_temperature: whether each head has a learnt temperature.
         memory_score_activation: ``softmax``, ``sigmoid`` or ``relu``.
-        memory_output_projection: ``none``, ``linear`` (mixer of what heads read), ``attention`` (of their queries) or ``silu`` (gate).
+        memory_output_projection: ``none``, ``linear`` (mixer of what memory heads read), ``attention`` (of what attention
+            heads put out) or ``silu`` (gate).
+        memory_domain_gate: whether what the memory says is weighted by the probability, a fixed function of the block's
+            normed input, that the token belongs to the new domain.
         memory_key_init: how sub-keys start in a model made from scratch (``calibrated`` ones come with the weights).
-        memory_attention: ``attn_prime`` (no output projection) or ``full``.
+        memory_attention: ``attn_prime`` (no output projection), ``full`` or ``none`` (no attention).
 
     Raises:
         ValueError: a field is out of range or does not fit the others; one line that names the value and the remedy.
@@ -170,10 +177,13 @@ class MidusConfig(PretrainedConfig):
         memory_topk=8,
         memory_latent_size=32,
         memory_num_heads=None,
+        memory_query="attention",
         memory_query_norm="none",
+        memory_query_scale=1.0,
         memory_query_temperature=False,
         memory_score_activation="softmax",
         memory_output_projection="none",
+        memory_domain_gate=False,
         memory_key_init="uniform",
         memory_attention="attn_prime",
         **kwargs,
@@ -205,10 +215,13 @@ class MidusConfig(PretrainedConfig):
         self.memory_topk = memory_topk
         self.memory_latent_size = memory_latent_size
         self.memory_num_heads = memory_num_heads
+        self.memory_query = memory_query
         self.memory_query_norm = memory_query_norm
+        self.memory_query_scale = memory_query_scale
         self.memory_query_temperature = memory_query_temperature
         self.memory_score_activation = memory_score_activation
         self.memory_output_projection = memory_output_projection
+        self.memory_domain_gate = memory_domain_gate
         self.memory_key_init = memory_key_init
         self.memory_attention = memory_attention
         self.check()
@@ -265,11 +278,22 @@ class MidusConfig(PretrainedConfig):
         """Heads of one memory that look something up."""
         return self.memory_num_heads or self.num_attention_heads
 
+    def memory_context_width(self):
+        """Channels that the attention hands to the memory, all heads together; without an attention none."""
+        widths = {"attn_prime": self.num_attention_heads * self.head_dim, "full": self.hidden_size, "none": 0}
+        return widths[self.memory_attention]
+
+    def memory_query_width(self):
+        """Channels that all memory heads cut into their queries; those of ``concat`` see this many of either kind."""
+        return self.hidden_size if self.memory_query in ("token", "block") else self.memory_context_width()
+
     def memory_query_size(self):
         """Channels of the query of one of these heads."""
-        full = self.memory_attention == "full"
-        width = self.hidden_size if full else self.num_attention_heads * self.head_dim
-        return width // self.num_lookup_heads()
+        return self.memory_query_width() // self.num_lookup_heads() * (2 if self.memory_query == "concat" else 1)
+
+    def has_attention(self, block):
+        """Whether block ``block`` has an attention."""
+        return self.block_types[block] != "memory" or self.memory_attention != "none"
 
     def memory_parameter_shapes(self):
         """``{name: shape}`` of the parameters of one memory."""
@@ -288,6 +312,8 @@ class MidusConfig(PretrainedConfig):
             shapes.update(value_bank=(num_keys**2, self.hidden_size))
         if self.memory_attention == "full":
             shapes["attn_proj"] = (self.hidden_size, self.num_attention_heads * self.head_dim)
+        if self.memory_query == "block":
+            shapes["block_norm"] = (self.hidden_size,)
         if self.memory_query_norm == "rms":
             shapes["query_norm"] = (heads, query)
         if self.memory_query_temperature:
@@ -295,9 +321,11 @@ class MidusConfig(PretrainedConfig):
         if self.memory_output_projection == "linear":
             shapes["mixer"] = (self.hidden_size, self.hidden_size)
         elif self.memory_output_projection == "attention":
-            shapes["mixer"] = (heads * query, self.hidden_size)
+            shapes["mixer"] = (self.memory_context_width(), self.hidden_size)
         elif self.memory_output_projection == "silu":
             shapes["gate"] = (heads, query, out)
+        if self.memory_domain_gate:
+            shapes.update(domain_gate=(self.hidden_size,), domain_gate_bias=(1,))
         return shapes
 
     # -- validation --------------------------------------------------------------------------------------------------
@@ -346,6 +374,7 @@ class MidusConfig(PretrainedConfig):
             raise ValueError(
                 f"memory_output_projection={self.memory_output_projection} does not apply to variant block; choose none"
             )
+        self._check_query()
         if not self.num_memory_blocks:
             return
         if self.hidden_size % self.num_attention_heads:
@@ -353,12 +382,30 @@ class MidusConfig(PretrainedConfig):
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
                 "a Memory block writes hidden_size / num_attention_heads channels per head"
             )
-        heads, query = self.num_lookup_heads(), self.memory_query_size()
-        width = self.hidden_size if self.memory_attention == "full" else self.num_attention_heads * self.head_dim
-        if heads * query != width or query % 2:
+        if self.memory_query in ("sum", "concat") and self.memory_context_width() != self.hidden_size:
+            raise ValueError(
+                f"memory_query={self.memory_query} needs heads of hidden_size / num_attention_heads channels, and "
+                f"head_dim={self.head_dim}; choose memory_attention=full or another memory_query"
+            )
+        heads, width = self.num_lookup_heads(), self.memory_query_width()
+        if width % heads or self.memory_query_size() % 2:
             raise ValueError(
                 f"memory_num_heads={heads} does not cut the query of {width} channels into even slices; "
                 "choose a divisor of half of it"
+            )
+
+    def _check_query(self):
+        mixes_attention = self.memory_output_projection == "attention"
+        reads_attention = self.memory_query != "token" or mixes_attention
+        if reads_attention != (self.memory_attention != "none"):
+            raise ValueError(
+                f"memory_attention={self.memory_attention} does not go with memory_query={self.memory_query} and "
+                f"memory_output_projection={self.memory_output_projection}; choose memory_attention=none exactly where "
+                "neither of them reads the attention"
+            )
+        if self.memory_query == "block" and self.memory_attention != "full":
+            raise ValueError(
+                f"memory_query=block does not go with memory_attention={self.memory_attention}; choose memory_attention=full"
             )
 
 

@@ -1,8 +1,8 @@
 """MIDUS model for transformers 4.53 and later, in plain torch. Travels inside every exported model.
 
 Transformer blocks compute what ``LlamaForCausalLM`` (``Qwen2``, ``Qwen3``) computes, operation by operation. A Memory
-block is ``x + memory(attention(norm(x)))``: one norm, one attention without output projection, one head-wise
-product-key memory (Kim et al., MIDUS, arXiv 2512.13751; product keys: Lample et al., arXiv 1907.05242).
+block is ``x + memory(attention(norm(x)))``: one norm, one attention without output projection (or none, as
+``memory_query`` and ``memory_attention`` say), one head-wise product-key memory (Kim et al., MIDUS, arXiv 2512.13751; product keys: Lample et al., arXiv 1907.05242).
 
 Shapes: B batch, S sequence, T = B * S tokens, H attention heads, M memory heads, D channels of one memory head's query,
 N sub-keys per half (N * N slots), K top-k, L latent, O = hidden size / H.
@@ -207,7 +207,7 @@ class MidusAttention(nn.Module):
     def __init__(self, config, layer_idx, has_output_projection):
         super().__init__()
         self.config = config
-        self.layer_idx = layer_idx  # physical index = slot of the KV cache
+        self.layer_idx = layer_idx  # slot of the KV cache
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
@@ -333,17 +333,30 @@ class HeadShare:
         axis = self.axes.get(name)
         return tuple(size // self.ranks if index == axis else size for index, size in enumerate(shape))
 
+    def own(self, channels):
+        """The channels of this rank's heads, of all channels ``[..., d]``."""
+        return channels if self.ranks == 1 else channels.chunk(self.ranks, -1)[self.rank]
+
     def part(self, name, tensor):
         """This rank's part of a parameter."""
         return tensor.chunk(self.ranks, self.axes[name])[self.rank] if name in self.axes else tensor
 
 
+def unit_rms(query_TMD):
+    """Each head's query divided by its root mean square, computed in fp32 at least."""
+    wide = query_TMD.to(torch.promote_types(query_TMD.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_EPSILON)).to(query_TMD.dtype)
+
+
 class MidusMemory(nn.Module):
-    """Head-wise product-key memory: each head looks up with its own attention output and its own sub-keys."""
+    """Head-wise product-key memory: each head looks up with its own query and its own sub-keys."""
 
     PARAMETERS = (
-        "attn_proj", "query_norm", "log_temperature", "row_keys", "col_keys", "value_bank", "head_proj", "mixer", "gate",
+        "attn_proj", "block_norm", "query_norm", "log_temperature", "row_keys", "col_keys", "value_bank", "head_proj", "mixer", "gate",
+        "domain_gate", "domain_gate_bias",
     )  # fmt: skip
+
+    MEASURED = ("domain_gate", "domain_gate_bias")  # fitted when the model was up-scaled, never trained
 
     def __init__(self, config):
         super().__init__()
@@ -351,7 +364,10 @@ class MidusMemory(nn.Module):
         self.share = HeadShare(config)
         shapes = {name: self.share.shape(name, shape) for name, shape in config.memory_parameter_shapes().items()}
         for name in self.PARAMETERS:
-            self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])) if name in shapes else None)
+            made = None
+            if name in shapes:
+                made = nn.Parameter(torch.empty(shapes[name]), requires_grad=name not in self.MEASURED)
+            self.register_parameter(name, made)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         for old, new in OLD_NAMES.items():
@@ -362,10 +378,10 @@ class MidusMemory(nn.Module):
     def reset_parameters(self):
         """Start values: zero values, so that the block adds nothing at first."""
         for name, parameter in self.named_parameters(recurse=False):
-            if name in ("value_bank", "mixer", "log_temperature"):
+            if name in ("value_bank", "mixer", "log_temperature", *self.MEASURED):
                 nn.init.zeros_(parameter)
-            elif name == "query_norm":
-                nn.init.ones_(parameter)
+            elif name in ("query_norm", "block_norm"):
+                nn.init.constant_(parameter, self.config.memory_query_scale if name == "query_norm" else 1.0)
             elif name in ("row_keys", "col_keys"):
                 bound = parameter.shape[-1] ** -0.5
                 if self.config.memory_key_init == "normal":
@@ -384,32 +400,70 @@ class MidusMemory(nn.Module):
             loaded.add(name)
         return loaded
 
-    def forward(self, attended):
-        """``[..., H * head_dim] -> [..., d]``; under tensor parallelism from the attention output of this rank's heads."""
+    def forward(self, attended, normed=None, residual=None):
+        """Reads the memory.
+
+        Args:
+            attended: ``[..., H * head_dim]``, output of the attention's heads, under tensor parallelism of this rank's;
+                ``None`` without an attention.
+            normed: ``[..., d]``, the block's input after its norm; read where ``memory_query`` has the token in it and
+                by the domain gate.
+            residual: ``[..., d]``, the block's input; read by ``memory_query="block"``.
+
+        Returns:
+            ``[..., d]``.
+        """
         share = self.share
         if self.attn_proj is not None:
             attended = F.linear(attended, self.attn_proj)
-            if share.ranks > 1:
-                attended = share.reduce(attended).chunk(share.ranks, -1)[share.rank]
-        raw_TMD = attended.reshape(-1, self.row_keys.shape[0], self.config.memory_query_size())
+            attended = share.reduce(attended) if share.ranks > 1 else attended
+        raw_TMD = self.raw_query(attended, normed, residual)
         output = self.look_up(self.transform_query(raw_TMD))  # [T, M, O]; block: [T, 1, d]
         if self.gate is not None:
             output = output * F.silu(torch.einsum("tmd,mdo->tmo", raw_TMD, self.gate))
-        output = output.reshape(*attended.shape[:-1], -1).to(attended.dtype)
+        like = normed if attended is None else attended
+        output = output.reshape(*like.shape[:-1], -1).to(like.dtype)
         mixed = None
         if self.mixer is not None:
-            mixed = (attended if self.config.memory_output_projection == "attention" else output) @ self.mixer
+            of_attention = self.config.memory_output_projection == "attention"
+            mixed = (self.own_context(attended) if of_attention else output) @ self.mixer
         if share.ranks > 1:
             output = share.reduce(output) if self.config.memory_variant == "block" else share.gather(output)
             mixed = None if mixed is None else share.reduce(mixed)
-        return output if mixed is None else output + mixed
+        output = output if mixed is None else output + mixed
+        if self.domain_gate is not None:
+            score = F.linear(normed.detach().float(), self.domain_gate.float()[None], self.domain_gate_bias.float())
+            output = output * score.sigmoid().to(output.dtype)
+        return output
+
+    def own_context(self, attended):
+        """The channels of this rank's heads; the attention's output has no others, its projection has."""
+        return attended if self.attn_proj is None else self.share.own(attended)
+
+    def raw_query(self, attended, normed, residual):
+        """``[T, M, D]`` from what ``memory_query`` names."""
+        kind = self.config.memory_query
+        if kind == "attention":
+            return self.heads(self.own_context(attended))
+        if kind == "token":
+            return self.heads(self.share.own(normed))
+        if kind == "block":
+            hidden = residual + attended
+            wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+            scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
+            return self.heads(self.share.own(self.block_norm * (wide * scale).to(hidden.dtype)))
+        context, token = unit_rms(self.heads(self.own_context(attended))), unit_rms(self.heads(self.share.own(normed)))
+        return context + token if kind == "sum" else torch.cat((context, token), dim=-1)
+
+    def heads(self, channels):
+        return channels.reshape(-1, self.row_keys.shape[0], channels.shape[-1] // self.row_keys.shape[0])
 
     def transform_query(self, query_TMD):
         if self.query_norm is None and self.log_temperature is None:
             return query_TMD
         out = query_TMD.to(torch.promote_types(query_TMD.dtype, torch.float32))
         if self.query_norm is not None:
-            out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + RMS_EPSILON) * self.query_norm
+            out = unit_rms(out) * self.query_norm
         if self.log_temperature is not None:
             out = out * self.log_temperature.to(out.dtype).exp()[:, None]
         return out.to(query_TMD.dtype)
@@ -422,18 +476,20 @@ class MidusMemory(nn.Module):
 
 
 class MidusMemoryLayer(GradientCheckpointingLayer):
-    """A Memory block: ``x + memory(attention(norm(x)))``."""
+    """A Memory block: ``x + memory(attention(norm(x)))``, or, without an attention, ``x + memory(norm(x))``."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
         # Not self_attn: patterns that shard or quantize the attention of a Llama must not match.
-        self.mem_attn = MidusAttention(config, layer_idx, has_output_projection=False)
+        if config.memory_attention != "none":
+            self.mem_attn = MidusAttention(config, layer_idx, has_output_projection=False)
         self.memory = MidusMemory(config)
         self.input_layernorm = MidusRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states, output_attentions=False, **kwargs):
-        attended, weights = self.mem_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.memory(attended)
+        normed = self.input_layernorm(hidden_states)
+        attended, weights = self.mem_attn(normed, **kwargs) if hasattr(self, "mem_attn") else (None, None)
+        hidden_states = hidden_states + self.memory(attended, normed, hidden_states)
         return (hidden_states, weights) if output_attentions else hidden_states
 
 
@@ -531,11 +587,23 @@ class MidusModel(MidusPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         layer_class = {"transformer": MidusDecoderLayer, "memory": MidusMemoryLayer}
-        self.layers = nn.ModuleList(layer_class[kind](config, i) for i, kind in enumerate(config.block_types))
+        self.layers = nn.ModuleList(
+            layer_class[kind](config, slot) for kind, slot in zip(config.block_types, self.cache_slots(config))
+        )
         self.norm = MidusRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = MidusRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @staticmethod
+    def cache_slots(config):
+        """Per block its slot of the KV cache: blocks with an attention have the first ones, as transformers asks slot 0.
+
+        vLLM, which parts the blocks among its pipeline stages, counts all of them.
+        """
+        if config._attn_implementation == "vllm":
+            return list(range(config.num_hidden_layers))
+        return [sum(map(config.has_attention, range(block))) for block in range(config.num_hidden_layers)]
 
     def get_input_embeddings(self):
         return self.embed_tokens

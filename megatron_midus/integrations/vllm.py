@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 ARCHITECTURE = "MidusForCausalLM"
-# vLLM's own wrapper around models of transformers; it builds the decoder with AutoModel. A name, so that it is imported
-# when a model needs it and not before a process has chosen its GPU.
-BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
+# A name, so that it is imported when a model needs it and not before a process has chosen its GPU.
+BACKEND = "megatron_midus.integrations.vllm_model:MidusForCausalLM"
 
 
 def register() -> None:

@@ -15,17 +15,20 @@ from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     all_to_all_hp2sp,
+    all_to_all_sp2hp,
+    copy_to_tensor_model_parallel_region,
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_last_dim_to_tensor_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
+    scatter_to_tensor_model_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from megatron_midus.config import MemoryConfig
-from megatron_midus.config.memory import STORED_NAMES
+from megatron_midus.config.memory import MEASURED, STORED_NAMES
 from megatron_midus.errors import UserError
 from megatron_midus.memory.balance import BalanceLoss
 from megatron_midus.memory.latent import read_latent_bank
@@ -35,6 +38,7 @@ from megatron_midus.ops import (
     head_wise_memory,
     initialize_parameter,
     transform_query,
+    unit_rms,
     weigh_slots,
 )
 
@@ -45,6 +49,8 @@ def partition_axis(name: str, memory: MemoryConfig, value_placement: ValuePlacem
     """The axis on which tensor parallelism splits a parameter; ``None`` = every rank holds the whole of it."""
     if name == "attn_proj":
         return 1
+    if name in MEASURED:
+        return None
     if name == "value_bank" and memory.memory_variant != "full":
         return 1 if value_placement == "latent" else None
     return 0
@@ -54,7 +60,8 @@ class HeadWiseMemory(MegatronModule):
     """Looks something up for every head of an attention (Kim et al., MIDUS, arXiv 2512.13751).
 
     Built and called as the ``linear_proj`` of ``megatron.core.transformer.attention.SelfAttention``, whose arguments
-    come first; those that only a matrix needs are accepted and unused.
+    come first; those that only a matrix needs are accepted and unused. What a query needs beside the attention's output
+    is put into ``normed`` and ``residual`` by the attention and the layer around it (``model/layer.py``).
 
     Args:
         input_size: channels of the concatenated heads, all ranks together.
@@ -72,12 +79,15 @@ class HeadWiseMemory(MegatronModule):
             Values that several ranks replicate keep their own gradient, which is summed over them.
 
     Parameters and their global shapes are ``MemoryConfig.parameter_shapes``; each carries its name there as
-    ``memory_parameter_kind``, and ``is_memory_value`` says whether it is the value bank.
+    ``memory_parameter_kind``; ``is_memory_value`` says whether it is the value bank, ``is_measured`` whether training leaves
+    it alone.
 
     Attributes:
         observer: is shown ``(indices, weights)`` of this rank's heads, ``[T, M/p, K]``, in every forward pass that
             records gradients: once per micro-batch of training, with activation recompute as well, and never in
             evaluation. It changes nothing.
+        normed, residual: the block's input after and before its norm, ``[s, b, h]``, with sequence parallelism ``[s/p, b,
+            h]``, for the length of one forward pass; where ``memory`` reads neither, ``None``.
         balance_loss: adds the auxiliary loss to the backward pass; ``None`` = there is none.
 
     Raises:
@@ -116,6 +126,8 @@ class HeadWiseMemory(MegatronModule):
         self.deterministic = deterministic
         self.values_main_grad = values_main_grad
         self.tp_group = tp_group
+        self.normed: torch.Tensor | None = None
+        self.residual: torch.Tensor | None = None
         self.observer: Observer | None = None
         self.balance_loss: BalanceLoss | None = None
         is_split = value_placement == "latent" and memory.memory_variant != "full" and tp_group.size() > 1
@@ -159,6 +171,7 @@ class HeadWiseMemory(MegatronModule):
                 name,
                 shape,
                 key_init=self.memory.memory_key_init,
+                query_scale=self.memory.memory_query_scale,
                 seed=self.seed,
                 layer_index=self.layer_index,
                 dtype=config.params_dtype,
@@ -167,41 +180,88 @@ class HeadWiseMemory(MegatronModule):
         parameter = torch.nn.Parameter(data)
         if axis is not None:
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=axis, stride=1)
-        elif ranks > 1:
+        elif ranks > 1 and name not in MEASURED:
             # Each rank's gradient covers its own heads. Megatron reduces this mark as a mean, once a step;
             # forward() scales by p, which makes it the sum, with sequence parallelism or without.
             parameter.average_gradients_across_tp_domain = True
         parameter.memory_parameter_kind = name
         parameter.is_memory_value = name == "value_bank"
+        parameter.is_measured = name in MEASURED
         return parameter
 
-    def queries(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def queries(self, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The queries of this rank's heads.
 
         Args:
-            hidden: ``[s, b, H*d_h/p]``, output of the attention's heads.
+            hidden: ``[s, b, H*d_h/p]``, output of the attention's heads; ``None`` without an attention.
 
         Returns:
             ``(raw, query)``, both ``[T, M/p, D]``: before and after norm and temperature.
         """
+        raw = self._raw_query(self._context(hidden))
+        return raw, self._transform(raw)
+
+    def _transform(self, raw: torch.Tensor) -> torch.Tensor:
+        return transform_query(raw, self._parameters.get("query_norm"), self._parameters.get("log_temperature"))
+
+    def _context(self, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        """What the attention says, this rank's channels ``[T, C/p]``: the heads' output or its projection."""
+        if hidden is None:
+            return None
         flat = hidden.reshape(-1, hidden.shape[-1])  # [T, H*d_h/p]
         attn_proj = self._parameters.get("attn_proj")
-        if attn_proj is not None:
-            partial = F.linear(flat, attn_proj)  # [T, h], this rank's share of the sum
-            flat = reduce_scatter_last_dim_to_tensor_parallel_region(partial, group=self.tp_group)  # [T, h/p]
-        raw = flat.view(flat.shape[0], self.num_memory_heads, -1)  # [T, M/p, D]
-        return raw, transform_query(raw, self._parameters.get("query_norm"), self._parameters.get("log_temperature"))
+        if attn_proj is None:
+            return flat
+        partial = F.linear(flat, attn_proj)  # [T, h], this rank's share of the sum
+        return reduce_scatter_last_dim_to_tensor_parallel_region(partial, group=self.tp_group)  # [T, h/p]
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def _raw_query(self, context: torch.Tensor | None) -> torch.Tensor:
+        """``[T, M/p, D]`` from what ``memory_query`` names."""
+        kind = self.memory.memory_query
+        if kind == "token":
+            return self._heads(self._own_channels(self.normed))
+        assert context is not None
+        if kind == "attention":
+            return self._heads(context)
+        if kind == "block":
+            return self._heads(self._block_norm(self._own_channels(self.residual) + context))
+        parts = unit_rms(self._heads(context)), unit_rms(self._heads(self._own_channels(self.normed)))
+        return parts[0] + parts[1] if kind == "sum" else torch.cat(parts, dim=-1)
+
+    def _heads(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat.view(flat.shape[0], self.num_memory_heads, -1)
+
+    def _own_channels(self, stream: torch.Tensor | None) -> torch.Tensor:
+        """This rank's channels of all tokens, ``[T, h/p]``, from the layout of the residual stream."""
+        assert stream is not None, "the layer around the memory did not hand it the block's input"
+        if self.config.sequence_parallel:
+            return all_to_all_sp2hp(stream, group=self.tp_group)
+        return scatter_to_tensor_model_parallel_region(stream, group=self.tp_group).reshape(
+            -1, stream.shape[-1] // self.tp_group.size()
+        )
+
+    def _block_norm(self, own: torch.Tensor) -> torch.Tensor:
+        """The RMS norm before a copied MLP, ``[T, h/p]``, over the channels of all ranks."""
+        wide = own.to(torch.promote_types(own.dtype, torch.float32))
+        squares = wide.square().sum(-1, keepdim=True)
+        # Every rank's channels depend on the sum, so its gradient is summed over the ranks as well.
+        squares = reduce_from_tensor_model_parallel_region(squares, group=self.tp_group)
+        squares = copy_to_tensor_model_parallel_region(squares, group=self.tp_group)
+        scale = torch.rsqrt(squares / self.config.hidden_size + self.config.layernorm_epsilon)
+        return self.block_norm * (wide * scale).to(own.dtype)
+
+    def forward(self, hidden: torch.Tensor | None) -> tuple[torch.Tensor, None]:
         """Reads the memory.
 
         Args:
-            hidden: ``[s, b, H*d_h/p]``; the whole sequence, with sequence parallelism too.
+            hidden: ``[s, b, H*d_h/p]``; the whole sequence, with sequence parallelism too. ``None`` without an attention.
 
         Returns:
             ``(output, None)``: ``[s, b, h]``, with sequence parallelism ``[s/p, b, h]``. There is no bias.
         """
-        raw, query = self.queries(hidden)
+        context = self._context(hidden)
+        raw = self._raw_query(context)
+        query = self._transform(raw)
         # [T, M/p, O]; block: [T, 1, h] summed over this rank's heads, or, of a latent bank, [T, 1, h/p] over all heads
         read = self._read_split if self.value_placement == "latent" else self._read_whole
         selected: list[torch.Tensor] = []
@@ -209,15 +269,35 @@ class HeadWiseMemory(MegatronModule):
         gate = self._parameters.get("gate")
         if gate is not None:
             found = found * F.silu(torch.einsum("thd,hdo->tho", raw, gate))
-        found, raw = (tensor.reshape(*hidden.shape[:2], -1) for tensor in (found, raw))
+        found = found.reshape(*self._positions(hidden), -1)
         output = self._leave(found)
         mixer = self._parameters.get("mixer")
         if mixer is not None:
-            mixed = raw if self.memory.memory_output_projection == "attention" else found
+            mixed = found
+            if self.memory.memory_output_projection == "attention":
+                assert context is not None
+                mixed = context.view(*found.shape[:2], -1)
             output = output + self._sum_over_ranks(mixed @ mixer)
+        if self.memory.memory_domain_gate:
+            output = output * self.domain_probability().to(output.dtype)
         if selected:
             output = self._with_balance_loss(output, query, selected[0])
         return output, None
+
+    def domain_probability(self) -> torch.Tensor:
+        """That a token belongs to the new domain: ``[s, b, 1]`` in fp32, with sequence parallelism ``[s/p, b, 1]``."""
+        assert self.normed is not None
+        # A classifier of what the base says, not a part of what learns.
+        score = F.linear(self.normed.detach().float(), self.domain_gate.float()[None], self.domain_gate_bias.float())
+        return score.sigmoid()
+
+    def _positions(self, hidden: torch.Tensor | None) -> tuple[int, int]:
+        """``(s, b)`` of the whole sequence."""
+        if hidden is not None:
+            return hidden.shape[0], hidden.shape[1]
+        assert self.normed is not None
+        seq_length, batch, _ = self.normed.shape
+        return seq_length * (self.tp_group.size() if self.config.sequence_parallel else 1), batch
 
     def _observer(self, selected: list[torch.Tensor]) -> Observer | None:
         """Who is to be shown this pass; ``selected`` receives the slots where the balance loss needs them."""

@@ -130,7 +130,8 @@ class _LogitMask:
 def freeze(model_chunks: Sequence[torch.nn.Module], plan: UpscalePlan, train: Train) -> int:
     """Leaves trainable what ``train`` says; call it before gradients get their buffers.
 
-    ``inserted`` trains the blocks that the plan inserted; embedding, final norm and output layer stay as they are.
+    ``inserted`` trains the blocks that the plan inserted; embedding, final norm and output layer stay as they are. What was
+    measured when up-scaling stays as it is in any case.
 
     Returns:
         Number of trainable elements on this rank, tensor-parallel parts counted as they lie here.
@@ -149,6 +150,9 @@ def freeze(model_chunks: Sequence[torch.nn.Module], plan: UpscalePlan, train: Tr
             for layer in _layers(chunk):
                 layer.requires_grad_(plan.blocks[layer_index(layer)].inserted)
             let_gradients_through(unwrap(chunk))
+        for parameter in chunk.parameters():
+            if getattr(parameter, "is_measured", False):
+                parameter.requires_grad_(False)
         trainable += sum(p.numel() for p in chunk.parameters() if p.requires_grad)
     return trainable
 

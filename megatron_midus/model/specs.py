@@ -23,7 +23,7 @@ from megatron_midus.config import MemoryConfig
 from megatron_midus.errors import UserError
 from megatron_midus.memory import HeadWiseMemory, ValuePlacement
 from megatron_midus.model.attention import SdpaAttention
-from megatron_midus.model.layer import MIDUSMemoryLayer
+from megatron_midus.model.layer import AttentionFree, AttentionFreeSubmodules, MemoryAttention, MIDUSMemoryLayer
 from megatron_midus.model.norm import RMSNorm
 from megatron_midus.platform import require_transformer_engine, transformer_engine_available
 from megatron_midus.upscaling import Block, UpscalePlan
@@ -85,9 +85,8 @@ def get_midus_layer_spec(
     """
     backend = backend or get_backend()
     if block.kind != "memory":
-        return _layer_spec(
-            TransformerLayer, backend, config, backend.row_parallel_linear(), get_mlp_module_spec_for_backend(backend)
-        )
+        attention = _attention_spec(SelfAttention, backend, config, backend.row_parallel_linear())
+        return _layer_spec(TransformerLayer, backend, attention, get_mlp_module_spec_for_backend(backend))
     if memory is None:
         raise UserError(f"block {index} is a Memory block; give its memory settings")
     params = {
@@ -99,31 +98,51 @@ def get_midus_layer_spec(
         "deterministic": memory_deterministic,
         "values_main_grad": memory_values_main_grad,
     }
-    return _layer_spec(MIDUSMemoryLayer, backend, config, ModuleSpec(HeadWiseMemory, params=params), None)
+    module = ModuleSpec(HeadWiseMemory, params=params)
+    if not memory.has_attention:
+        attention = ModuleSpec(AttentionFree, submodules=AttentionFreeSubmodules(linear_proj=module))
+        return _layer_spec(MIDUSMemoryLayer, backend, attention, None, fused=False)
+    # Behind a fused layer nobody but the matrix sees the normed input.
+    fused = backend.fuse_layernorm_and_linear() and not memory.reads_normed
+    attention = _attention_spec(MemoryAttention, backend, config, module, fused=fused)
+    return _layer_spec(MIDUSMemoryLayer, backend, attention, None, fused=fused)
+
+
+def _attention_spec(
+    attention: type,
+    backend: BackendSpecProvider,
+    config: TransformerConfig,
+    output: type | ModuleSpec,
+    *,
+    fused: bool | None = None,
+) -> ModuleSpec:
+    """Args: ``fused``: whether the first matrix has the norm in it; as the backend has it when absent."""
+    fused = backend.fuse_layernorm_and_linear() if fused is None else fused
+    qk_norm = backend.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        attention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=output,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
 
 
 def _layer_spec(
     layer: type,
     backend: BackendSpecProvider,
-    config: TransformerConfig,
-    attention_output: type | ModuleSpec,
+    attention: ModuleSpec,
     mlp: ModuleSpec | None,
+    *,
+    fused: bool | None = None,
 ) -> ModuleSpec:
     """A pre-norm layer. Checkpoint keys are those of the backend that fuses norm and linear layer, in both backends."""
-    fused = backend.fuse_layernorm_and_linear()
+    fused = backend.fuse_layernorm_and_linear() if fused is None else fused
     norm = IdentityOp if fused else backend.layer_norm(rms_norm=True)
-    qk_norm = backend.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
-    attention = ModuleSpec(
-        SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear(),
-            core_attention=backend.core_attention(),
-            linear_proj=attention_output,
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
-        ),
-    )
     submodules = TransformerLayerSubmodules(
         input_layernorm=norm, self_attention=attention, self_attn_bda=get_bias_dropout_add
     )

@@ -10,7 +10,7 @@ from megatron_midus.ops.dispatch import (
     weigh_slots,
 )
 from megatron_midus.ops.initialization import calibrated_keys, initialize_parameter
-from megatron_midus.ops.reference import transform_query
+from megatron_midus.ops.reference import transform_query, unit_rms
 
 __all__ = [
     "Observer",
@@ -21,6 +21,7 @@ __all__ = [
     "initialize_parameter",
     "select_slots",
     "transform_query",
+    "unit_rms",
     "unsupported_reason",
     "weigh_slots",
 ]

@@ -15,7 +15,8 @@ from megatron_midus.errors import UserError
 
 KEY_INITS = ("uniform", "normal", "calibrated")
 KEYS = ("row_keys", "col_keys")
-ZERO = ("value_bank", "mixer", "log_temperature")
+CONSTANT = ("query_norm", "block_norm")
+ZERO = ("value_bank", "mixer", "log_temperature", "domain_gate", "domain_gate_bias")
 MAX_SCALE_TOKENS = 8192  # tokens that the scale of calibrated keys is measured on: a mean over more does not move
 FAN_IN_AXIS = {"head_proj": 1, "gate": 1, "attn_proj": 1}
 
@@ -25,15 +26,16 @@ def initialize_parameter(
     shape: tuple[int, ...],
     *,
     key_init: str = "uniform",
+    query_scale: float = 1.0,
     seed: int,
     layer_index: int,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Start value of the memory parameter ``name`` of the layer at the 0-based physical index ``layer_index``.
 
-    ``value_bank``, ``mixer`` and ``log_temperature`` are zero and ``query_norm`` is one, so that an up-scaled model equals
-    its base; ``head_proj`` and ``gate`` are normal of variance 1 / fan_in (as is ``attn_proj`` until the base's own is
-    copied over it). Sub-keys of width w = D/2 are uniform in +-1/sqrt(w) (Lample et al. 2019) or normal of the same
+    ``value_bank``, ``mixer``, ``log_temperature`` and the domain gate (until it is fitted) are zero and ``query_norm`` is ``query_scale``, so that an up-scaled model equals
+    its base; ``head_proj`` and ``gate`` are normal of variance 1 / fan_in. ``attn_proj`` is like these and ``block_norm``
+    one until the base's own are copied over them. Sub-keys of width w = D/2 are uniform in +-1/sqrt(w) (Lample et al. 2019) or normal of the same
     variance 1 / (3 w). ``calibrated`` keys need the model's queries: they start uniform and ``calibrated_keys``
     replaces them.
 
@@ -47,8 +49,8 @@ def initialize_parameter(
         raise UserError(f"key_init={key_init!r} is not known; choose one of {list(KEY_INITS)}")
     if name in ZERO:
         return torch.zeros(shape, dtype=dtype)
-    if name == "query_norm":
-        return torch.ones(shape, dtype=dtype)
+    if name in CONSTANT:
+        return torch.full(shape, query_scale if name == "query_norm" else 1.0, dtype=dtype)
     generator = _generator(seed, layer_index, name)
     if name in KEYS:
         if key_init == "normal":
@@ -56,7 +58,7 @@ def initialize_parameter(
         return ((2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[-1])).to(dtype)
     if name in FAN_IN_AXIS:
         return (torch.randn(shape, generator=generator) / math.sqrt(shape[FAN_IN_AXIS[name]])).to(dtype)
-    known = [*KEYS, *ZERO, "query_norm", *FAN_IN_AXIS]
+    known = [*KEYS, *ZERO, *CONSTANT, *FAN_IN_AXIS]
     raise UserError(f"memory parameter {name!r} is not known; choose one of {known}")
 
 

@@ -34,10 +34,19 @@ def transform_query(
         return query_THD
     out = query_THD.to(compute_dtype(query_THD))
     if query_norm_HD is not None:
-        out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + RMS_EPSILON) * query_norm_HD
+        out = _unit_rms(out) * query_norm_HD
     if log_temperature_H is not None:
         out = out * log_temperature_H.to(out.dtype).exp()[:, None]
     return out.to(query_THD.dtype)
+
+
+def unit_rms(query_THD: torch.Tensor) -> torch.Tensor:
+    """``q / sqrt(mean(q^2) + 1e-6)`` of each head, computed in fp32 at least and returned in the dtype given."""
+    return _unit_rms(query_THD.to(compute_dtype(query_THD))).to(query_THD.dtype)
+
+
+def _unit_rms(query_THD: torch.Tensor) -> torch.Tensor:
+    return query_THD * torch.rsqrt(query_THD.square().mean(-1, keepdim=True) + RMS_EPSILON)
 
 
 def select_slots(

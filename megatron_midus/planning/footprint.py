@@ -142,6 +142,13 @@ def block_activations(
         starts: whether no gradient goes further down, so that its first norm need not keep its input.
     """
     item, tensor = workload.itemsize, layout.tensor
+    if plan.blocks[index].kind == "memory":
+        assert plan.memory is not None
+        if not plan.memory.has_attention:
+            # The norm's output itself is not kept, but the channels that are this rank's queries.
+            norm = _norm_activations(model, layout, item, trained=trained, needs_input=not starts)
+            norm += model.hidden_size * item / tensor - trained * model.hidden_size * item / _sequence_share(layout)
+            return norm + _memory_activations(model, plan, layout, item)
     norm = _norm_activations(model, layout, item, trained=trained, needs_input=not starts)
     width = model.num_attention_heads * model.kv_channels
     # Queries, keys, values (repeated for every head), output, the log of the sum of each row, the rotary tables.
@@ -171,12 +178,14 @@ def _norm_activations(
 def _memory_activations(model: ModelConfig, plan: UpscalePlan, layout: ParallelLayout, item: int) -> float:
     """Slots (int32), weights (fp32) and latent sums of a look-up, and what the settings add to the query and to the result.
 
-    The query itself is the attention's output, which is kept there.
+    The query itself is the attention's output, which is kept there, or a norm's, which is kept here in fp32.
     """
     memory = plan.memory
     assert memory is not None
     heads = memory.num_memory_heads(model.num_attention_heads)
     kept = 8.0 * heads * memory.memory_topk / layout.tensor
+    if memory.memory_query in ("sum", "concat", "block"):
+        kept += (2 * 4 + (2 if memory.memory_query == "concat" else 1) * item) * model.hidden_size / layout.tensor
     if layout.latent_values and memory.memory_variant != "full":
         kept += 8.0 * heads * memory.memory_topk  # those of all heads, which every rank reads for
         if memory.memory_variant == "hive":

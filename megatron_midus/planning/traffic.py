@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
-from megatron_midus.config import ModelConfig, padded_vocab_size
+from megatron_midus.config import MemoryConfig, ModelConfig, padded_vocab_size
 from megatron_midus.planning.footprint import GRADIENT_BYTES, local_elements, stage_parameters
 from megatron_midus.planning.parallel_layout import ParallelLayout, Workload
 from megatron_midus.upscaling.plan import UpscalePlan
@@ -94,7 +94,10 @@ def _tensor_parallel(
     for index in layout.stages[stage]:
         backward = gradient[index] != "none"
         if plan.blocks[index].kind == "memory":
-            yield from _enter(hidden, layout, backward=backward, trained=trained[index])
+            assert plan.memory is not None
+            if plan.memory.has_attention:
+                yield from _enter(hidden, layout, backward=backward, trained=trained[index])
+            yield from _own_channels(hidden, plan.memory, layout, workload, backward=backward)
             yield from _leave_memory(model, plan, layout, workload, backward=backward)
         else:
             for _ in range(2):  # attention, MLP
@@ -126,6 +129,20 @@ def _leave(hidden: float, layout: ParallelLayout, *, backward: bool) -> Iterator
     yield "reduce_scatter", hidden
     if backward:
         yield "all_gather", hidden
+
+
+def _own_channels(
+    hidden: float, memory: MemoryConfig, layout: ParallelLayout, workload: Workload, *, backward: bool
+) -> Iterator[tuple[Kind, float]]:
+    """What a query takes from the block's input: each rank the channels of its heads."""
+    if not (memory.reads_token or memory.reads_residual):
+        return
+    if layout.sequence_parallel:
+        yield "all_to_all", hidden / layout.tensor * (2 if backward else 1)
+    elif backward:
+        yield "all_gather", hidden
+    if memory.reads_residual:
+        yield "all_reduce", 4 * workload.tokens * (2 if backward else 1)  # the sum of squares under the norm
 
 
 def _leave_memory(

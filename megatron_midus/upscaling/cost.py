@@ -7,8 +7,9 @@ import math
 from typing import Literal
 
 from megatron_midus.config import ModelConfig
+from megatron_midus.config.memory import MEASURED
 from megatron_midus.upscaling.plan import Block, UpscalePlan
-from megatron_midus.upscaling.tensors import block_shapes, model_shapes
+from megatron_midus.upscaling.tensors import block_shapes, memory_shapes, model_shapes
 
 Train = Literal["inserted", "all", "lora"]
 
@@ -31,12 +32,21 @@ def total_parameters(model: ModelConfig, plan: UpscalePlan) -> int:
 
 def trainable_parameters(model: ModelConfig, plan: UpscalePlan, train: Train, *, lora_rank: int | None = None) -> int:
     """Parameters that ``--train inserted``, ``all``, or ``lora`` with ``--lora-rank`` updates."""
-    if train == "all":
-        return total_parameters(model, plan)
     if train == "lora":
         return _lora_parameters(model, plan, lora_rank)
+    measured = len(plan.memory_indices) * _measured_parameters(model, plan)
+    if train == "all":
+        return total_parameters(model, plan) - measured
     counts = block_parameters(model, plan)
-    return sum(counts[index] for index in plan.inserted_indices)
+    return sum(counts[index] for index in plan.inserted_indices) - measured
+
+
+def _measured_parameters(model: ModelConfig, plan: UpscalePlan) -> int:
+    """Of one memory: those that no training moves."""
+    if plan.memory is None:
+        return 0
+    shapes = memory_shapes(model, plan.memory)
+    return sum(math.prod(shapes.get(f"memory.{name}", (0,))) for name in MEASURED)
 
 
 def _lora_parameters(model: ModelConfig, plan: UpscalePlan, rank: int | None) -> int:
@@ -83,13 +93,19 @@ def memory_flops(model: ModelConfig, plan: UpscalePlan) -> float:
     )
     heads = memory.num_memory_heads(model.num_attention_heads)
     flops = 2.0 * heads * memory.memory_topk * shapes["value_bank"][-1]
-    for name in ("row_keys", "col_keys", "head_proj", "attn_proj", "mixer", "gate"):
+    for name in ("row_keys", "col_keys", "head_proj", "attn_proj", "mixer", "gate", "domain_gate"):
         flops += 2.0 * math.prod(shapes.get(name, (0,)))
     return flops
 
 
+def _has_attention(plan: UpscalePlan, index: int) -> bool:
+    return plan.blocks[index].kind != "memory" or (plan.memory is not None and plan.memory.has_attention)
+
+
 def block_flops(model: ModelConfig, plan: UpscalePlan, index: int, seq_length: int) -> BlockFlops:
     """Forward FLOPs of block ``index`` for one token of a sequence of ``seq_length`` tokens."""
+    if plan.blocks[index].kind == "memory" and not _has_attention(plan, index):
+        return BlockFlops(weights=memory_flops(model, plan), activations=0.0)
     query_width = model.num_attention_heads * model.kv_channels
     activations = 4.0 * query_width * _attended_tokens(model, seq_length)
     qkv = 2.0 * model.hidden_size * (query_width + 2 * model.num_query_groups * model.kv_channels)
@@ -137,8 +153,9 @@ def flops_per_token(
 
 
 def kv_bytes_per_token(model: ModelConfig, plan: UpscalePlan, dtype: str) -> int:
-    """Bytes of key/value cache for one token of one sequence; every block has an attention, Memory blocks too."""
-    return plan.num_layers * 2 * model.num_query_groups * model.kv_channels * BYTES[dtype]
+    """Bytes of key/value cache for one token of one sequence, over all blocks that have an attention."""
+    attentions = sum(_has_attention(plan, index) for index in range(plan.num_layers))
+    return attentions * 2 * model.num_query_groups * model.kv_channels * BYTES[dtype]
 
 
 def training_bytes(model: ModelConfig, plan: UpscalePlan, dtype: str, *, train: Train) -> int:

@@ -14,6 +14,7 @@ from megatron_midus.upscaling.plan import Block, UpscalePlan
 from megatron_midus.upscaling.tensors import (
     ATTENTION_OUTPUT,
     MLP_OUTPUT,
+    POST_ATTENTION_NORM,
     Shape,
     TensorSource,
     layer_name,
@@ -22,6 +23,8 @@ from megatron_midus.upscaling.tensors import (
 )
 from megatron_midus.upscaling.transport import LayerFusion, Scale
 
+# {parameter of a memory: what it is copied from}
+_COPIED = {"memory.attn_proj": ATTENTION_OUTPUT, "memory.block_norm": POST_ATTENTION_NORM}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -132,6 +135,7 @@ class UpscaledTensors:
             suffix.removeprefix("memory."),
             self._shapes[name],
             key_init=memory.memory_key_init,
+            query_scale=memory.memory_query_scale,
             seed=self._plan.seed,
             layer_index=index,
             dtype=self.dtype(name),
@@ -139,12 +143,12 @@ class UpscaledTensors:
 
 
 def _copies_base(suffix: str) -> bool:
-    """Whether a tensor of a Memory block is copied from the base; ``attn_proj`` is its output projection."""
-    return not suffix.startswith("memory.") or suffix == "memory.attn_proj"
+    """Whether a tensor of a Memory block is copied from the base."""
+    return not suffix.startswith("memory.") or suffix in _COPIED
 
 
 def _base_suffix(suffix: str) -> str:
     """Name in the source layer of what a tensor of any block is copied from, or takes its dtype from."""
     if suffix.startswith("memory."):
-        return ATTENTION_OUTPUT
+        return _COPIED.get(suffix, ATTENTION_OUTPUT)
     return suffix.replace("mem_attn.", "self_attn.", 1)

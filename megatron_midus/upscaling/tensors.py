@@ -18,6 +18,7 @@ EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 OUTPUT_LAYER = "lm_head.weight"
 ATTENTION_OUTPUT = "self_attn.o_proj.weight"
+POST_ATTENTION_NORM = "post_attention_layernorm.weight"
 MLP_OUTPUT = "mlp.down_proj.weight"
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -74,7 +75,7 @@ def transformer_shapes(model: ModelConfig) -> dict[str, Shape]:
         "input_layernorm.weight": (hidden,),
         **attention_shapes(model, "self_attn"),
         ATTENTION_OUTPUT: (hidden, model.num_attention_heads * model.kv_channels),
-        "post_attention_layernorm.weight": (hidden,),
+        POST_ATTENTION_NORM: (hidden,),
         "mlp.gate_proj.weight": (ffn, hidden),
         "mlp.up_proj.weight": (ffn, hidden),
         MLP_OUTPUT: (hidden, ffn),
@@ -90,7 +91,7 @@ def memory_shapes(model: ModelConfig, memory: MemoryConfig) -> dict[str, Shape]:
     )
     return {
         "input_layernorm.weight": (model.hidden_size,),
-        **attention_shapes(model, "mem_attn"),
+        **(attention_shapes(model, "mem_attn") if memory.has_attention else {}),
         **{f"memory.{name}": shape for name, shape in parameters.items()},
     }
 

@@ -34,6 +34,7 @@ class Upscaled:
         dtype: of the written weights.
         directory: where it lies; ``None`` after a dry run.
         verified: how base and result compare; empty when nothing was compared.
+        gate_accuracies: of the domain gates, block by block, on tokens that they were not fitted on.
     """
 
     model: ModelConfig
@@ -42,6 +43,7 @@ class Upscaled:
     dtype: str
     directory: Path | None = None
     verified: str = ""
+    gate_accuracies: list[float] = dataclasses.field(default_factory=list)
 
 
 @verb(UpscaleConfig)
@@ -79,6 +81,7 @@ class _Work:
         self.base = open_hf_weights(config.hf_model, model, self.base_shapes)
         self.dtype = dtype_name(self.base.dtype(EMBEDDING)) if config.dtype == "keep" else config.dtype
         self.model = dataclasses.replace(model, hf_dtype=self.dtype)
+        self.gate_accuracies: list[float] = []
         self.result_config = to_hf_config(self.hf_config, self.model, self.plan, dtype=self.dtype)
 
     def cost(self) -> Cost:
@@ -97,7 +100,9 @@ class _Work:
             if self.config.save_format == "hf":
                 check_export_loads(directory)
             verified = self._verify(directory) if self.config.verify else ""
-        return Upscaled(self.model, self.plan, self.cost(), self.dtype, Path(self.config.save), verified)
+        return Upscaled(
+            self.model, self.plan, self.cost(), self.dtype, Path(self.config.save), verified, self.gate_accuracies
+        )
 
     def _check_loadable(self) -> None:
         """Raises ``UserError`` when transformers could not load the result, or a later export of it; before any work."""
@@ -120,33 +125,49 @@ class _Work:
         from megatron_midus.upscaling.initialize import UpscaledTensors
 
         make = functools.partial(UpscaledTensors, self.base, self.model, self.plan, dtype=self.config.dtype)
-        if self.plan.memory is None or self.plan.memory.memory_key_init != "calibrated":
+        memory = self.plan.memory
+        if memory is None or not (memory.memory_key_init == "calibrated" or memory.memory_domain_gate):
             return make()
-        return make(calibrated=self._calibrate(make()))
+        return make(calibrated=self._measure(make()))
 
-    def _calibrate(self, source: Any) -> dict:
-        """Sub-keys by canonical name, from the queries that the up-scaled model's memories see on the calibration text."""
+    def _measure(self, source: Any) -> dict:
+        """Tensors by canonical name that come from what the up-scaled model's memories see on text."""
         import torch
-        from transformers import AutoTokenizer
 
         from megatron_midus.hf import MidusConfig, MidusForCausalLM
-        from megatron_midus.upscaling.calibration import calibration_tokens, collect_queries, keys_from_queries
+        from megatron_midus.upscaling.calibration import collect_queries, keys_from_queries
+        from megatron_midus.upscaling.domain_gate import collect_normed_inputs, gate_tensors
 
-        assert self.config.calibration_data is not None
-        config = self.result_config
-        sequences = calibration_tokens(
-            self.config.calibration_data,
-            AutoTokenizer.from_pretrained(self.config.hf_model, local_files_only=True),
-            num_tokens=self.config.calibration_tokens,
-            seq_length=min(512, config["max_position_embeddings"]),
-        )
-        # The values are zero, so this is the base: every memory sees what the base's attention would hand it.
-        model = MidusForCausalLM(MidusConfig(**config)).float().eval()
+        assert self.plan.memory is not None
+        # The values are zero, so this is the base: every memory sees what the base would hand it.
+        model = MidusForCausalLM(MidusConfig(**self.result_config)).float().eval()
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name in source.names():
                 parameters[name].copy_(source.read(name))
-        return keys_from_queries(collect_queries(model, sequences), self.plan)
+        new, found = self._read_text(self.config.calibration_data), {}
+        if self.plan.memory.memory_key_init == "calibrated":
+            found |= keys_from_queries(collect_queries(model, new), self.plan)
+        if self.plan.memory.memory_domain_gate:
+            old = self._read_text(self.config.background_data)
+            gates, self.gate_accuracies = gate_tensors(
+                collect_normed_inputs(model, new), collect_normed_inputs(model, old), self.plan
+            )
+            found |= gates
+        return found
+
+    def _read_text(self, path: str | None) -> Any:
+        from transformers import AutoTokenizer
+
+        from megatron_midus.upscaling.calibration import calibration_tokens
+
+        assert path is not None
+        return calibration_tokens(
+            path,
+            AutoTokenizer.from_pretrained(self.config.hf_model, local_files_only=True),
+            num_tokens=self.config.calibration_tokens,
+            seq_length=min(512, self.result_config["max_position_embeddings"]),
+        )
 
     def _write(self, directory: Path, source: Any, progress: Progress) -> None:
         """Writes the result into ``directory``, in the format that was asked for."""
@@ -217,8 +238,10 @@ class _Work:
 # -- what is asked for -----------------------------------------------------------------------------------------------
 def check_paths(config: UpscaleConfig) -> None:
     """What the configuration cannot check without looking at the file system."""
-    if config.calibration_data is not None and not Path(config.calibration_data).is_file():
-        raise UserError(f"--calibration-data {config.calibration_data} does not exist")
+    for name in ("calibration_data", "background_data"):
+        path = getattr(config, name)
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"--{name.replace('_', '-')} {path} does not exist")
     if config.save is None or config.dry_run:
         return
     save, base = Path(config.save).resolve(), Path(config.hf_model).resolve()
@@ -292,6 +315,9 @@ def command(config: UpscaleConfig) -> int:
     print_layers(console, work.model, work.plan, config.seq_length)
     print_cost(console, work.cost(), seq_length=config.seq_length, dtype=work.dtype)
     result = work.run(Bars())
+    if result.gate_accuracies:
+        shares = ", ".join(f"{100 * accuracy:.0f} %" for accuracy in result.gate_accuracies)
+        console.print(f"domain gates tell new from old on held-out tokens: {shares} (50 % is chance)", soft_wrap=True)
     if result.verified:
         console.print(f"verified: {result.verified}", soft_wrap=True)
     if result.directory is not None:

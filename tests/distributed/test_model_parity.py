@@ -24,6 +24,16 @@ SETTINGS = {
     "linear, relu": Setting(memory={"memory_output_projection": "linear", "memory_score_activation": "relu"}),
     # With 9 keys the third and the fourth slot of one query differ by 4e-7 in the second step, and rounding picks one.
     "attention full": Setting(memory={"memory_attention": "full", "memory_query_norm": "rms", "memory_num_keys": 10}),
+    "token, no attention": Setting(
+        memory={
+            "memory_query": "token",
+            "memory_attention": "none",
+            "memory_query_norm": "rms",
+            "memory_domain_gate": True,
+        }
+    ),
+    "concat": Setting(memory={"memory_query": "concat", "memory_attention": "full", "memory_query_norm": "rms"}),
+    "block query": Setting(memory={"memory_query": "block", "memory_attention": "full", "memory_query_norm": "rms"}),
     "tied, bias, qk norm": Setting(model={"tie_word_embeddings": True, "add_qkv_bias": True, "qk_layernorm": True}),
     "window, llama3 rope": Setting(
         model={
@@ -41,6 +51,11 @@ SETTINGS = {
     "frozen base": Setting(train="inserted", distributed_optimizer=True),
     "frozen base, recompute": Setting(train="inserted", config={"recompute_granularity": "full"}),
     "frozen base, late blocks": Setting(train="inserted", insert_after=(2, 3)),
+    "frozen base, token, no attention, recompute": Setting(
+        train="inserted",
+        memory={"memory_query": "token", "memory_attention": "none"},
+        config={"recompute_granularity": "full"},
+    ),
     "frozen base, late blocks, distributed optimizer": Setting(
         train="inserted", insert_after=(2, 3), distributed_optimizer=True
     ),

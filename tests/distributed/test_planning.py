@@ -10,6 +10,7 @@ from scenarios import GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, Layout, Setting, make
 from megatron_midus import planning
 
 BF16 = {"bf16": True}
+TOKEN = {"memory_query": "token", "memory_attention": "none"}
 CASES = {
     "one": (Layout(), Setting()),
     "one inserted": (Layout(), Setting(train="inserted")),
@@ -19,6 +20,9 @@ CASES = {
     "tp full bank": (Layout(tp=2), Setting(memory={"memory_variant": "full"})),
     "tp block": (Layout(tp=2, sp=True), Setting(memory={"memory_variant": "block"})),
     "tp mixer": (Layout(tp=2, sp=True), Setting(memory={"memory_output_projection": "linear"})),
+    "token": (Layout(), Setting(memory=TOKEN, train="inserted")),
+    "tp token": (Layout(tp=2), Setting(memory=TOKEN)),
+    "tp sp token": (Layout(tp=2, sp=True), Setting(memory=TOKEN, train="inserted")),
     "tp latent": (Layout(tp=2, sp=True), Setting(memory={"memory_latent_size": 8}, value_placement="latent")),
     "tp latent block": (
         Layout(tp=2),

@@ -80,6 +80,8 @@ def upscale():
                     if name.startswith(("mlp", "post_attention")) or ".o_proj" in name:
                         continue
                     name = name.replace("self_attn", "mem_attn")
+                    if name.startswith("mem_attn") and config.memory_attention == "none":
+                        continue
                 base_state[f"model.layers.{index}.{name}"] = tensor
         for name, tensor in base_state.items():
             state[name].copy_(tensor)

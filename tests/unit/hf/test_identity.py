@@ -87,6 +87,11 @@ def test_bfloat16_logits_equal_the_base(make_base, upscale, tokens, family, tmp_
         {"memory_output_projection": "attention", "memory_query_norm": "rms"},
         {"memory_output_projection": "silu", "memory_query_temperature": True},
         {"memory_attention": "full", "memory_score_activation": "sigmoid"},
+        {"memory_query": "token", "memory_attention": "none"},
+        {"memory_query": "token", "memory_output_projection": "attention"},
+        {"memory_query": "sum", "memory_query_norm": "rms"},
+        {"memory_query": "concat", "memory_domain_gate": True},
+        {"memory_query": "block", "memory_attention": "full"},
     ],
 )
 def test_every_variant_starts_as_the_identity_and_then_speaks(make_base, upscale, tokens, settings):

@@ -30,16 +30,28 @@ def make_memory(dtype=torch.float64, **settings):
     return memory, attended
 
 
-def expected_output(memory, attended):
+def make_block_input(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(TOKENS, 48, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def expected_output(memory, attended, normed=None, residual=None):
     """docs/architecture.md "Parameters of a memory", word for word, over the reference operator."""
     config, p = memory.config, dict(memory.named_parameters())
-    q = attended
+    a = attended
     if config.memory_attention == "full":
-        q = q @ p["attn_proj"].T
-    raw = q.view(len(q), config.memory_num_heads or 6, -1)
+        a = a @ p["attn_proj"].T
+    heads = config.memory_num_heads or 6
+    raw = {
+        "attention": lambda: in_heads(a, heads),
+        "token": lambda: in_heads(normed, heads),
+        "sum": lambda: unit(in_heads(a, heads)) + unit(in_heads(normed, heads)),
+        "concat": lambda: torch.cat([unit(in_heads(a, heads)), unit(in_heads(normed, heads))], dim=-1),
+        "block": lambda: in_heads(unit(residual + a, config.rms_norm_eps) * p["block_norm"], heads),
+    }[config.memory_query]()
     q = raw
     if config.memory_query_norm == "rms":
-        q = q / (q.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * p["query_norm"]
+        q = unit(q) * p["query_norm"]
     if config.memory_query_temperature:
         q = q * torch.exp(p["log_temperature"])[:, None]
     m = ops.head_wise_memory(
@@ -52,8 +64,21 @@ def expected_output(memory, attended):
     if config.memory_output_projection == "linear":
         y = y + y @ p["mixer"]
     elif config.memory_output_projection == "attention":
-        y = y + raw.flatten(1) @ p["mixer"]
+        y = y + a @ p["mixer"]
+    if config.memory_domain_gate:
+        y = (
+            y
+            * torch.sigmoid(normed.detach().float() @ p["domain_gate"].float() + p["domain_gate_bias"].float())[:, None]
+        )
     return y
+
+
+def in_heads(x, heads):
+    return x.view(len(x), heads, -1)
+
+
+def unit(x, epsilon=1e-6):
+    return x / (x.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
 
 
 def all_settings():
@@ -68,6 +93,12 @@ def all_settings():
         }
     for variant, projection in itertools.product(("hive", "full"), ("linear", "attention", "silu")):
         yield {"memory_variant": variant, "memory_output_projection": projection, "memory_query_norm": "rms"}
+    yield {"memory_query": "token", "memory_attention": "none"}
+    yield {"memory_query": "token", "memory_output_projection": "attention", "memory_query_norm": "rms"}
+    for query, variant in itertools.product(("sum", "concat", "block"), VARIANTS):
+        yield {"memory_query": query, "memory_attention": "full", "memory_variant": variant, "memory_query_norm": "rms"}
+    yield {"memory_query": "token", "memory_attention": "none", "memory_domain_gate": True}
+    yield {"memory_output_projection": "linear", "memory_domain_gate": True}
     yield {"memory_variant": "block", "memory_num_heads": 3}
     yield {"memory_topk": 1}
     yield {"memory_topk": 11}  # k = n
@@ -86,15 +117,20 @@ def both(request, monkeypatch):
 def test_outputs_and_gradients_equal_the_definition(settings):
     memory, attended = make_memory(**settings)
     config, results = memory.config, []
-    for function in (memory, lambda x: expected_output(memory, x)):
-        output = function(attended)
+    inputs = [attended if config.memory_attention != "none" else None, make_block_input(6), make_block_input(7)]
+    read = [
+        config.memory_attention != "none", config.memory_query in ("token", "sum", "concat"), config.memory_query == "block"
+    ]  # fmt: skip
+    for function in (memory, lambda *x: expected_output(memory, *x)):
+        output = function(*inputs)
         weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-        gradients = torch.autograd.grad((output * weights).sum(), [attended, *memory.parameters()])
-        results.append([output, *gradients])
+        variables = [*itertools.compress(inputs, read), *(p for p in memory.parameters() if p.requires_grad)]
+        results.append([output, *torch.autograd.grad((output * weights).sum(), variables)])
     for ours, theirs in zip(*results):
         assert theirs.any() or config.memory_topk == 1  # the softmax of one score does not move
         # fp64 sums of at most a few hundred terms of order 1 to 100
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+        tolerance = 1e-5 if config.memory_domain_gate else 1e-11  # the gate is worked out in fp32
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.usefixtures("both")

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import mappings
 from scenarios import Layout, generator, initialize_parallel, model_config
 
 from megatron_midus.config import MemoryConfig
+from megatron_midus.config.memory import MEASURED
 from megatron_midus.memory import HeadWiseMemory
 from megatron_midus.model.config import make_transformer_config
 from megatron_midus.ops import initialize_parameter
@@ -53,7 +54,7 @@ def start_values(settings: dict[str, Any], layout: Layout, seed: int) -> dict[st
         whole = initialize_parameter(
             name, shapes[name], key_init=module.memory.memory_key_init, seed=seed, layer_index=LAYER
         )
-        replicated = name == "value_bank" and module.memory.memory_variant != "full"
+        replicated = name in MEASURED or (name == "value_bank" and module.memory.memory_variant != "full")
         axis = 1 if name == "attn_proj" else 0
         part = whole if replicated else whole.chunk(layout.tp, axis)[rank]
         found[name] = {
@@ -71,24 +72,69 @@ def forward_against_formula(settings: dict[str, Any]) -> tuple[torch.Tensor, tor
     module = make_memory(settings, Layout()).double()
     for name, parameter in module.named_parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator(name), dtype=torch.float64)
-    hidden = torch.randn(5, 3, 40, generator=generator("hidden"), dtype=torch.float64)  # [s, b, H*d_h]
-    output, bias = module(hidden)
+    hidden, normed, residual = _block_inputs(5, 3, torch.float64)
+    output, bias = _call(module, hidden, normed, residual)
     assert bias is None
     p = {name: parameter.detach() for name, parameter in module.named_parameters()}
-    expected = torch.stack(
-        [torch.stack([_formula(hidden[s, b], p, module.memory) for b in range(3)]) for s in range(5)]
+    tokens = [(hidden[s, b], normed[s, b], residual[s, b]) for s in range(5) for b in range(3)]
+    expected = torch.stack([_formula(*token, p, module.memory) for token in tokens])
+    return output.detach(), expected.view(5, 3, -1)
+
+
+def _block_inputs(seq_length: int, batch: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``[s, b, H*d_h]`` of the heads, ``[s, b, d]`` after the norm and before it."""
+    widths = {"hidden": 40, "normed": 24, "residual": 24}
+    hidden, normed, residual = (
+        torch.randn(seq_length, batch, width, generator=generator(name), dtype=dtype) for name, width in widths.items()
     )
-    return output.detach(), expected
+    return hidden, normed, residual
 
 
-def _formula(query: torch.Tensor, p: dict[str, torch.Tensor], memory: MemoryConfig) -> torch.Tensor:
-    """One token, ``[H*d_h]`` -> ``[d]``: scores of all n * n slots of every head, no product-key trick."""
-    if "attn_proj" in p:
-        query = p["attn_proj"] @ query
+def _call(module: HeadWiseMemory, hidden: torch.Tensor, normed: torch.Tensor, residual: torch.Tensor) -> Any:
+    """As the attention and the layer around a memory call it."""
+    module.normed = normed if module.memory.reads_normed else None
+    module.residual = residual if module.memory.reads_residual else None
+    return module(hidden if module.memory.has_attention else None)
+
+
+def _unit(part: torch.Tensor) -> torch.Tensor:
+    return part / math.sqrt(float((part * part).mean()) + 1e-6)
+
+
+def _raw_queries(
+    context: torch.Tensor,
+    normed: torch.Tensor,
+    residual: torch.Tensor,
+    p: dict[str, torch.Tensor],
+    memory: MemoryConfig,
+) -> list[torch.Tensor]:
+    """Of one token, head by head."""
     heads = p["row_keys"].shape[0]
+    if memory.memory_query == "attention":
+        return list(context.view(heads, -1))
+    if memory.memory_query == "token":
+        return list(normed.view(heads, -1))
+    if memory.memory_query == "block":
+        x = residual + context
+        x = x / math.sqrt(float((x * x).mean()) + 1e-5) * p["block_norm"]
+        return list(x.view(heads, -1))
+    pairs = [(_unit(a), _unit(b)) for a, b in zip(context.view(heads, -1), normed.view(heads, -1))]
+    return [a + b if memory.memory_query == "sum" else torch.cat([a, b]) for a, b in pairs]
+
+
+def _formula(
+    context: torch.Tensor,
+    normed: torch.Tensor,
+    residual: torch.Tensor,
+    p: dict[str, torch.Tensor],
+    memory: MemoryConfig,
+) -> torch.Tensor:
+    """One token, ``[H*d_h]``, ``[d]``, ``[d]`` -> ``[d]``: scores of all n * n slots of every head, no product-key trick."""
+    if "attn_proj" in p:
+        context = p["attn_proj"] @ context
     total = torch.zeros(24, dtype=torch.float64)
     parts = []
-    for h, raw in enumerate(query.view(heads, -1)):
+    for h, raw in enumerate(_raw_queries(context, normed, residual, p, memory)):
         q = raw
         if "query_norm" in p:
             q = q / math.sqrt(float((q * q).mean()) + 1e-6) * p["query_norm"][h]
@@ -108,11 +154,12 @@ def _formula(query: torch.Tensor, p: dict[str, torch.Tensor], memory: MemoryConf
         if memory.memory_variant == "block":
             total = total + found
         parts.append(found)
-    if memory.memory_variant == "block":
-        return total
-    m = torch.cat(parts)
+    m = total if memory.memory_variant == "block" else torch.cat(parts)
     if "mixer" in p:
-        return m + (query if memory.memory_output_projection == "attention" else m) @ p["mixer"]
+        m = m + (context if memory.memory_output_projection == "attention" else m) @ p["mixer"]
+    if "domain_gate" in p:
+        # The module works it out in fp32.
+        m = m * float(torch.sigmoid(normed.float() @ p["domain_gate"].float() + p["domain_gate_bias"].float()))
     return m
 
 
@@ -150,9 +197,13 @@ def output_and_gradients(settings: dict[str, Any], layout: Layout, placement: st
         whole = torch.randn(shapes[name], generator=generator(name))
         is_split = getattr(parameter, "tensor_model_parallel", False)
         parameter.data.copy_(whole.chunk(layout.tp, parameter.partition_dim)[rank] if is_split else whole)
-    hidden = torch.randn(6, 2, 40, generator=generator("hidden")).chunk(layout.tp, -1)[rank].requires_grad_()
+    hidden, normed, residual = _block_inputs(6, 2, torch.float32)
+    hidden = hidden.chunk(layout.tp, -1)[rank].requires_grad_()
+    normed, residual = (
+        (stream.chunk(layout.tp, 0)[rank] if layout.sp else stream).requires_grad_() for stream in (normed, residual)
+    )
     probe = torch.randn(6, 2, 24, generator=generator("probe"))
-    output, _ = module(hidden)
+    output, _ = _call(module, hidden, normed, residual)
     (output * (probe.chunk(layout.tp, 0)[rank] if layout.sp else probe)).sum().backward()
     gradients = {}
     for name, parameter in module.named_parameters():
@@ -160,8 +211,10 @@ def output_and_gradients(settings: dict[str, Any], layout: Layout, placement: st
             torch.distributed.all_reduce(parameter.grad, group=module.tp_group)
             parameter.grad /= layout.tp
         is_split = getattr(parameter, "tensor_model_parallel", False)
-        gradients[name] = (parameter.partition_dim if is_split else None, parameter.grad)
-    return {"output": output.detach(), "hidden": hidden.grad, "parameters": gradients}
+        if name not in MEASURED:
+            gradients[name] = (parameter.partition_dim if is_split else None, parameter.grad)
+    inputs = {"hidden": hidden.grad, "normed": normed.grad, "residual": residual.grad}
+    return {"output": output.detach(), **inputs, "parameters": gradients}
 
 
 def received_bytes(settings: dict[str, Any], layout: Layout) -> float:

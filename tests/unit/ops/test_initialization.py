@@ -18,14 +18,17 @@ def test_every_parameter_of_every_memory_has_a_start_value():
         for projection in ("none",) if variant == "block" else ("none", "linear", "attention", "silu"):
             config = MemoryConfig(
                 memory_variant=variant, memory_output_projection=projection, memory_query_norm="rms",
-                memory_query_temperature=True, memory_attention="full", memory_num_keys=8,
+                memory_query_temperature=True, memory_attention="full", memory_num_keys=8, memory_query="block",
+                memory_domain_gate=True,
             )  # fmt: skip
             shapes = config.parameter_shapes(hidden_size=24, num_attention_heads=3, kv_channels=6)
             for name, shape in shapes.items():
-                value = make(name, shape, dtype=torch.bfloat16)
+                value = make(name, shape, dtype=torch.bfloat16, query_scale=3.0)
                 assert value.shape == shape and value.dtype == torch.bfloat16
-                assert bool(value.any()) == (name not in ("value_bank", "mixer", "log_temperature"))
-                assert name != "query_norm" or value.eq(1).all()
+                assert bool(value.any()) == (
+                    name not in ("value_bank", "mixer", "log_temperature", "domain_gate", "domain_gate_bias")
+                )
+                assert name not in ("query_norm", "block_norm") or value.eq(3 if name == "query_norm" else 1).all()
 
 
 @pytest.mark.parametrize(
