@@ -163,9 +163,11 @@ class Arm:
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of Memory blocks: the flags of midus upscale without --memory-."""
     calibration_data: str | None = None
-    """Text for key_init: calibrated."""
+    """Text of the new domain for key_init: calibrated and domain_gate: true."""
+    background_data: str | None = None
+    """Text of the old domain for domain_gate: true."""
     calibration_tokens: int = 8192
-    """Tokens of it."""
+    """Tokens of either text."""
     lr: list[float] | None = None
     """Largest learning rate; several = the best on the first seed is used for all; that of the experiment when absent."""
     driver: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -199,14 +201,23 @@ class Arm:
             raise UserError(
                 "policy none inserts nothing to train; choose train: all, or train: none to evaluate the base"
             )
-        if (self.calibration_data is not None) != (self.memory.get("key_init") == "calibrated"):
-            raise UserError("calibration_data and memory: {key_init: calibrated} need each other; give both or neither")
+        self._check_texts()
         if self.lr is not None:
             _check_rates(self.lr)
         if not 0 <= self.replay < 1:
             raise UserError(f"replay={self.replay} must be at least 0 and below 1")
         if self.tokens is not None and self.tokens < 1:
             raise UserError(f"tokens={self.tokens} must be at least 1")
+
+    def _check_texts(self) -> None:
+        calibrated, gated = self.memory.get("key_init") == "calibrated", bool(self.memory.get("domain_gate"))
+        if (self.calibration_data is not None) != (calibrated or gated):
+            raise UserError(
+                "calibration_data and memory: {key_init: calibrated} or {domain_gate: true} need each other; give both or "
+                "neither"
+            )
+        if (self.background_data is not None) != gated:
+            raise UserError("background_data and memory: {domain_gate: true} need each other; give both or neither")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -424,5 +435,12 @@ def _resolve_paths(experiment: Experiment, home: Path, output: Path) -> Experime
         base=model(experiment.base),
         data=dataclasses.replace(experiment.data, train=train, replay=replay, **texts),  # type: ignore[arg-type]
         prepare=[fill(command) for command in experiment.prepare],
-        arms=[dataclasses.replace(arm, calibration_data=resolve(arm.calibration_data)) for arm in experiment.arms],
+        arms=[
+            dataclasses.replace(
+                arm,
+                calibration_data=resolve(arm.calibration_data),
+                background_data=resolve(arm.background_data),
+            )
+            for arm in experiment.arms
+        ],
     )

@@ -102,7 +102,7 @@ class Runs:
         """What the experiment reads from its own output directory, and so expects ``prepare`` to make."""
         data = self.experiment.data
         texts = [*(source.text for source in (*data.train, *data.replay)), data.new, data.old, data.valid, data.facts]
-        texts += [arm.arm.calibration_data for arm in self.arms]
+        texts += [text for arm in self.arms for text in (arm.arm.calibration_data, arm.arm.background_data)]
         return [text for text in texts if text is not None and Path(text).is_relative_to(self.output)]
 
     # -- data ----------------------------------------------------------------------------------------------------
@@ -213,10 +213,15 @@ class Runs:
                 words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
             elif value is not None:
                 words += [f"--{name.replace('_', '-')}", str(value)]
-        reads, after = (), ()
+        reads: tuple[str, ...] = ()
+        after: tuple[Step, ...] = ()
+        for name in ("calibration_data", "background_data"):
+            text = getattr(setting, name)
+            if text is not None:
+                found, before = self._source(text)
+                reads, after = (*reads, *found), (*after, *before)
+                words += [f"--{name.replace('_', '-')}", text]
         if setting.calibration_data is not None:
-            reads, after = self._source(setting.calibration_data)
-            words += ["--calibration-data", setting.calibration_data]
             words += ["--calibration-tokens", str(setting.calibration_tokens)]
         return Step(
             name="upscale",
@@ -387,7 +392,7 @@ def _point(arm: Arm, rate: float) -> str:
 
 def _upscaling_of(point: str) -> str:
     """The part of a strength that up-scaling sees: strengths that differ in the rest share one up-scaled model."""
-    keys = ("policy", "num_blocks", "calibration_data", "calibration_tokens")
+    keys = ("policy", "num_blocks", "calibration_data", "background_data", "calibration_tokens")
     entries = [entry for entry in point.split(",") if entry.startswith("memory.") or entry.partition("=")[0] in keys]
     return ",".join(entries)
 
