@@ -7,6 +7,17 @@ from typing import Any, Literal
 
 from megatron_midus.errors import UserError
 
+# {name: settings of Memory blocks}; what is given beside one wins over it.
+PRESETS: dict[str, dict[str, Any]] = {
+    "midus": {},  # as published: the defaults
+    "midus-token": {
+        "memory_query": "token",
+        "memory_attention": "none",
+        "memory_query_norm": "rms",
+        "memory_query_scale": 3.0,
+        "memory_topk": 16,
+    },
+}
 # Parameters that up-scaling measures on text and training leaves alone.
 MEASURED = ("domain_gate", "domain_gate_bias")
 # {parameter: its name in Megatron checkpoints of every version, and in exports of plan schema 1}, where they differ.

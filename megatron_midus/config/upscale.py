@@ -25,6 +25,10 @@ class PolicyConfig:
     outputs zeroed (opt_deus_literal: scaled as in the paper's program). control: nothing inserted, those layers of the base
     are trained instead. none: the base as it is."""
 
+    preset: Literal["midus", "midus-token"] | None = None
+    """Settings of Memory blocks to begin with; flags given beside it win. midus: as published. midus-token: blocks that ask with
+    the token itself and have no attention."""
+
     num_blocks: int | None = dataclasses.field(default=None, metadata={"metavar": "N"})
     """Blocks to insert, spread evenly by the policy."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_midus.config import MemoryConfig, ModelConfig
+from megatron_midus.config.memory import PRESETS
 from megatron_midus.config.upscale import PolicyConfig
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling.plan import UpscalePlan
@@ -29,7 +30,7 @@ def plan_from_config(blocks: PolicyConfig, memory: Mapping[str, Any], model: Mod
         num_layers=model.num_layers,
         num_blocks=blocks.num_blocks,
         insert_after=blocks.insert_after,
-        memory=_memory_config(policy, memory),
+        memory=_memory_config(policy, memory, blocks.preset),
     )
     if plan.memory is not None:
         plan.memory.check_model(
@@ -38,10 +39,12 @@ def plan_from_config(blocks: PolicyConfig, memory: Mapping[str, Any], model: Mod
     return plan
 
 
-def _memory_config(policy: str, memory: Mapping[str, Any]) -> MemoryConfig | None:
+def _memory_config(policy: str, memory: Mapping[str, Any], preset: str | None) -> MemoryConfig | None:
     """Settings that the policy has no use for are a mistake, not a detail."""
     if policy == "interleave":
-        return MemoryConfig(**memory)
+        return MemoryConfig(**{**PRESETS[preset or "midus"], **memory})
+    if preset is not None:
+        memory = {"preset": preset}
     if memory:
         name = next(iter(memory)).replace("_", "-")
         raise UserError(
