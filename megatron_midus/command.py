@@ -44,6 +44,11 @@ class Entry:
 VERBS = {
     "upscale": Entry("make a pretrained model deeper", "config.upscale:UpscaleConfig", "verbs.upscale"),
     "preprocess": Entry("encode text for training", "config.preprocess:PreprocessConfig", "verbs.preprocess"),
+    "background": Entry(
+        "count the slots that old text reads, for sparse updates",
+        "config.background:BackgroundConfig",
+        "verbs.background",
+    ),
     "convert": Entry("between Megatron and Hugging Face", "config.convert:ConvertConfig", "verbs.convert"),
     "evaluate": Entry("compare models on held-out text and tasks", "config.evaluate:EvaluateConfig", "verbs.evaluate"),
     "generate": Entry("continue prompts", "config.evaluate:GenerateConfig", "verbs.generate"),

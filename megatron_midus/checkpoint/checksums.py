@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from megatron_midus.errors import UserError
@@ -46,8 +46,26 @@ def write_checksums(directory: str | Path, known: Mapping[str, str] | None = Non
         for path in directory.rglob("*")
         if path.is_file() and path.name != CHECKSUMS_FILE
     )
-    body = "".join(f"{known.get(name) or file_sha256(directory / name)}  {name}\n" for name in names)
+    _write(directory, {name: known.get(name) or file_sha256(directory / name) for name in names})
+
+
+def _write(directory: Path, checksums: Mapping[str, str]) -> None:
+    body = "".join(f"{checksums[name]}  {name}\n" for name in sorted(checksums))
     write_text_atomically(directory / CHECKSUMS_FILE, f"{body}{_SEAL}{_text_sha256(body)}\n")
+
+
+def change_file(directory: str | Path, name: str, change: Callable[[], object]) -> None:
+    """Adds or replaces one file of a whole checkpoint. Until ``change`` is done the list does not name the file, so that a
+    kill at any moment leaves a checkpoint that is as its list says."""
+    directory = Path(directory)
+    checksums = read_checksums(directory)
+    if checksums is None:
+        change()
+        return
+    if checksums.pop(name, None) is not None:
+        _write(directory, checksums)
+    change()
+    _write(directory, {**checksums, name: file_sha256(directory / name)})
 
 
 def read_checksums(directory: str | Path) -> dict[str, str] | None:

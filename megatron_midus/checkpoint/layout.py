@@ -10,6 +10,7 @@
         metadata.json, .metadata, common.pt, __0_0.distcp …    Megatron-Core torch_dist files
         model_config.json                                      ModelConfig of the (up-scaled) model
         midus_plan.json                                        UpscalePlan
+        memory_background.safetensors                          reads of slots on old-domain text (midus background), if counted
         hf_assets/                                             config, tokenizer, generation config … byte for byte
         checksums.sha256                                       hash of every file above, written last
 """
@@ -28,6 +29,7 @@ from megatron_midus.files import write_text_atomically
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 LATEST_CHECKSUM_FILE = "latest_checkpointed_iteration.sha256"
 ASSETS_DIRECTORY = "hf_assets"
+BACKGROUND_FILE = "memory_background.safetensors"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
 # Weights and their indices are converted, never copied; everything else of a Hugging Face directory is an asset.
@@ -111,6 +113,12 @@ def find_checkpoint(root: str | Path, iteration: int | None = None) -> tuple[Pat
     if not directory.is_dir():
         raise UserError(f"{directory} does not exist; {root} holds iterations {list_iterations(root)}")
     return directory, iteration
+
+
+def find_background(directory: str | Path) -> Path | None:
+    """The counts of midus background in an ``iter_*`` directory; ``None`` where nothing was counted."""
+    path = Path(directory) / BACKGROUND_FILE
+    return path if path.is_file() else None
 
 
 def is_asset(name: str) -> bool:

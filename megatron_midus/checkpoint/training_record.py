@@ -17,7 +17,7 @@ class TrainingRecord:
     Attributes:
         iteration: training iterations.
         tokens: training tokens; ``None`` where nobody counted.
-        train: which blocks were trained, ``inserted`` or ``all``; ``None`` where nobody wrote it down.
+        train: what was trained, ``inserted``, ``values`` or ``all``; ``None`` where nobody wrote it down.
     """
 
     iteration: int = 0

@@ -72,6 +72,20 @@ class OptimizationConfig:
     value_clip_grad: float = 0.0
     """Clip the gradient of memory values by a norm of its own; 0 = together with the rest."""
 
+    value_optimizer: Literal["sgd"] | None = None
+    """sgd = memory values follow their gradient alone, without momentum and moments, at --lr times --value-lr-mult;
+    absent = --optimizer, as the rest."""
+
+    memory_update_slots: int = 0
+    """Slots of each value bank that a step updates: those with the highest --memory-update-score among the slots that the
+    global batch reads. All others keep values and optimizer state bit by bit. Needs the counts of midus background;
+    0 = all slots."""
+
+    memory_update_score: Literal["tfidf", "kl"] = "tfidf"
+    """What ranks the slots under --memory-update-slots, from their reads in this batch and in the background: tfidf =
+    reads * log((B + 1) / (b + 1)), b of B background batches read the slot; kl = p * log(p / q), p and q the slot's
+    shares of all reads here and there."""
+
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices. Norms, biases and memory values have none."""
 
@@ -125,7 +139,14 @@ class OptimizationConfig:
             raise UserError(f"lr_warmup_fraction={self.lr_warmup_fraction} must be at least 0 and below 1")
         if self.lr_warmup_fraction is not None and (self.lr_warmup_iters or self.lr_warmup_samples):
             raise UserError("lr_warmup_fraction replaces --lr-warmup-iters and --lr-warmup-samples; give one")
-        for name in ("weight_decay", "value_weight_decay", "clip_grad", "value_clip_grad", "lr_warmup_iters"):
+        for name in (
+            "weight_decay",
+            "value_weight_decay",
+            "clip_grad",
+            "value_clip_grad",
+            "lr_warmup_iters",
+            "memory_update_slots",
+        ):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative")
         if self.value_lr_mult <= 0:

@@ -32,9 +32,10 @@ class TrainingConfig:
     decrease_batch_size_if_needed: bool = False
     """Round the global batch size down to a multiple of micro-batch-size * data-parallel size instead of refusing."""
 
-    train: Literal["inserted", "all", "lora"] | None = None
+    train: Literal["inserted", "all", "lora", "values"] | None = None
     """What learns: the blocks that up-scaling inserted (the chosen layers of policy control), with the base frozen,
-    every parameter, or low-rank adapters on every linear layer, with all else frozen. When absent, what the plan's policy is made for: all for none, solar and stack, inserted for the
+    every parameter, low-rank adapters on every linear layer, or the value banks of Memory blocks, with all else frozen.
+    When absent, what the plan's policy is made for: all for none, solar and stack, inserted for the
     others. Another value on resume drops the optimizer state, because it belongs to other parameters."""
 
     lora_rank: int | None = None

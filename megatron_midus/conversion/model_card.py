@@ -108,9 +108,13 @@ def _size_rows(model: ModelConfig, plan: UpscalePlan, dtype: str, training: Trai
     total = total_parameters(model, plan)
     base = total_parameters(model, none(num_layers=plan.num_base_layers))
     trained = []
-    if training.iteration and training.train in ("inserted", "all"):
+    what = {
+        "inserted": "the inserted blocks, the base frozen",
+        "values": "the values of the Memory blocks, all else frozen",
+        "all": "the whole model",
+    }.get(training.train or "")
+    if training.iteration and what is not None:
         count = trainable_parameters(model, plan, training.train)  # type: ignore[arg-type]
-        what = "the inserted blocks, the base frozen" if training.train == "inserted" else "the whole model"
         trained = [f"- trained: {count:,} ({what})"]
     if training.iteration and training.train == "lora":
         trained = ["- trained: low-rank adapters on every linear layer, merged into the weights"]

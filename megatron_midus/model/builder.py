@@ -130,25 +130,32 @@ class _LogitMask:
 def freeze(model_chunks: Sequence[torch.nn.Module], plan: UpscalePlan, train: Train) -> int:
     """Leaves trainable what ``train`` says; call it before gradients get their buffers.
 
-    ``inserted`` trains the blocks that the plan inserted; embedding, final norm and output layer stay as they are. What was
-    measured when up-scaling stays as it is in any case.
+    ``inserted`` trains the blocks that the plan inserted; embedding, final norm and output layer stay as they are.
+    ``values`` trains the value banks of its Memory blocks alone. What was measured when up-scaling stays as it is in any
+    case.
 
     Returns:
         Number of trainable elements on this rank, tensor-parallel parts counted as they lie here.
 
     Raises:
-        ValueError: ``inserted`` with a plan that inserts nothing.
+        ValueError: ``inserted`` with a plan that inserts nothing, ``values`` with one that has no Memory blocks.
     """
-    if train not in ("inserted", "all"):
-        raise UserError(f"train={train!r} is not known; choose inserted or all")
+    if train not in ("inserted", "all", "values"):
+        raise UserError(f"train={train!r} is not known; choose inserted, all or values")
     if train == "inserted" and not plan.inserted_indices:
         raise UserError(f"policy {plan.policy} inserts no block, so there is nothing to train; choose --train all")
+    if train == "values" and not plan.memory_indices:
+        raise UserError(f"policy {plan.policy} has no Memory blocks, whose values could be trained; choose --train all")
     trainable = 0
     for chunk in model_chunks:
         chunk.requires_grad_(train == "all")
         if train == "inserted":
             for layer in _layers(chunk):
                 layer.requires_grad_(plan.blocks[layer_index(layer)].inserted)
+        if train == "values":
+            for parameter in chunk.parameters():
+                parameter.requires_grad_(getattr(parameter, "is_memory_value", False))
+        if train in ("inserted", "values"):
             let_gradients_through(unwrap(chunk))
         for parameter in chunk.parameters():
             if getattr(parameter, "is_measured", False):

@@ -6,7 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from megatron_midus.checkpoint.layout import ASSETS_DIRECTORY, find_checkpoint, read_latest_iteration
+from megatron_midus.checkpoint.layout import (
+    ASSETS_DIRECTORY,
+    find_background,
+    find_checkpoint,
+    read_latest_iteration,
+)
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.checkpoint import CheckpointConfig
 from megatron_midus.data.tokenizer import Tokenizer, build_tokenizer, check_tokenizer_fits
@@ -31,6 +36,7 @@ class Architecture:
         train: the resolved ``--train``.
         assets: directory of Hugging Face files, or file of a SentencePiece model, that travels into every checkpoint.
         assets_left_out: files of that directory that do not, because they describe another model.
+        background: file of midus background, which travels into every checkpoint as well.
     """
 
     model: ModelConfig
@@ -38,6 +44,7 @@ class Architecture:
     train: Train
     assets: Path | None
     assets_left_out: tuple[str, ...] = ()
+    background: Path | None = None
 
 
 def resolve_architecture(arguments: Arguments, source: Source, *, tokenizer_vocab_size: int | None) -> Architecture:
@@ -62,7 +69,13 @@ def resolve_architecture(arguments: Arguments, source: Source, *, tokenizer_voca
     _check_flags(arguments.memory, plan.memory.to_dict() if plan.memory else {}, source.directory)
     _check_other_plans(arguments.checkpoint, plan, source.directory)
     assets = source.directory / ASSETS_DIRECTORY
-    return Architecture(model, plan, resolve_train(arguments.training.train, plan), assets if assets.is_dir() else None)
+    return Architecture(
+        model,
+        plan,
+        resolve_train(arguments.training.train, plan),
+        assets if assets.is_dir() else None,
+        background=find_background(source.directory),
+    )
 
 
 def _check_flags(given: dict[str, Any], stored: dict[str, Any], directory: Path) -> None:
@@ -96,6 +109,8 @@ def resolve_train(train: Train | None, plan: UpscalePlan) -> Train:
         return "inserted" if plan.policy in _FROZEN_BASE_POLICIES and plan.inserted_indices else "all"
     if train == "inserted" and not plan.inserted_indices:
         raise UserError(f"train=inserted, but policy {plan.policy} inserted no block; use --train all")
+    if train == "values" and not plan.memory_indices:
+        raise UserError(f"train=values, but policy {plan.policy} has no Memory blocks; use --train all")
     return train
 
 

@@ -89,12 +89,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
                 "--untie-embeddings-and-output-weights and --tie-word-embeddings contradict each other; give one"
             )
         arguments.architecture["tie_word_embeddings"] = False
-    _check(arguments)
+    check_arguments(arguments)
     return arguments
 
 
-def _check(arguments: Arguments) -> None:
-    """What no single group can check. The checks that need the number of processes are in ``checks.py``."""
+def check_arguments(arguments: Arguments) -> None:
+    """Refuses what no single group can check. The checks that need the number of processes are in ``checks.py``."""
     training, optimizer, parallel = arguments.training, arguments.optimizer, arguments.parallel
     if not training.skip_train and optimizer.lr is None:
         raise UserError("no learning rate was given; give --lr")

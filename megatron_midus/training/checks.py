@@ -6,8 +6,10 @@ import dataclasses
 import importlib.util
 
 from megatron_midus.config import ModelConfig
+from megatron_midus.config.optimizer import OptimizationConfig
 from megatron_midus.config.parallel import ParallelConfig
 from megatron_midus.errors import UserError
+from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.cost import Train
@@ -173,15 +175,43 @@ def check_schedule(arguments: Arguments, layout: Layout, num_layers: int) -> Non
 
 
 def check_memory_settings(arguments: Arguments, plan: UpscalePlan) -> None:
-    """Refuses what only Memory blocks can do where there are none."""
+    """Refuses what only Memory blocks can do where there are none, and what theirs cannot."""
     if plan.memory is not None:
+        slots, bank = arguments.optimizer.memory_update_slots, plan.memory.memory_num_keys**2
+        if slots > bank:
+            raise UserError(
+                f"memory_update_slots={slots} is more than the {bank} slots of a value bank; give fewer, or 0 for all"
+            )
+        if arguments.training.train == "lora" and (slots or arguments.optimizer.value_optimizer):
+            raise UserError(
+                "--train lora trains no memory values; leave --memory-update-slots and --value-optimizer out"
+            )
+        interval = arguments.memory_telemetry.memory_revive_interval
+        if interval and arguments.training.train == "values":
+            raise UserError(
+                f"memory_revive_interval={interval} moves keys, which --train values freezes; leave one out"
+            )
         return
-    for name in ("memory_revive_interval", "memory_balance_loss_coeff"):
-        value = getattr(arguments.memory_telemetry, name)
+    for group, name in (
+        (arguments.memory_telemetry, "memory_revive_interval"),
+        (arguments.memory_telemetry, "memory_balance_loss_coeff"),
+        (arguments.optimizer, "memory_update_slots"),
+        (arguments.optimizer, "value_optimizer"),
+    ):
+        value = getattr(group, name)
         if value:
             raise UserError(
                 f"{name}={value} is a setting of Memory blocks, and policy {plan.policy} has none; leave it out"
             )
+
+
+def check_background(settings: OptimizationConfig, architecture: Architecture) -> None:
+    """Refuses sparse updates without the counts that they need."""
+    if settings.memory_update_slots and architecture.background is None:
+        raise UserError(
+            f"memory_update_slots={settings.memory_update_slots} needs to know which slots text of the old domain reads, "
+            "and the checkpoint has no such counts; make them with midus background --load DIR --data-path OLD"
+        )
 
 
 def check_environment(arguments: Arguments) -> None:

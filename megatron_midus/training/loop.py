@@ -28,6 +28,7 @@ from megatron_midus.training.checkpoint.state import Progress, training_state
 from megatron_midus.training.checkpoint.writer import CheckpointWriter
 from megatron_midus.training.checks import Layout
 from megatron_midus.training.memory.telemetry import MemoryReport, MemoryTelemetry
+from megatron_midus.training.memory.value_updates import ValueUpdates
 from megatron_midus.training.messages import print_rank_0, rank, warn_rank_0
 from megatron_midus.training.optimizer import learning_rates
 from megatron_midus.training.profiler import StepProfiler
@@ -90,6 +91,7 @@ class Trainer:
         signal: tells that the process is to end.
         timers: Megatron-Core's.
         train_iters: steps of the whole run.
+        value_updates: how memory values are updated, if not as the rest.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Trainer:
         signal: TerminationSignal,
         timers: Timers,
         train_iters: int,
+        value_updates: ValueUpdates | None = None,
     ) -> None:
         self.arguments = arguments
         self.architecture = architecture
@@ -123,6 +126,7 @@ class Trainer:
         self.signal = signal
         self.timers = timers
         self.train_iters = train_iters
+        self.value_updates = value_updates
         training = arguments.training
         self.shape = BatchShape(
             training.micro_batch_size, arguments.data.seq_length, arguments.data.reset_attention_mask, eod
@@ -271,6 +275,7 @@ class Trainer:
                 samples=samples,
                 check_loss=training.check_for_nan_in_loss_and_grad,
                 empty_cache_level=training.empty_unused_memory_level,
+                value_updates=self.value_updates,
             )
         except DivergedError as error:
             raise UserError(f"{error}. {self._describe_batch(samples)}") from None

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from megatron_midus import cli
@@ -20,6 +20,7 @@ from megatron_midus.training.architecture import resolve_model
 from megatron_midus.training.arguments import Arguments, parse_arguments
 from megatron_midus.training.checkpoint.source import find_start
 from megatron_midus.training.checks import (
+    check_background,
     check_environment,
     check_memory_settings,
     check_schedule,
@@ -30,6 +31,7 @@ from megatron_midus.training.error_file import write_error_file
 from megatron_midus.training.messages import warn_rank_0
 from megatron_midus.training.preflight import check_data_contents, check_files, check_model_fits
 from megatron_midus.training.schedule import schedule_lengths
+from megatron_midus.training.start import Start
 
 # Libraries read these when they start: cuBLAS workspaces of one size, attention kernels of Transformer Engine without
 # atomic additions, and one order of summation in NCCL (not the switches').
@@ -52,6 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if arguments.training.skip_train:
         arguments = arguments.without_saving()
+    start = prepare(arguments)
+    from megatron_midus.training.pretrain import pretrain
+
+    return pretrain(start)
+
+
+def prepare(arguments: Arguments) -> Start:
+    """Finds what a run begins with, refuses what cannot be, and sets up what Megatron looks at when it is imported.
+
+    Raises:
+        ValueError: a user's mistake, in one line.
+    """
     check_environment(arguments)
     layout = resolve_layout(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     if not arguments.training.skip_train:
@@ -71,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = dataclasses.replace(arguments, parallel=parallel)
     check_schedule(arguments, layout, architecture.plan.num_layers)
     check_memory_settings(arguments, architecture.plan)
+    check_background(arguments.optimizer, architecture)
     _prepare_environment(arguments)
     check_data_contents(arguments, tokenizer)
     from megatron_midus import platform
@@ -79,9 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.parallel.distributed_backend == "gloo":
         # Before Megatron is imported: parts of it look at torch.cuda while they are.
         platform.activate_cpu_mapping()
-    from megatron_midus.training.pretrain import pretrain
-
-    return pretrain(arguments, layout=layout, source=source, architecture=architecture, tokenizer=tokenizer)
+    return Start(arguments, layout, source, architecture, tokenizer)
 
 
 def _prepare_environment(arguments: Arguments) -> None:
@@ -120,14 +133,15 @@ def _lost_ranks_named(rank: int) -> Iterator[None]:
 def run() -> NoReturn:
     """``main`` with the exit codes and the one-line errors of all tools, said once and not by every rank."""
     # SIGTERM has to end a rank that waits in a collective, where no handler of Python's runs.
-    cli.run(_main_of_rank, handle_signals=False)
+    cli.run(lambda: as_rank(main), handle_signals=False)
 
 
-def _main_of_rank() -> int:
+def as_rank(function: Callable[[], int]) -> int:
+    """Calls ``function`` as one rank of a job: what all ranks have to say is said once, and torchrun learns of it."""
     rank = int(os.environ.get("RANK", "0"))
     try:
         with _lost_ranks_named(rank):
-            return main()
+            return function()
     except Exception as error:
         if rank > 0 and is_users_mistake(error):
             # Mistakes are mostly everybody's. Rank 0 says so and the launcher ends us; otherwise we speak after a while.

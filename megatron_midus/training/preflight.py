@@ -15,6 +15,7 @@ from megatron_midus.files import check_writable_directory
 from megatron_midus.training.architecture import Architecture, resolve_train
 from megatron_midus.training.arguments import Arguments, parse_arguments
 from megatron_midus.training.checks import (
+    check_background,
     check_environment,
     check_memory_settings,
     check_schedule,
@@ -77,6 +78,7 @@ def check_run_to_come(
     )
     check_schedule(dataclasses.replace(arguments, parallel=parallel), layout, plan.num_layers)
     check_memory_settings(arguments, plan)
+    check_background(arguments.optimizer, architecture)
 
 
 def _split_sizes(arguments: Arguments) -> list[int | None]:

@@ -22,7 +22,6 @@ from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_
 from megatron.core.timers import Timers
 
 from megatron_midus import platform
-from megatron_midus.data.tokenizer import Tokenizer
 from megatron_midus.files import write_text_atomically
 from megatron_midus.training import build
 from megatron_midus.training.architecture import Architecture, resolve_model
@@ -31,42 +30,31 @@ from megatron_midus.training.checkpoint.source import RUN_FILE, Source
 from megatron_midus.training.checkpoint.state import Progress, load_training_state, read_common_state, read_progress
 from megatron_midus.training.checkpoint.verification import agree_on_source
 from megatron_midus.training.checkpoint.writer import set_aside
-from megatron_midus.training.checks import Layout
+from megatron_midus.training.checks import Layout, check_background
 from megatron_midus.training.dry_run import dry_run
 from megatron_midus.training.loop import Trainer
+from megatron_midus.training.memory.value_updates import ValueUpdates
 from megatron_midus.training.messages import is_last_rank, print_rank_0, rank, warn_rank_0
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
 from megatron_midus.training.schedule import schedule_flags
 from megatron_midus.training.signals import TerminationSignal
+from megatron_midus.training.start import Start
 from megatron_midus.training.summary import describe_groups, describe_run
 from megatron_midus.training.telemetry import Telemetry
 from megatron_midus.upscaling.cost import flops_per_token
 
 
-def pretrain(
-    arguments: Arguments, *, layout: Layout, source: Source, architecture: Architecture, tokenizer: Tokenizer
-) -> int:
+def pretrain(start: Start) -> int:
     """Trains; returns the exit code. Raises ``ValueError`` for a user's mistake, if possible before any work."""
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    if arguments.training.dry_run:
-        arguments = arguments.without_outputs()
+    if start.arguments.training.dry_run:
+        start = dataclasses.replace(start, arguments=start.arguments.without_outputs())
     signal = TerminationSignal()
-    if arguments.training.exit_signal_handler:
+    if start.arguments.training.exit_signal_handler:
         signal.install()
-    parallel = arguments.parallel
-    if parallel.deterministic_mode:
-        # Operations that have no deterministic kernel raise instead of drifting.
-        torch.use_deterministic_algorithms(True)
-    platform.initialize_distributed(parallel.distributed_backend, timeout_minutes=parallel.distributed_timeout_minutes)
-    agreed = agree_on_source(arguments.checkpoint, source)
-    if agreed != source:
-        source = agreed
-        tokenizer, architecture = resolve_model(arguments, source)
-    if arguments.training.bf16 and platform.is_cpu() and not platform.cpu_multiplies_bf16():
-        warn_rank_0("this processor has no bf16 instructions: --bf16 trains several times slower here than without it")
-    build.initialize_model_parallel(parallel, arguments.training.seed, architecture.plan.num_layers)
+    start = connect_ranks(start)
+    arguments = start.arguments
     with _data_for(arguments) as data_arguments:
-        trainer = _build_trainer(data_arguments, source, architecture, tokenizer, layout, signal)
+        trainer = _build_trainer(dataclasses.replace(start, arguments=data_arguments), signal)
         if arguments.training.dry_run:
             print_rank_0(dry_run(trainer))
     _record_configuration(arguments)
@@ -79,6 +67,24 @@ def pretrain(
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return code
+
+
+def connect_ranks(start: Start) -> Start:
+    """Makes the process groups; returns what all ranks agree to begin with, as whole checkpoints go. Collective."""
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    arguments, parallel = start.arguments, start.arguments.parallel
+    if parallel.deterministic_mode:
+        # Operations that have no deterministic kernel raise instead of drifting.
+        torch.use_deterministic_algorithms(True)
+    platform.initialize_distributed(parallel.distributed_backend, timeout_minutes=parallel.distributed_timeout_minutes)
+    agreed = agree_on_source(arguments.checkpoint, start.source)
+    if agreed != start.source:
+        tokenizer, architecture = resolve_model(arguments, agreed)
+        start = dataclasses.replace(start, source=agreed, tokenizer=tokenizer, architecture=architecture)
+    if arguments.training.bf16 and platform.is_cpu() and not platform.cpu_multiplies_bf16():
+        warn_rank_0("this processor has no bf16 instructions: --bf16 trains several times slower here than without it")
+    build.initialize_model_parallel(parallel, arguments.training.seed, start.architecture.plan.num_layers)
+    return start
 
 
 @contextlib.contextmanager
@@ -109,14 +115,8 @@ def _record_configuration(arguments: Arguments) -> None:
         write_text_atomically(Path(save) / RUN_FILE, arguments.to_yaml())
 
 
-def _build_trainer(
-    arguments: Arguments,
-    source: Source,
-    architecture: Architecture,
-    tokenizer: Tokenizer,
-    layout: Layout,
-    signal: TerminationSignal,
-) -> Trainer:
+def _build_trainer(start: Start, signal: TerminationSignal) -> Trainer:
+    arguments, source, architecture, layout = start.arguments, start.source, start.architecture, start.layout
     training = arguments.training
     timers = Timers(arguments.logging.timing_log_level, arguments.logging.timing_log_option)
     initialize_rerun_state_machine(mode=RerunMode(training.rerun_mode))
@@ -146,10 +146,11 @@ def _build_trainer(
         scheduler = build_scheduler(optimizer, arguments.optimizer, training, layout.global_batch_size)
         build.connect(config, chunks, optimizer, arguments.parallel)
         print_rank_0(describe_groups(optimizer))
+    value_updates = _value_updates(arguments, architecture, chunks, optimizer)
     progress = _restore(arguments, source, architecture, layout, chunks, optimizer, scheduler)
     train_iters = _train_iters(arguments, progress)
     datasets = build.build_datasets(
-        arguments.data, tokenizer, num_samples=_num_samples(arguments, layout, progress), seed=training.seed
+        arguments.data, start.tokenizer, num_samples=_num_samples(arguments, layout, progress), seed=training.seed
     )
     telemetry = Telemetry(
         arguments.logging,
@@ -178,15 +179,30 @@ def _build_trainer(
         scheduler=scheduler,
         progress=progress,
         datasets=datasets,
-        eod=tokenizer.eod,
+        eod=start.tokenizer.eod,
         telemetry=telemetry,
         signal=signal,
         timers=timers,
         train_iters=train_iters,
+        value_updates=value_updates,
     )
     if trainer.memory_telemetry is not None and source.resume and source.directory is not None:
         trainer.memory_telemetry.load(source.directory)
     return trainer
+
+
+def _value_updates(
+    arguments: Arguments, architecture: Architecture, chunks: list[torch.nn.Module], optimizer: MegatronOptimizer | None
+) -> ValueUpdates | None:
+    """How memory values are updated; ``None`` where as the rest."""
+    settings = arguments.optimizer
+    if optimizer is None or not (settings.memory_update_slots or settings.value_optimizer):
+        return None
+    # Again: the ranks may have agreed on an earlier checkpoint.
+    check_background(settings, architecture)
+    updates = ValueUpdates(settings, chunks, optimizer, architecture.background)
+    print_rank_0(updates.describe())
+    return updates
 
 
 def _restore(

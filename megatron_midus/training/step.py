@@ -5,6 +5,7 @@ Shapes: ``b`` samples of a micro-batch, ``s`` tokens of a sample (``s / cp`` und
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -23,6 +24,7 @@ from megatron_midus import platform
 from megatron_midus.config.optimizer import OptimizationConfig
 from megatron_midus.data import get_batch
 from megatron_midus.errors import UserError
+from megatron_midus.training.memory.value_updates import ValueUpdates
 from megatron_midus.training.optimizer import optimizer_step
 
 DataIterator = RerunDataIterator | list[RerunDataIterator | None] | None
@@ -130,8 +132,13 @@ def train_step(
     samples: int,
     check_loss: bool,
     empty_cache_level: int = 0,
+    value_updates: ValueUpdates | None = None,
 ) -> StepResult:
-    """One optimizer step on the next global batch of ``samples`` samples."""
+    """One optimizer step on the next global batch of ``samples`` samples.
+
+    Args:
+        value_updates: how memory values are updated, if not as the rest.
+    """
     rerun = get_rerun_state_machine()
     is_first = not rerun.first_iteration_complete
     reports: list[dict[str, torch.Tensor]] = []
@@ -139,6 +146,8 @@ def train_step(
         for chunk in model_chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
+        if value_updates is not None:
+            value_updates.begin()
         reports = forward_backward(forward_step, iterator, model_chunks, shape)
     save, leave, code = rerun.should_checkpoint_and_exit()
     if leave:
@@ -149,7 +158,9 @@ def train_step(
     if check_loss and is_first and loss is not None and not math.isfinite(loss):
         # The rerun machine lets the first step pass, because it could not save a checkpoint yet.
         raise DivergedError(f"the loss of the first step is {loss}; check the checkpoint, the data and the precision")
-    updated, grad_norm, num_zeros = _reduce(*optimizer_step(optimizer, settings))
+    with contextlib.nullcontext() if value_updates is None else value_updates.applied():
+        outcome = optimizer_step(optimizer, settings)
+    updated, grad_norm, num_zeros = _reduce(*outcome)
     if updated:
         scheduler.step(increment=samples)
     if empty_cache_level >= 2:
@@ -162,7 +173,7 @@ def forward_backward(
 ) -> list[dict[str, torch.Tensor]]:
     """Forward and backward over the micro-batches of one step; the gradients stay in their buffers."""
     try:
-        return _run_schedule(forward_step, iterator, model_chunks, shape, get_num_microbatches(), False)
+        return run_schedule(forward_step, iterator, model_chunks, shape, get_num_microbatches(), False)
     except RuntimeError as error:
         # What the rerun machine says when it is disabled.
         if "Unexpected result" not in str(error):
@@ -170,7 +181,7 @@ def forward_backward(
         raise DivergedError(f"training diverged: {error}; lower --lr, or check the data and the precision") from None
 
 
-def _run_schedule(
+def run_schedule(
     forward_step: Callable,
     iterator: DataIterator,
     model_chunks: Sequence[torch.nn.Module],
@@ -241,7 +252,7 @@ def evaluate(
     reports: list[dict[str, torch.Tensor]] = []
     done = 0
     while done < num_batches and not must_leave():
-        reports += _run_schedule(forward_step, iterator, model_chunks, shape, num_microbatches, True)
+        reports += run_schedule(forward_step, iterator, model_chunks, shape, num_microbatches, True)
         done += 1
     for chunk in model_chunks:
         chunk.train()

@@ -11,7 +11,7 @@ from megatron_midus.config.memory import MEASURED
 from megatron_midus.upscaling.plan import Block, UpscalePlan
 from megatron_midus.upscaling.tensors import block_shapes, memory_shapes, model_shapes
 
-Train = Literal["inserted", "all", "lora"]
+Train = Literal["inserted", "all", "lora", "values"]
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -31,9 +31,11 @@ def total_parameters(model: ModelConfig, plan: UpscalePlan) -> int:
 
 
 def trainable_parameters(model: ModelConfig, plan: UpscalePlan, train: Train, *, lora_rank: int | None = None) -> int:
-    """Parameters that ``--train inserted``, ``all``, or ``lora`` with ``--lora-rank`` updates."""
+    """Parameters that ``--train`` updates, ``lora`` with ``--lora-rank``."""
     if train == "lora":
         return _lora_parameters(model, plan, lora_rank)
+    if train == "values":
+        return len(plan.memory_indices) * math.prod(_memory_shapes(model, plan)["value_bank"])
     measured = len(plan.memory_indices) * _measured_parameters(model, plan)
     if train == "all":
         return total_parameters(model, plan) - measured
@@ -80,19 +82,22 @@ def _attended_tokens(model: ModelConfig, seq_length: int) -> float:
     return (window * (window + 1) / 2 + (seq_length - window) * window) / seq_length
 
 
+def _memory_shapes(model: ModelConfig, plan: UpscalePlan) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of one memory, by name."""
+    assert plan.memory is not None
+    return plan.memory.parameter_shapes(
+        hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads, kv_channels=model.kv_channels
+    )
+
+
 def memory_flops(model: ModelConfig, plan: UpscalePlan) -> float:
     """Forward FLOPs of one head-wise memory for one token, the attention before it not included.
 
     Sub-key scores ``2 n D`` a head, the weighted sum over k slots, and the projections that the variant has.
     Selection is comparisons, not FLOPs.
     """
-    assert plan.memory is not None
-    memory = plan.memory
-    shapes = memory.parameter_shapes(
-        hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads, kv_channels=model.kv_channels
-    )
-    heads = memory.num_memory_heads(model.num_attention_heads)
-    flops = 2.0 * heads * memory.memory_topk * shapes["value_bank"][-1]
+    shapes = _memory_shapes(model, plan)
+    flops = _value_flops(model, plan)
     for name in ("row_keys", "col_keys", "head_proj", "attn_proj", "mixer", "gate", "domain_gate"):
         flops += 2.0 * math.prod(shapes.get(name, (0,)))
     return flops
@@ -100,6 +105,13 @@ def memory_flops(model: ModelConfig, plan: UpscalePlan) -> float:
 
 def _has_attention(plan: UpscalePlan, index: int) -> bool:
     return plan.blocks[index].kind != "memory" or (plan.memory is not None and plan.memory.has_attention)
+
+
+def _value_flops(model: ModelConfig, plan: UpscalePlan) -> float:
+    """FLOPs of the weighted sum over the slots that one token reads, and of the gradient of their values."""
+    assert plan.memory is not None
+    reads = plan.memory.num_memory_heads(model.num_attention_heads) * plan.memory.memory_topk
+    return 2.0 * reads * _memory_shapes(model, plan)["value_bank"][-1]
 
 
 def block_flops(model: ModelConfig, plan: UpscalePlan, index: int, seq_length: int) -> BlockFlops:
@@ -133,7 +145,7 @@ def flops_per_token(
 
     ``all`` is three times the forward pass. With ``inserted`` the frozen base needs no weight gradients, and no
     gradients at all before the first inserted block. With ``lora`` every block needs gradients of its activations, and
-    the adapters need both.
+    the adapters need both. ``values`` needs no weight gradients but those of the slots read.
     """
     if train == "all":
         return 3.0 * forward_flops_per_token(model, plan, seq_length)
@@ -147,8 +159,10 @@ def flops_per_token(
     for index in range(plan.inserted_indices[0], plan.num_layers):
         block = block_flops(model, plan, index, seq_length)
         total += block.weights + 2.0 * block.activations
-        if plan.blocks[index].inserted:
+        if plan.blocks[index].inserted and train == "inserted":
             total += block.weights
+        elif plan.blocks[index].kind == "memory":
+            total += _value_flops(model, plan)
     return total + 2.0 * model.hidden_size * model.vocab_size
 
 

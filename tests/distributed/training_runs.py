@@ -33,6 +33,7 @@ from megatron_midus.training.checkpoint.state import Progress, load_training_sta
 from megatron_midus.training.checkpoint.writer import CheckpointWriter
 from megatron_midus.training.checks import check_schedule, resolve_layout, resolve_pipeline
 from megatron_midus.training.memory.telemetry import MemoryTelemetry
+from megatron_midus.training.memory.value_updates import ValueUpdates
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
 from megatron_midus.training.schedule import schedule_flags
 from megatron_midus.training.step import BatchShape, make_forward_step, train_step
@@ -114,12 +115,15 @@ class Run:
         flags: on top of ``COMMON`` and those of the layout.
         steps: iteration after which it ends.
         save: root of a checkpoint that is written at the end.
+        updated_apart: iterations after which a step updates memory values in their own way, if the flags say so; all when
+            absent.
     """
 
     load: Path
     flags: str = ""
     steps: int = 10
     save: Path | None = None
+    updated_apart: range | None = None
 
 
 @dataclasses.dataclass
@@ -159,8 +163,15 @@ def train_runs(runs: dict[str, Run], layout_flags: str) -> dict[str, list[tuple]
     return {name: train(run, layout_flags).curve for name, run in runs.items()}
 
 
-def train(run: Run, layout_flags: str, *, before_steps: Callable[[list], None] = lambda chunks: None) -> Outcome:
-    """One run; ``before_steps`` is called with the model chunks once everything is loaded."""
+def train(
+    run: Run,
+    layout_flags: str,
+    *,
+    before_steps: Callable[[list], None] = lambda chunks: None,
+    after_step: Callable[[list, Any], None] | None = None,
+) -> Outcome:
+    """One run; ``before_steps`` is called with the model chunks once everything is loaded, ``after_step`` with chunks and
+    optimizer, weights being whole."""
     flags = f"{COMMON} --load {run.load} {layout_flags} {run.flags}"
     arguments = parse_arguments(shlex.split(flags))
     layout = resolve_layout(arguments, torch.distributed.get_world_size())
@@ -183,6 +194,9 @@ def train(run: Run, layout_flags: str, *, before_steps: Callable[[list], None] =
     optimizer = build_optimizer(chunks, arguments.optimizer, arguments.training, parallel)
     scheduler = build_scheduler(optimizer, arguments.optimizer, arguments.training, layout.global_batch_size)
     build.connect(config, chunks, optimizer, parallel)
+    value_updates = None
+    if arguments.optimizer.memory_update_slots or arguments.optimizer.value_optimizer:
+        value_updates = ValueUpdates(arguments.optimizer, chunks, optimizer, architecture.background)
     progress = Progress()
     if source.resume:
         assert source.directory is not None
@@ -210,7 +224,7 @@ def train(run: Run, layout_flags: str, *, before_steps: Callable[[list], None] =
         )
         if source.resume:
             memory_telemetry.load(source.directory)
-    curve = _steps(arguments, chunks, optimizer, scheduler, progress, run.steps, memory_telemetry)
+    curve = _steps(arguments, chunks, optimizer, scheduler, progress, run, memory_telemetry, value_updates, after_step)
     if run.save is not None:
         usage = memory_telemetry.state() if memory_telemetry is not None else None
         state = training_state(
@@ -226,8 +240,10 @@ def _steps(
     optimizer: Any,
     scheduler: Any,
     progress: Progress,
-    last: int,
+    run: Run,
     memory_telemetry: MemoryTelemetry | None,
+    value_updates: ValueUpdates | None,
+    after_step: Callable[[list, Any], None] | None,
 ) -> list[tuple]:
     shape = BatchShape(arguments.training.micro_batch_size, SEQUENCE, False, None)
     forward_step = make_forward_step(shape, check_loss=False)
@@ -241,18 +257,22 @@ def _steps(
     for chunk in chunks:
         chunk.train()
     curve = []
-    while progress.iteration < last:
+    while progress.iteration < run.steps:
+        is_apart = run.updated_apart is None or progress.iteration in run.updated_apart
         if memory_telemetry is not None:
             memory_telemetry.before_step(progress.iteration + 1)
         result = train_step(
             forward_step, iterator, chunks, optimizer, scheduler, shape, arguments.optimizer,
-            samples=GLOBAL_BATCH, check_loss=False,
+            samples=GLOBAL_BATCH, check_loss=False, value_updates=value_updates if is_apart else None,
         )  # fmt: skip
         progress.iteration += 1
         progress.consumed_train_samples += GLOBAL_BATCH
         curve.append((progress.iteration, result.loss, result.grad_norm))
         if memory_telemetry is not None:
             memory_telemetry.after_step(progress.iteration)
+        if after_step is not None:
+            _synchronise(arguments, chunks)
+            after_step(chunks, optimizer)
     _synchronise(arguments, chunks)
     return curve
 

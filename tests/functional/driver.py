@@ -100,6 +100,7 @@ def train(
     timeout: float = 120,
     log_samples: bool = False,
     upstream: bool = False,
+    verb: str | None = None,
     while_running: Callable[[list[multiprocessing.Process], Callable[[], str]], None] | None = None,
 ) -> Run:
     """Runs ``pretrain_midus.py`` with ``arguments``, each of which may hold several words.
@@ -109,6 +110,7 @@ def train(
         timeout: seconds until all are killed, which their exit codes show.
         log_samples: print ``sample INDEX`` for every training or validation sample when it is read.
         upstream: run ``examples/megatron_lm/pretrain_gpt_midus.py`` instead.
+        verb: run ``midus VERB`` instead.
         while_running: called again and again with the processes and a function that returns the output so far.
     """
     words = [word for argument in arguments for word in str(argument).split()]
@@ -126,7 +128,7 @@ def train(
     with tempfile.TemporaryDirectory() as directory:
         ranks = [
             context.Process(
-                target=_work, args=(rank, environment, directory, words, processes > 1, log_samples, upstream)
+                target=_work, args=(rank, environment, directory, words, processes > 1, log_samples, upstream, verb)
             )
             for rank in range(processes)
         ]
@@ -163,6 +165,7 @@ def _work(
     is_distributed: bool,
     log_samples: bool,
     upstream: bool,
+    verb: str | None,
 ) -> None:
     if is_distributed:
         os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
@@ -176,6 +179,11 @@ def _work(
         _log_samples()
     if upstream:
         runpy.run_path(str(UPSTREAM_EXAMPLE), run_name="__main__")
+    if verb is not None:
+        from megatron_midus.command import main
+
+        sys.argv = ["midus", verb, *words]
+        main()
     from megatron_midus.training.main import run
 
     run()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_midus.checkpoint.checksums import CHECKSUMS_FILE, DamagedError, check_files, read_checksums
 from megatron_midus.checkpoint.layout import (
+    BACKGROUND_FILE,
     LATEST_FILE,
     find_checkpoint,
     is_iteration_directory,
@@ -238,7 +239,7 @@ def _with_checksums(root: Path) -> list[int]:
 
 def _is_state(name: str) -> bool:
     """Whether a file holds tensors or training state; the others are small and read by every rank."""
-    return name.endswith((".distcp", ".pt")) or name == ".metadata"
+    return name.endswith((".distcp", ".pt")) or name in (".metadata", BACKGROUND_FILE)
 
 
 def check_share(directory: Path, *, is_state: bool, index: int = 0, count: int = 1) -> bool:

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_midus.checkpoint.checksums import file_sha256, write_checksums
 from megatron_midus.checkpoint.layout import (
     ASSETS_DIRECTORY,
+    BACKGROUND_FILE,
     LATEST_CHECKSUM_FILE,
     LATEST_FILE,
     copy_assets,
@@ -50,7 +51,7 @@ class CheckpointWriter:
 
     Args:
         root: ``--save``.
-        architecture: plan, model and Hugging Face files that travel into every checkpoint.
+        architecture: plan, model, Hugging Face files and background counts that travel into every checkpoint.
         is_async: write in the background; ``finalize`` must then be called now and then.
         keep_last: newest checkpoints to keep, 0 = all.
         fully_parallel: data-parallel ranks share the writing of what they hold alike, about the same bytes each.
@@ -68,8 +69,9 @@ class CheckpointWriter:
         self.root = Path(root)
         self.architecture = architecture
         self.keep_last = keep_last
-        # Follows the newest checkpoint: the one that the run began with may be deleted by then.
+        # Both follow the newest checkpoint: the one that the run began with may be deleted by then.
         self._assets = architecture.assets
+        self._background = architecture.background
         self._queue = AsyncCallsQueue() if is_async else None
         self._strategy = _sharing_strategy() if fully_parallel else get_default_save_sharded_strategy()
         self._run = _agree_on_name()
@@ -153,11 +155,15 @@ class CheckpointWriter:
             self.architecture.plan.save(staging)
             self.architecture.model.save(staging)
             self._copy_assets(staging / ASSETS_DIRECTORY)
+            if self._background is not None:
+                shutil.copyfile(self._background, staging / BACKGROUND_FILE)
             write_checksums(staging, {name: value for each in everyones for name, value in each.items()})
             replace_directory(staging, target)
             self._end_partial(iteration)
             if self._assets is not None:
                 self._assets = target / ASSETS_DIRECTORY
+            if self._background is not None:
+                self._background = target / BACKGROUND_FILE
             write_latest_iteration(self.root, iteration)
             apply_retention(self.root, self.keep_last, iteration)
         torch.distributed.barrier()

@@ -6,6 +6,7 @@ Shapes: T tokens, M memory heads, p tensor-parallel ranks, K slots a head reads,
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from megatron.core import parallel_state
 
 from megatron_midus.memory import HeadWiseMemory
 from megatron_midus.model.layer import MIDUSMemoryLayer
+
+Observer = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 @dataclasses.dataclass
@@ -63,7 +66,7 @@ class BlockCounter:
         # Sums of the largest weights per head, squares of output and input, balance loss, passes with one.
         self._sums = torch.zeros(heads + 4, dtype=torch.float64, device=device)
         self._tokens = 0
-        self.memory.observer = self._observe
+        watch(self.memory, self._observe)
         self._hooks = [
             self.layer.register_forward_pre_hook(self._see_input, with_kwargs=True),
             self.memory.register_forward_hook(self._see_output),
@@ -73,7 +76,7 @@ class BlockCounter:
     def stop(self) -> BlockCounts:
         """Ends counting, and adds up over all ranks. Collective over tensor, data and context parallelism."""
         self._sums[-2:] += self._take_balance_loss()
-        self.memory.observer = None
+        unwatch(self.memory, self._observe)
         for hook in self._hooks:
             hook.remove()
         counts = self._reduce()
@@ -83,19 +86,17 @@ class BlockCounter:
     # -- watching ------------------------------------------------------------------------------------------------
     def _observe(self, indices_THK: torch.Tensor, weights_THK: torch.Tensor) -> None:
         heads, n = indices_THK.shape[1], self.memory.memory.memory_num_keys
-        # int64 only where the slots of all heads are more than int32 reaches
-        wide = indices_THK if heads * n * n < 2**31 else indices_THK.long()
-        head = torch.arange(heads, dtype=wide.dtype, device=wide.device)[:, None]
-        slot_of_head = (wide + head * (n * n)).flatten()
+        slot_of_head = slots_of_heads(indices_THK, n * n)
+        head = torch.arange(heads, dtype=indices_THK.dtype, device=indices_THK.device)[:, None]
         row = indices_THK // n
         if self._used is None:
-            _count(self._slots, slot_of_head)
+            count(self._slots, slot_of_head)
         else:
-            _count(self._slots, indices_THK.flatten())
+            count(self._slots, indices_THK.flatten())
             self._used[slot_of_head] = 1
         first = head * (2 * n)
-        _count(self._subkeys, (row + first).flatten())
-        _count(self._subkeys, (indices_THK - row * n + (first + n)).flatten())
+        count(self._subkeys, (row + first).flatten())
+        count(self._subkeys, (indices_THK - row * n + (first + n)).flatten())
         self._sums[:heads] += weights_THK.amax(-1).sum(0, dtype=torch.float64)
         self._tokens += len(indices_THK)
 
@@ -164,7 +165,49 @@ def gather_heads(part: torch.Tensor, group: torch.distributed.ProcessGroup) -> t
     return torch.cat(parts)
 
 
-def _count(counts: torch.Tensor, entries: torch.Tensor) -> None:
+def memories(model_chunks: Any) -> list[HeadWiseMemory]:
+    """The memories on this rank, in the order of the model."""
+    found = [m for chunk in model_chunks for m in chunk.modules() if isinstance(m, HeadWiseMemory)]
+    return sorted(found, key=lambda memory: memory.layer_index)
+
+
+class _Observers:
+    """Shows one look-up to several."""
+
+    def __init__(self) -> None:
+        self.all: list[Observer] = []
+
+    def __call__(self, indices: torch.Tensor, weights: torch.Tensor) -> None:
+        for observer in self.all:
+            observer(indices, weights)
+
+
+def watch(memory: HeadWiseMemory, observer: Observer) -> None:
+    """Shows the look-ups to ``observer`` as well."""
+    if not isinstance(memory.observer, _Observers):
+        assert memory.observer is None
+        memory.observer = _Observers()
+    memory.observer.all.append(observer)
+
+
+def unwatch(memory: HeadWiseMemory, observer: Observer) -> None:
+    """The reverse of ``watch``."""
+    assert isinstance(memory.observer, _Observers)
+    memory.observer.all.remove(observer)
+    if not memory.observer.all:
+        memory.observer = None
+
+
+def slots_of_heads(indices_THK: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """``[T * M * K]``: where each read lies in the banks of all heads one after the other."""
+    heads = indices_THK.shape[1]
+    # int64 only where the slots of all heads are more than int32 reaches
+    wide = indices_THK if heads * num_slots < 2**31 else indices_THK.long()
+    return (wide + torch.arange(heads, dtype=wide.dtype, device=wide.device)[:, None] * num_slots).flatten()
+
+
+def count(counts: torch.Tensor, entries: torch.Tensor) -> None:
+    """Adds one to each of ``entries`` in place, as often as it occurs."""
     counts.index_add_(0, entries, counts.new_ones(()).expand(entries.numel()))
 
 

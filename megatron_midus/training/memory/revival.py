@@ -9,9 +9,10 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
-from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_midus.memory import HeadWiseMemory
+from megatron_midus.training.memory.masters import find_master
 from megatron_midus.training.memory.usage import MemoryUsage
 
 NOISE = 0.1  # of the root mean square of the sub-key that a revived one is put beside
@@ -83,36 +84,15 @@ def write_keys(
 ) -> None:
     """Puts the dead rows of ``reseeded_MNC`` into weights and master weights, and zeroes their moments."""
     rows = dead_MN[..., None].expand_as(reseeded_MNC).flatten()
-    master, state, begin = _master(optimizer, keys)
-    if master is not None:
-        part = slice(begin, begin + master.numel())
-        for tensor in state.values():
+    found = find_master(optimizer, keys)
+    if found is not None:
+        master = found.tensor
+        part = slice(found.begin, found.begin + master.numel())
+        for tensor in found.state.values():
             if isinstance(tensor, torch.Tensor) and tensor.shape == master.shape:
                 tensor.view(-1)[rows[part]] = 0
         master.data.view(-1)[rows[part]] = reseeded_MNC.flatten()[part][rows[part]].to(master.dtype)
     keys.data.view(-1)[rows] = reseeded_MNC.flatten()[rows].to(keys.dtype)
-
-
-def _master(
-    optimizer: MegatronOptimizer, parameter: torch.nn.Parameter
-) -> tuple[torch.Tensor | None, dict[str, torch.Tensor], int]:
-    """What the optimizer updates in place of ``parameter``: the tensor, its state, and where in the flattened parameter
-    it begins. ``None`` where a distributed optimizer keeps all of it on other ranks."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    for part in parts:
-        if isinstance(part, DistributedOptimizer):
-            if parameter not in part.model_param_group_index_map:
-                continue
-            assert not part.config.use_precision_aware_optimizer, "its master weights are not where they are looked for"
-            group, position = part.model_param_group_index_map[parameter]
-            master = part.optimizer.param_groups[group]["params"][position]
-            return master, part.optimizer.state[master], part._get_model_param_range_map(parameter)["param"].start
-        master = getattr(parameter, "main_param", None)
-        master = parameter if master is None else master
-        if any(master is p for group in part.param_groups for p in group["params"]):
-            return master, part.optimizer.state[master], 0
-    assert any(isinstance(part, DistributedOptimizer) for part in parts), "sub-keys that no optimizer trains"
-    return None, {}, 0
 
 
 def _generator(label: str) -> torch.Generator:
