@@ -15,7 +15,8 @@ __version__ = "0.1.0"
 
 # Typed in __init__.pyi.
 __all__ = [
-    "analyze", "compare", "convert", "doctor", "evaluate", "generate", "plan", "preprocess", "pretrain", "recipe", "upscale",
+    "analyze", "background", "compare", "convert", "doctor", "evaluate", "generate", "plan", "preprocess", "pretrain", "recipe",
+    "upscale",
 ]  # fmt: skip
 
 

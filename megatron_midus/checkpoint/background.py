@@ -7,8 +7,6 @@ travels into every checkpoint of a run.
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from safetensors.torch import save_file
 from megatron_midus.checkpoint.checksums import change_file
 from megatron_midus.checkpoint.layout import BACKGROUND_FILE
 from megatron_midus.errors import UserError
+from megatron_midus.files import staged_file
 
 _REMEDY = "count again with midus background"
 
@@ -60,11 +59,12 @@ def write_background(directory: str | Path, header: BackgroundHeader, blocks: di
         tensors |= {f"{index}.batches": block.batches.int().cpu(), f"{index}.reads": block.reads.long().cpu()}
     metadata = {name: str(value) for name, value in dataclasses.asdict(header).items()}
     path = Path(directory) / BACKGROUND_FILE
-    # Outside of the checkpoint, whose list of hashes is of every file in it; on the same file system.
-    with tempfile.TemporaryDirectory(dir=path.parent.parent, prefix=".memory_background.") as staging:
-        staged = Path(staging) / BACKGROUND_FILE
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged, metadata=metadata)
-        change_file(path.parent, BACKGROUND_FILE, lambda: os.replace(staged, path))
+
+    def write() -> None:
+        with staged_file(path) as staged:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged, metadata=metadata)
+
+    change_file(directory, BACKGROUND_FILE, write)
     return path
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 
 from megatron_midus.config import ModelConfig
-from megatron_midus.config.optimizer import OptimizationConfig
 from megatron_midus.config.parallel import ParallelConfig
 from megatron_midus.errors import UserError
 from megatron_midus.training.architecture import Architecture
@@ -205,11 +204,12 @@ def check_memory_settings(arguments: Arguments, plan: UpscalePlan) -> None:
             )
 
 
-def check_background(settings: OptimizationConfig, architecture: Architecture) -> None:
+def check_background(arguments: Arguments, architecture: Architecture) -> None:
     """Refuses sparse updates without the counts that they need."""
-    if settings.memory_update_slots and architecture.background is None:
+    slots = arguments.optimizer.memory_update_slots
+    if slots and architecture.background is None and not arguments.training.skip_train:
         raise UserError(
-            f"memory_update_slots={settings.memory_update_slots} needs to know which slots text of the old domain reads, "
+            f"memory_update_slots={slots} needs to know which slots text of the old domain reads, "
             "and the checkpoint has no such counts; make them with midus background --load DIR --data-path OLD"
         )
 

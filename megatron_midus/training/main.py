@@ -85,7 +85,7 @@ def prepare(arguments: Arguments) -> Start:
     arguments = dataclasses.replace(arguments, parallel=parallel)
     check_schedule(arguments, layout, architecture.plan.num_layers)
     check_memory_settings(arguments, architecture.plan)
-    check_background(arguments.optimizer, architecture)
+    check_background(arguments, architecture)
     _prepare_environment(arguments)
     check_data_contents(arguments, tokenizer)
     from megatron_midus import platform

@@ -78,7 +78,7 @@ def check_run_to_come(
     )
     check_schedule(dataclasses.replace(arguments, parallel=parallel), layout, plan.num_layers)
     check_memory_settings(arguments, plan)
-    check_background(arguments.optimizer, architecture)
+    check_background(arguments, architecture)
 
 
 def _split_sizes(arguments: Arguments) -> list[int | None]:

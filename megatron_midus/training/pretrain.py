@@ -199,7 +199,7 @@ def _value_updates(
     if optimizer is None or not (settings.memory_update_slots or settings.value_optimizer):
         return None
     # Again: the ranks may have agreed on an earlier checkpoint.
-    check_background(settings, architecture)
+    check_background(arguments, architecture)
     updates = ValueUpdates(settings, chunks, optimizer, architecture.background)
     print_rank_0(updates.describe())
     return updates

@@ -56,23 +56,36 @@ def pretrain(
         UserError: what the driver refused, in its words.
         RuntimeError: the driver ended otherwise; the message ends with the last lines of its log.
     """
-    if processes < 1:
-        raise UserError(f"processes={processes} must be at least 1")
     words = words_of_entries(build_parser(), settings, where="pretrain()")
     with (progress or SILENT)("training", total=settings.get("train_iters"), unit="iteration") as advance:
-        lines = _Log(advance, show_log)
-        code = lines.follow(_command(processes, words))
-    if code:
-        lines.raise_failure(code)
+        lines = follow_ranks("pretrain", processes, words, advance=advance, show_log=show_log)
     save = settings.get("save")
     return Trained(lines.iteration, tuple(lines.losses), tuple(lines.validation), Path(save) if save else None)
 
 
-def _command(processes: int, words: Sequence[str]) -> list[str]:
+def follow_ranks(
+    verb: str, processes: int, words: Sequence[str], *, advance: Advance = lambda number: None, show_log: bool = True
+) -> _Log:
+    """Runs ``midus VERB`` in processes of its own to its end; returns what they told.
+
+    Raises:
+        UserError: what they refused, in their words.
+        RuntimeError: they ended otherwise; the message ends with the last lines of the log.
+    """
+    if processes < 1:
+        raise UserError(f"processes={processes} must be at least 1")
+    lines = _Log(advance, show_log)
+    code = lines.follow(_command(verb, processes, words))
+    if code:
+        lines.raise_failure(code)
+    return lines
+
+
+def _command(verb: str, processes: int, words: Sequence[str]) -> list[str]:
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*launcher, "-m", "megatron_midus", "pretrain", *words]
+    return [*launcher, "-m", "megatron_midus", verb, *words]
 
 
 class _Log:

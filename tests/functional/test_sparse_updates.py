@@ -11,6 +11,7 @@ from driver import TINY_RUN, Run, train
 from safetensors.torch import load_file
 from upscaled import read_tensors, write_upscaled
 
+import megatron_midus
 from megatron_midus.checkpoint.checksums import check_checkpoint
 from megatron_midus.checkpoint.layout import BACKGROUND_FILE
 
@@ -50,8 +51,11 @@ def test_counts_are_in_the_checkpoint(upscaled):
     assert 1 <= int(counts["1.batches"].max()) <= 3
     assert torch.equal(counts["1.batches"] > 0, counts["1.reads"] > 0)
     assert check_checkpoint(directory)
-    count(upscaled).check()
-    assert check_checkpoint(directory)
+    settings = {"distributed_backend": "gloo", "mock_data": True, "num_workers": 0, "seq_length": 32}
+    settings |= {"global_batch_size": 2, "num_batches": 3}
+    again = megatron_midus.background(load=upscaled, show_log=False, **settings)
+    assert again == directory / BACKGROUND_FILE and check_checkpoint(directory)
+    assert all(torch.equal(tensor, counts[name]) for name, tensor in load_file(again).items())
 
 
 BF16 = "--bf16 --use-distributed-optimizer --async-save"
@@ -101,12 +105,27 @@ def test_damaged_counts_are_seen(runs, tmp_path):
     assert "Iteration 4 is NOT USED" in run.err and list(run.losses) == [3, 4]
 
 
+def test_values_alone_by_sgd(upscaled, tmp_path):
+    flags = (
+        "--train-iters 2 --train values --value-optimizer sgd --recompute-granularity full --recompute-method uniform"
+    )
+    run = train(*TINY_RUN, flags, "--recompute-num-layers 1 --load", upscaled, "--save", tmp_path).check()
+    assert "28,040 in total, 392 trainable (1.4 %, --train values)" in run.out and "memory values: by sgd" in run.out
+    start, end = read_tensors(upscaled, 0), read_tensors(tmp_path, 2)
+    assert [key for key in start if not torch.equal(start[key], end[key])] == [BANK]
+    assert not end[f"optimizer.state.exp_avg.{BANK}"].any()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ("", "memory_update_slots=5 needs to know which slots text of the old domain reads"),
         ("", "make them with midus background --load DIR --data-path OLD"),
         ("--memory-update-slots 50", "memory_update_slots=50 is more than the 49 slots of a value bank"),
+        (
+            "--memory-update-slots 0 --train values --memory-log-interval 2 --memory-revive-interval 2",
+            "memory_revive_interval=2 moves keys, which --train values freezes",
+        ),
         ("--memory-update-slots -1", "memory_update_slots=-1 must not be negative"),
     ],
 )

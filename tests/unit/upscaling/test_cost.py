@@ -71,6 +71,8 @@ def test_trainable_parameters():
     counts = block_parameters(LLAMA_1B, plan)
     assert trainable_parameters(LLAMA_1B, plan, "inserted") == 8 * counts[2]
     assert trainable_parameters(LLAMA_1B, plan, "all") == total_parameters(LLAMA_1B, plan)
+    assert trainable_parameters(LLAMA_1B, plan, "values") == 8 * 256**2 * 64
+    assert trainable_parameters(LLAMA_1B, paper_plan(memory_variant="full"), "values") == 8 * 32 * 256**2 * 64
     base = make_plan("none", num_layers=16)
     assert total_parameters(LLAMA_1B, plan) - total_parameters(LLAMA_1B, base) == 8 * counts[2]
 
@@ -128,6 +130,8 @@ def test_training_flops():
     late, early = (
         make_plan("interleave", num_layers=16, insert_after=[after], memory=PAPER) for after in (14, 0)
     )  # fmt: skip
+    values = flops_per_token(LLAMA_1B, plan, 4096, train="values")
+    assert forward_flops_per_token(LLAMA_1B, plan, 4096) < values < frozen
     assert flops_per_token(LLAMA_1B, late, 4096, train="inserted") < flops_per_token(LLAMA_1B, early, 4096, train="inserted")  # fmt: skip
 
 
