@@ -1,4 +1,4 @@
-"""Sub-command layer: one Memory block against one copied Transformer block, both Megatron layers."""
+"""Sub-command layer: Memory blocks, with and without attention, against a copied Transformer block, as Megatron layers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from megatron_midus.model.builder import build_model, make_transformer_config
 from megatron_midus.report.machine import machine_facts
 from megatron_midus.upscaling.cost import block_flops
 
-VARIANTS = ("copied", "memory")
-BASELINES = {"memory": ["copied"]}
+VARIANTS = ("copied", "memory", "token")
+BASELINES = {"memory": ["copied"], "token": ["copied", "memory"]}
 
 
 class Block:
@@ -106,7 +106,7 @@ def _measure(shape: Shape, settings: LayerSettings, device: str) -> Section:
         work[variant] = [Work(forward, num_bytes), Work(2 * forward, 2 * num_bytes)]
     rows = make_rows(times, ["forward", "backward"], BASELINES, work=work, ceilings=ceilings, peaks=peaks)
     description = f"s={shape.seq_length} b={settings.batch} {shape.describe().partition(' ')[2]}"
-    return Section(f"layer {shape.name}", description, dataclasses.asdict(shape), rows, ["copied"], ceilings)
+    return Section(f"layer {shape.name}", description, dataclasses.asdict(shape), rows, ["copied", "memory"], ceilings)
 
 
 def _activations(shape: Shape, settings: LayerSettings, device: str) -> tuple[torch.Tensor, torch.Tensor]:

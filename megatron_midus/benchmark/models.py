@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+from typing import Any
 
 import torch
 
@@ -17,7 +18,15 @@ from megatron_midus.config.parallel import ParallelConfig
 from megatron_midus.training.build import initialize_model_parallel
 from megatron_midus.upscaling import UpscalePlan, make_plan
 
-POLICIES = {"base": "none", "copied": "llama_pro", "memory": "interleave", "watched": "interleave"}
+POLICIES = {
+    "base": "none",
+    "copied": "llama_pro",
+    "memory": "interleave",
+    "watched": "interleave",
+    "token": "interleave",
+}
+# Settings of Memory blocks beside their sizes.
+MEMORY_SETTINGS: dict[str, dict[str, Any]] = {"token": {"memory_query": "token", "memory_attention": "none"}}
 
 
 def start_process(device: str, seed: int) -> None:
@@ -44,8 +53,13 @@ def check_memory(shape: Shape, settings: LayerSettings, device: str) -> list[Che
 
 
 def make_shape_plan(shape: Shape, variant: str, *, num_layers: int, num_blocks: int) -> UpscalePlan:
-    """The plan of a variant: ``base``, ``copied``, or ``memory`` and ``watched``, which are built alike."""
-    memory = MemoryConfig(memory_num_keys=shape.num_keys, memory_topk=shape.topk, memory_latent_size=shape.latent_size)
+    """The plan of a variant: ``base``, ``copied``, ``memory`` and ``watched``, which are built alike, or ``token``."""
+    memory = MemoryConfig(
+        memory_num_keys=shape.num_keys,
+        memory_topk=shape.topk,
+        memory_latent_size=shape.latent_size,
+        **MEMORY_SETTINGS.get(variant, {}),
+    )
     return make_plan(
         POLICIES[variant],
         num_layers=num_layers,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_midus.benchmark.models import MEMORY_SETTINGS
 from megatron_midus.benchmark.result import BenchmarkResult, Section, make_rows
 from megatron_midus.benchmark.settings import ServeSettings
 from megatron_midus.benchmark.shapes import Shape, find_shapes
@@ -19,7 +20,8 @@ from megatron_midus.errors import UserError
 from megatron_midus.hf import MidusConfig, MidusForCausalLM, register
 from megatron_midus.report.machine import machine_facts
 
-BASELINES = {"memory": ["copied", "base"], "copied": ["base"]}
+KINDS = ("base", "copied", "memory", "token")
+BASELINES = {"memory": ["copied", "base"], "token": ["copied", "base", "memory"], "copied": ["base"]}
 PHASES = ("prefill", "decode")
 CHECKED_TOKENS = 8
 
@@ -48,9 +50,7 @@ def run_serve(settings: ServeSettings) -> BenchmarkResult:
 
 def _measure(shape: Shape, settings: ServeSettings) -> list[Section]:
     with tempfile.TemporaryDirectory() as place:
-        paths = {
-            name: write_model(Path(place, name), shape, name, settings.seed) for name in ("base", "copied", "memory")
-        }
+        paths = {name: write_model(Path(place, name), shape, name, settings.seed) for name in KINDS}
         expected = {name: _greedy(path, shape) for name, path in paths.items()}  # before vLLM changes the classes
         engines = {name: _engine(path, shape, settings) for name, path in paths.items()}
     if shape.dtype == "float32":  # in others a near tie goes either way
@@ -62,7 +62,7 @@ def _measure(shape: Shape, settings: ServeSettings) -> list[Section]:
 
 
 def write_model(path: Path, shape: Shape, kind: str, seed: int) -> Path:
-    """A model of random numbers as an export: ``base``, with ``copied`` blocks or with blocks of ``memory``."""
+    """A model of random numbers as an export: ``base``, with ``copied`` blocks, with Memory blocks as ``memory`` or ``token``."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     every = shape.num_layers // shape.num_blocks
@@ -77,9 +77,9 @@ def write_model(path: Path, shape: Shape, kind: str, seed: int) -> Path:
         "num_hidden_layers": shape.num_layers if kind == "base" else len(blocks),
         "max_position_embeddings": 8192,
     }
-    if kind == "memory":
+    if kind in ("memory", "token"):
         memory = {"num_keys": shape.num_keys, "topk": shape.topk, "latent_size": shape.latent_size}
-        memory = {f"memory_{name}": value for name, value in memory.items()}
+        memory = {f"memory_{name}": value for name, value in memory.items()} | MEMORY_SETTINGS.get(kind, {})
         model = MidusForCausalLM(MidusConfig(**common, **memory, block_types=blocks))
     else:
         model = LlamaForCausalLM(LlamaConfig(**common))
@@ -112,7 +112,7 @@ def _engine(path: Path, shape: Shape, settings: ServeSettings) -> Any:
     return LLM(
         str(path), skip_tokenizer_init=True, dtype=shape.dtype, enforce_eager=settings.eager, seed=settings.seed,
         enable_prefix_caching=False, max_model_len=settings.prompt_tokens + settings.new_tokens + 64,
-        model_impl="auto" if path.name == "memory" else settings.implementation, gpu_memory_utilization=0.25,
+        model_impl="auto" if path.name in ("memory", "token") else settings.implementation, gpu_memory_utilization=0.25,
     )  # fmt: skip
 
 

@@ -102,10 +102,11 @@ class TrainSettings(LayerSettings):
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation, as of pretrain_midus.py."""
 
-    variants: list[Literal["base", "copied", "memory", "watched"]] = dataclasses.field(
-        default_factory=lambda: ["base", "copied", "memory"]
+    variants: list[Literal["base", "copied", "memory", "token", "watched"]] = dataclasses.field(
+        default_factory=lambda: ["base", "copied", "memory", "token"]
     )
     """base = the base alone, all of it trained; copied = with copied Transformer blocks; memory = with Memory blocks;
+    token = with Memory blocks that ask with the token and have no attention;
     watched = with Memory blocks, counted and reported in every iteration (a run does so every --memory-log-interval).
     But for the first, the inserted blocks are trained and the base is frozen."""
 

@@ -33,7 +33,7 @@ from megatron_midus.training.optimizer import build_optimizer, build_scheduler
 from megatron_midus.training.step import BatchShape, make_forward_step, train_step
 from megatron_midus.upscaling.cost import flops_per_token, trainable_parameters
 
-BASELINES = {"watched": ["memory"], "memory": ["copied", "base"], "copied": ["base"]}
+BASELINES = {"watched": ["memory"], "token": ["copied", "memory"], "memory": ["copied", "base"], "copied": ["base"]}
 PEAK_ITERATIONS = 2  # the first one makes the optimizer's state
 
 

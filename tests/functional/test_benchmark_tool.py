@@ -37,20 +37,23 @@ def test_layer(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (section,) = json.loads((tmp_path / "a.json").read_text())["sections"]
-    assert [row["name"] for row in section["rows"]] == ["copied", "memory"]
-    assert list(section["rows"][1]["ratios"]) == ["copied"] and section["checks"]
+    assert [row["name"] for row in section["rows"]] == ["copied", "memory", "token"]
+    assert [list(row["ratios"]) for row in section["rows"]] == [[], ["copied"], ["copied", "memory"]] and section[
+        "checks"
+    ]
 
 
 @pytest.mark.slow
 def test_train_with_memory(tmp_path):
     done = run_tool(
         "train", "--shape", "tiny", "--device", "cpu", "--rounds", 2, "--json", tmp_path / "a.json",
-        "--variants", "base", "copied", "memory", "watched",
+        "--variants", "base", "copied", "memory", "token", "watched",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (section,) = json.loads((tmp_path / "a.json").read_text())["sections"]
     assert {row["name"]: list(row["ratios"]) for row in section["rows"]} == {
         "base": [], "copied": ["base"], "memory": ["copied", "base"], "watched": ["memory"],
+        "token": ["copied", "memory"],
     }  # fmt: skip
     assert all(row["peak_bytes"] > 0 for row in section["rows"])
 
