@@ -161,7 +161,7 @@ class Runner:
         def guarded(item: Item) -> None:
             try:
                 work(item)
-            except (StepFailed, ValueError, OSError) as error:
+            except (StepFailed, UserError, OSError) as error:  # anything else is our bug, and ends the comparison
                 message = " ".join(str(error).split())
                 with self._mutex:
                     if not self._stopped:

@@ -42,8 +42,10 @@ PLAN_SCHEMA = 2
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # transformers 4 wants a list of tied tensors, 5 a mapping to their source.
 TIED_WEIGHTS = {"lm_head.weight": "model.embed_tokens.weight"}
+HEAD_PLAN = "colwise_gather_output"  # how tensor parallelism splits the output layer
 if int(transformers.__version__.split(".")[0]) < 5:
     TIED_WEIGHTS = list(TIED_WEIGHTS)
+    HEAD_PLAN = "colwise_rep"
 
 
 # Names of arguments that changed between versions; looked up here so that no forward pass inspects signatures.
@@ -711,6 +713,8 @@ class MidusForCausalLM(MidusPreTrainedModel, GenerationMixin):
     """The decoder with a language-model head."""
 
     _tied_weights_keys = TIED_WEIGHTS
+    _tp_plan = {"lm_head": HEAD_PLAN}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
     def __init__(self, config):
         super().__init__(config)

@@ -120,3 +120,25 @@ def test_wanting_attributes_of_serving_engines(midus):
     assert MidusModel._supports_attention_backend
     assert midus.config.auto_map["AutoModel"] == "modeling_midus.MidusModel"
     assert not any("mem_attn" in pattern for pattern in midus.config.base_model_tp_plan)
+
+
+def test_the_output_layer_is_split_as_that_of_a_llama():
+    from transformers import LlamaForCausalLM
+
+    from megatron_midus.hf import MidusForCausalLM
+
+    assert MidusForCausalLM._tp_plan == LlamaForCausalLM._tp_plan
+    assert MidusForCausalLM._pp_plan == LlamaForCausalLM._pp_plan
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["within", "the first block"])
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_blocks_without_attention_take_no_cache(make_base, upscale, tokens, implementation, first):
+    blocks = ["transformer", "memory", "transformer", "memory", "transformer"]
+    settings = {"memory_query": "token", "memory_attention": "none", "random_values": True}
+    model = upscale(make_base(), blocks=["memory", *blocks] if first else blocks, **settings)
+    plain = model.generate(tokens, use_cache=False, **GREEDY)
+    cached = model.generate(tokens, cache_implementation=implementation, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(cached.sequences, plain)
+    kept = [layer for layer in cached.past_key_values.layers if getattr(layer, "keys", None) is not None]
+    assert len(kept) == 3
