@@ -226,8 +226,8 @@ def _draw(entry: Series, x: _Axis, y: _Axis) -> list[str]:
 
 
 def _point_labels(series: Sequence[Series], drawn: Sequence[Series], x: _Axis, y: _Axis) -> list[str]:
-    """Names beside the points of ``series``, each at the nearest height where it covers no name and no point of ``drawn``; a thin line leads to one that
-    moved. Coloured series choose their places first."""
+    """Names beside the points of ``series``, each at the nearest height where it covers no name and no point of ``drawn``; a
+    thin line leads to one that moved. Coloured series choose their places first."""
     points = sorted(
         (entry.style is None, x.place(a), y.place(b), entry.name) for entry in series for a, b in zip(entry.x, entry.y)
     )
