@@ -29,7 +29,14 @@ from megatron_midus.training.preflight import check_run_to_come
 from megatron_midus.verbs.verb import verb
 
 # What the verbs import, in this order: Megatron after the mapping to the CPU, and not where a model is only read.
-_READING = ("verbs.upscale", "verbs.convert", "verbs.evaluate", "evaluation.perplexity")
+_READING = (
+    "verbs.upscale",
+    "verbs.convert",
+    "verbs.evaluate",
+    "evaluation.perplexity",
+    "verbs.preprocess",
+    "data.preprocess",
+)
 _TRAINING = ("platform:activate_cpu_mapping", "training.main", "training.pretrain")
 _TOKENIZER = ("transformers.models.auto.tokenization_auto", "transformers.models.llama.configuration_llama")
 WARM = {
@@ -40,7 +47,7 @@ WARM = {
             *_TOKENIZER,
             *(f"megatron_midus.{name}" for name in _READING),
         )
-        for verb in ("upscale", "convert", "evaluate")
+        for verb in ("preprocess", "upscale", "convert", "evaluate")
     },
 }
 
