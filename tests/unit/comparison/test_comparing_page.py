@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,13 @@ def test_keys(title):
     assert found and found[1].rstrip() == expected, f"put this under '### {title}':\n{expected}"
 
 
-def test_the_file_of_the_page(tmp_path):
-    (block,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+def test_the_files_of_the_page(tmp_path):
+    block, line = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    # What the section on strengths leaves out is that of the whole file.
+    heads = "base: examples/tiny_base\nbudget: {tokens: 2M}\n"
+    (tmp_path / "line.yaml").write_text(heads.replace("examples/tiny_base", str(ROOT / "examples/tiny_base")) + line)
+    methods = Counter(arm.method for arm in read_experiment(tmp_path / "line.yaml", tmp_path / "out").arms)
+    assert methods == {"base": 1, "llama_pro": 7, "lora": 2, "full": 6}
     (tmp_path / "mine.yaml").write_text(block.replace("examples/tiny_base", str(ROOT / "examples/tiny_base")))
     experiment = read_experiment(tmp_path / "mine.yaml", tmp_path / "out")
     arms = resolve(experiment, from_hf_config(read_hf_config(experiment.base)), build_parser())
