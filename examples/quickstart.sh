@@ -41,7 +41,8 @@ step "2/6  Tokenising"
 recipe preprocess
 
 step "3/6  Up-scaling $base: a Memory block after every second layer; at step 0 the model must equal its base bit for bit"
-recipe upscale
+# The gate learns to tell the two domains apart from either's training text, and lets the memories speak in the new one.
+recipe upscale --flags --memory-domain-gate --calibration-data "$out/corpus/docs/train.jsonl" --background-data "$out/corpus/stdlib/train.jsonl"
 
 step "4/6  Continual pre-training of the inserted blocks, base frozen, $place"
 recipe pretrain "${layout[@]}"

@@ -59,6 +59,7 @@ python -c 'from importlib.metadata import version; print("Megatron-Core", versio
 if [ $# -eq 0 ]; then
     layouts="tests/distributed/test_layout_matrix.py::test_every_layout_trains_alike"
     set -- tests/functional/test_upstream.py tests/functional/test_megatron_releases.py tests/functional/test_short_journey.py \
+        "tests/distributed/test_model_parity.py::test_logits[tp2 sp-token, no attention]" "tests/distributed/test_model_parity.py::test_logits[tp2 sp-concat]" \
         "${layouts}[tp2 sp]" "${layouts}[tp2 sp, full recompute]" "${layouts}[pp2 vpp2, uneven]" "${layouts}[dp2, overlapped]" \
         tests/unit/integrations tests/unit/memory tests/unit/model tests/unit/training tests/unit/conversion tests/unit/test_platform.py
 fi
