@@ -16,7 +16,7 @@ if [ -d "$out" ] && [ -n "$(ls -A "$out")" ]; then
     echo "error: $out is not empty; delete it or name another output directory" >&2
     exit 1
 fi
-source tools/setup_environment.sh
+source tools/setup_environment.sh ""
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 started=$SECONDS
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

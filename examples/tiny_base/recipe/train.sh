@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 work="${1:-runs/tiny_base}"
-source tools/setup_environment.sh
+source tools/setup_environment.sh ""
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 recipe=examples/tiny_base/recipe
 heads="${HEADS:-4}"
