@@ -119,7 +119,14 @@ def _describe(header: BackgroundHeader, counts: Counts, path: Path) -> str:
     tokens = header.num_batches * header.batch_size * header.seq_length
     read = sum(int((block.batches > 0).sum()) for block in counts.values())
     slots = sum(block.batches.numel() for block in counts.values())
-    return (
+    always = sum(int((block.batches == header.num_batches).sum()) for block in counts.values())
+    told = (
         f"{header.num_batches} background batches of {header.batch_size} samples, {tokens} tokens, read {read} of {slots} "
         f"slots; the counts are in {path}"
+    )
+    if 2 * always <= slots:
+        return told
+    return (
+        f"WARNING: {always} of {slots} slots are read in every batch, and --memory-update-score tfidf updates none of "
+        f"these; count smaller batches, or train with --memory-update-score kl\n{told}"
     )
