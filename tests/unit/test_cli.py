@@ -77,6 +77,8 @@ import os, signal, sys, time
 from megatron_midus import cli
 from megatron_midus.files import staged_directory, staged_file
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, for all that the tests start as well
+
 def main():
     with staged_file(sys.argv[1] + "/a.json") as partial, staged_directory(sys.argv[1] + "/out") as staging:
         (staging / "half").write_text("")
