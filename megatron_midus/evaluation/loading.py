@@ -42,7 +42,7 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    # torch has no common error: RuntimeError, AssertionError (no CUDA in this build), NotImplementedError …
+    # torch has no common error: RuntimeError, AssertionError (no CUDA in this build), NotImplementedError and others
     except Exception:
         raise UserError(f"device {name!r} is not available here; choose cpu" + _cuda_devices()) from None
     return device

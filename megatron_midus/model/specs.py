@@ -84,9 +84,10 @@ def get_midus_layer_spec(
         backend: which linear layers, norms and attention to use; ``get_backend()`` when absent.
     """
     backend = backend or get_backend()
+    fused = backend.fuse_layernorm_and_linear()
     if block.kind != "memory":
-        attention = _attention_spec(SelfAttention, backend, config, backend.row_parallel_linear())
-        return _layer_spec(TransformerLayer, backend, attention, get_mlp_module_spec_for_backend(backend))
+        attention = _attention_spec(SelfAttention, backend, config, backend.row_parallel_linear(), fused=fused)
+        return _layer_spec(TransformerLayer, backend, attention, get_mlp_module_spec_for_backend(backend), fused=fused)
     if memory is None:
         raise UserError(f"block {index} is a Memory block; give its memory settings")
     params = {
@@ -103,7 +104,7 @@ def get_midus_layer_spec(
         attention = ModuleSpec(AttentionFree, submodules=AttentionFreeSubmodules(linear_proj=module))
         return _layer_spec(MIDUSMemoryLayer, backend, attention, None, fused=False)
     # Behind a fused layer nobody but the matrix sees the normed input.
-    fused = backend.fuse_layernorm_and_linear() and not memory.reads_normed
+    fused = fused and not memory.reads_normed
     attention = _attention_spec(MemoryAttention, backend, config, module, fused=fused)
     return _layer_spec(MIDUSMemoryLayer, backend, attention, None, fused=fused)
 
@@ -114,10 +115,9 @@ def _attention_spec(
     config: TransformerConfig,
     output: type | ModuleSpec,
     *,
-    fused: bool | None = None,
+    fused: bool,
 ) -> ModuleSpec:
-    """Args: ``fused``: whether the first matrix has the norm in it; as the backend has it when absent."""
-    fused = backend.fuse_layernorm_and_linear() if fused is None else fused
+    """An attention; with ``fused`` its first matrix has the block's norm in it."""
     qk_norm = backend.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
     return ModuleSpec(
         attention,
@@ -138,10 +138,9 @@ def _layer_spec(
     attention: ModuleSpec,
     mlp: ModuleSpec | None,
     *,
-    fused: bool | None = None,
+    fused: bool,
 ) -> ModuleSpec:
     """A pre-norm layer. Checkpoint keys are those of the backend that fuses norm and linear layer, in both backends."""
-    fused = backend.fuse_layernorm_and_linear() if fused is None else fused
     norm = IdentityOp if fused else backend.layer_norm(rms_norm=True)
     submodules = TransformerLayerSubmodules(
         input_layernorm=norm, self_attention=attention, self_attn_bda=get_bias_dropout_add
