@@ -35,7 +35,7 @@ if [ "$1" = requeue ]; then echo "$2" >>"$WORK/requeued"; else echo 127.0.0.1; e
 PYTHON = """#!/usr/bin/env bash
 if [ "$1 $2" = "-m venv" ]; then
     mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; touch "$3/bin/activate"
-elif [ "$1 $2" = "-m pip" ]; then
+elif [ "$1 $2 $3" = "-m pip install" ]; then
     sleep 0.2; echo "${@: -1}" >>"$INSTALLED"
 fi
 """
