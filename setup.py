@@ -11,10 +11,8 @@ VERSION = next(
     if "__version__" in line
 )
 
-# Memory backend "numba": loops compiled for the CPU at hand.
-CPU = ["numba>=0.60"]
 # tools/benchmark.py: the plot, and another implementation of product keys to compare with.
-BENCH = [*CPU, "matplotlib>=3.7", "product-key-memory>=0.3"]
+BENCH = ["matplotlib>=3.7", "product-key-memory>=0.3"]
 # examples/megatron_lm: upstream's pretrain(), in the wheel for Python 3.12 and newer. Without Transformer Engine it needs the
 # last two, which it does not declare.
 UPSTREAM = ['megatron-core[training]>=0.17 ; python_version >= "3.12"', "six", "pybind11"]
@@ -43,6 +41,8 @@ setup(
         # Megatron-Core's checkpoint writer needs psutil and does not declare it: without it a save hangs.
         "psutil",
         "numpy",
+        # Memory backend "numba", loops compiled for the CPU at hand; without it the backend is "torch".
+        'numba>=0.60 ; python_version < "3.15" and platform_python_implementation == "CPython"',
         "pyarrow",
         "pyyaml",
         "tqdm",
@@ -58,7 +58,6 @@ setup(
     extras_require={
         # apex is not on the package index; megatron_midus.platform says how to get it when it is asked for.
         "gpu": ["transformer-engine[pytorch]>=2.1"],
-        "cpu": CPU,
         "eval": EVAL,
         "bench": BENCH,
         "upstream": UPSTREAM,

@@ -44,7 +44,7 @@ if [ ! -e "$venv/.complete" ]; then
 import setuptools
 from distutils.core import run_setup
 project = run_setup("setup.py", stop_after="init")
-print(*project.install_requires, *(r for e in ("cpu", "test", "upstream") for r in project.extras_require[e]), sep="\n")
+print(*project.install_requires, *(r for e in ("test", "upstream") for r in project.extras_require[e]), sep="\n")
 ' >"$venv/requirements.txt"
     install "$venv" -r "$venv/requirements.txt"
     touch "$venv/.complete"

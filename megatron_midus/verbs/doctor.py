@@ -36,7 +36,7 @@ _PACKAGES = (
     ("lm-eval", "zero-shot tasks of midus evaluate", False),
     ("vllm", "serving", False),
 )
-_EXTRAS = {"numba": "cpu", "transformer-engine": "gpu", "lm-eval": "eval"}
+_EXTRAS = {"transformer-engine": "gpu", "lm-eval": "eval"}
 
 
 @dataclasses.dataclass(frozen=True)
