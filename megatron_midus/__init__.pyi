@@ -1,5 +1,6 @@
 # What the names of this package are, for editors and type checkers: at run time they are imported when first used.
 from megatron_midus.verbs.analyze import analyze as analyze
+from megatron_midus.verbs.average import average as average
 from megatron_midus.verbs.background import background as background
 from megatron_midus.verbs.compare import compare as compare
 from megatron_midus.verbs.convert import convert as convert

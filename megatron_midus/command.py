@@ -50,6 +50,7 @@ VERBS = {
         "verbs.background",
     ),
     "convert": Entry("between Megatron and Hugging Face", "config.convert:ConvertConfig", "verbs.convert"),
+    "average": Entry("average checkpoints of a run", "config.average:AverageConfig", "verbs.average"),
     "evaluate": Entry("compare models on held-out text and tasks", "config.evaluate:EvaluateConfig", "verbs.evaluate"),
     "generate": Entry("continue prompts", "config.evaluate:GenerateConfig", "verbs.generate"),
     "compare": Entry("train and compare up-scaling methods", "config.compare:CompareConfig", "verbs.compare"),

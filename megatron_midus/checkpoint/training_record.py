@@ -24,6 +24,12 @@ class TrainingRecord:
     tokens: int | None = None
     train: str | None = None
 
+    def common_state(self) -> dict[str, Any]:
+        """What ``read_training_record`` reads it from, for a checkpoint of weights alone."""
+        state = {"consumed_train_tokens": self.tokens, "train": self.train}
+        known = {name: value for name, value in state.items() if value is not None}
+        return {"iteration": self.iteration, **({"training_state": known} if known else {})}
+
 
 UNTRAINED = TrainingRecord()
 

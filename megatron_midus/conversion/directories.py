@@ -106,10 +106,11 @@ def write_megatron_checkpoint(
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
     make_vocab_size_divisible_by: int = 128,
+    training: TrainingRecord = UNTRAINED,
     workers: int = 1,
     progress: Progress = silent,
 ) -> None:
-    """Fills the empty ``directory`` with a checkpoint whose iteration 0 is the model of ``source``.
+    """Fills the empty ``directory`` with a checkpoint whose one iteration is the model of ``source``.
 
     Args:
         source: every canonical tensor of the model.
@@ -119,10 +120,11 @@ def write_megatron_checkpoint(
         tensor_parallel_size, pipeline_parallel_size: what the model will be trained with; recorded, and the vocabulary
             is padded for it. Any other sizes can load the checkpoint as well.
         make_vocab_size_divisible_by: rows of the embedding per tensor-parallel rank are a multiple of this.
+        training: what the weights went through; its iteration is that of the checkpoint.
         workers: tensors that are read and written at a time.
         progress: called with each tensor's name.
     """
-    target = iteration_directory(directory, 0)
+    target = iteration_directory(directory, training.iteration)
     target.mkdir(parents=True)
     check_free_space(source, target)
     padded = padded_vocab_size(
@@ -130,7 +132,9 @@ def write_megatron_checkpoint(
         divisible_by=make_vocab_size_divisible_by,
         tensor_model_parallel_size=tensor_parallel_size,
     )
-    write_model_tensors(source, target, model, plan, padded_vocab=padded, workers=workers, progress=progress)
+    write_model_tensors(
+        source, target, model, plan, padded_vocab=padded, training=training, workers=workers, progress=progress
+    )
     model.with_num_layers(plan.num_layers).save(target)
     plan.save(target)
     copy_assets(assets, target / ASSETS_DIRECTORY)
@@ -141,4 +145,4 @@ def write_megatron_checkpoint(
     }
     (target / CONVERSION_FILE).write_text(json.dumps(record, indent=2) + "\n")
     write_checksums(target)
-    write_latest_iteration(directory, 0)
+    write_latest_iteration(directory, training.iteration)

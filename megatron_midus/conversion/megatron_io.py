@@ -25,7 +25,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_midus.checkpoint.common_state import COMMON_FILE
 from megatron_midus.checkpoint.damage import corruption_named
+from megatron_midus.checkpoint.training_record import UNTRAINED, TrainingRecord
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.memory import STORED_NAMES
 from megatron_midus.conversion.streaming import in_parallel, read_finite
@@ -189,7 +191,7 @@ def write_model_tensors(
     plan: UpscalePlan,
     *,
     padded_vocab: int | None = None,
-    iteration: int = 0,
+    training: TrainingRecord = UNTRAINED,
     workers: int = 1,
     progress: Callable[[str], None] = lambda name: None,
 ) -> None:
@@ -200,7 +202,7 @@ def write_model_tensors(
         model: its architecture.
         plan: its blocks.
         padded_vocab: rows of the embedding and output layer in the checkpoint; the rows beyond ``vocab_size`` are zero.
-        iteration: recorded in ``common.pt``.
+        training: recorded in ``common.pt``.
         workers: tensors that are written at a time.
         progress: called with each canonical name when it is read.
 
@@ -226,7 +228,7 @@ def write_model_tensors(
     except CheckpointException as error:
         # It is no Exception and hides what happened: a full disk, a source that cannot be read.
         raise _cause(next(iter(error.failures.values()))[0]) from None
-    torch.save({"iteration": iteration}, directory / "common.pt")
+    torch.save(training.common_state(), directory / COMMON_FILE)
     # Last: a directory without metadata.json is no checkpoint to Megatron-Core.
     (directory / "metadata.json").write_text(json.dumps(FORMAT))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import DictSource
 
+from megatron_midus.checkpoint.training_record import TrainingRecord
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.conversion.megatron_io import (
     MegatronReader,
@@ -141,7 +142,7 @@ def test_megatron_itself_reads_it(tmp_path):
     from megatron.core.dist_checkpointing import load_tensors_metadata
     from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
 
-    write_model_tensors(random_source(), tmp_path, MODEL, PLAN, padded_vocab=64, iteration=3)
+    write_model_tensors(random_source(), tmp_path, MODEL, PLAN, padded_vocab=64, training=TrainingRecord(iteration=3))
     assert check_is_distributed_checkpoint(str(tmp_path))
     stored = {key: tensor.global_shape for key, tensor in load_tensors_metadata(str(tmp_path)).items()}
     assert set(stored) == set(megatron_layout(MODEL, PLAN))
