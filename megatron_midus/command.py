@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 
 from megatron_midus import __version__, cli
 from megatron_midus.config.fields import add_arguments, from_namespace
-from megatron_midus.config.parser import ArgumentParser, did_you_mean
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.config.run_file import parse_arguments_with_file
+from megatron_midus.config.values import did_you_mean
 from megatron_midus.errors import UsageError
 
 

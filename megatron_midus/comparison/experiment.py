@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_midus.config.parser import not_one_of
 from megatron_midus.config.run_file import read_yaml
-from megatron_midus.config.schema import build, check_keys
+from megatron_midus.config.values import build, check_keys, not_one_of
 from megatron_midus.errors import UserError
 from megatron_midus.hub import cached_model
 from megatron_midus.upscaling import POLICIES

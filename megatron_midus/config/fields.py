@@ -6,15 +6,11 @@ import argparse
 import ast
 import dataclasses
 import inspect
-import os
 import textwrap
-import types
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, TypeVar
 
-from megatron_midus.config.schema import check_keys, convert
-from megatron_midus.errors import UserError
+from megatron_midus.config.values import has_default, kind_of
 
 Config = TypeVar("Config")
 
@@ -41,22 +37,17 @@ def flag_name(field_name: str) -> str:
 
 
 def _argparse_kwargs(annotation: Any) -> dict[str, Any]:
-    """Translates a type annotation into keyword arguments of ``add_argument``."""
-    origin = typing.get_origin(annotation)
-    if origin in (Union, types.UnionType):
-        inner = [a for a in typing.get_args(annotation) if a is not type(None)]
-        assert len(inner) == 1, f"only Optional unions can be a flag, not {annotation}"
-        return _argparse_kwargs(inner[0])
-    if origin is Literal:
-        choices = typing.get_args(annotation)
-        return {"type": type(choices[0]), "choices": list(choices)}
-    if origin in (list, tuple):
-        element = [a for a in typing.get_args(annotation) if a is not Ellipsis][0]
-        return {"nargs": "+", **_argparse_kwargs(element)}
-    if annotation is bool:
+    """What a type annotation says, as keyword arguments of ``add_argument``."""
+    kind = kind_of(annotation)
+    if kind.type is bool:
         return {"action": argparse.BooleanOptionalAction}
-    assert annotation in (int, float, str), f"no flag can be made of {annotation}"
-    return {"type": annotation}
+    assert kind.type in (int, float, str), f"no flag can be made of {annotation}"
+    kwargs: dict[str, Any] = {"type": kind.type}
+    if kind.choices:
+        kwargs["choices"] = list(kind.choices)
+    if kind.is_list:
+        kwargs["nargs"] = "+"
+    return kwargs
 
 
 def default_of(field: dataclasses.Field) -> Any:
@@ -66,10 +57,6 @@ def default_of(field: dataclasses.Field) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return None
-
-
-def has_default(field: dataclasses.Field) -> bool:
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def part(cls: type, *, title: str | None = None, given_only: bool = False) -> Any:
@@ -184,48 +171,3 @@ def given(cls: type, namespace: argparse.Namespace) -> dict[str, Any]:
     """The flags of ``cls`` that stand in ``namespace``, as a dict."""
     names = [field.name for field in dataclasses.fields(cls) if field.metadata.get("flag", True)]
     return {name: getattr(namespace, name) for name in names if hasattr(namespace, name)}
-
-
-def config_from_settings(cls: type[Config], settings: Mapping[str, Any], *, where: str) -> Config:
-    """Builds ``cls`` from keywords with the names of its flags, those of its parts included.
-
-    Raises:
-        UserError: an unknown name (with the nearest known one), a missing one, a value of another type; begins with ``where``.
-    """
-    owners = flat_fields(cls)
-    check_keys(settings, owners, where)
-    return _build(cls, settings, where)
-
-
-def flat_fields(cls: type) -> dict[str, type]:
-    """Every field name of ``cls`` and its parts, with the dataclass that it belongs to."""
-    found: dict[str, type] = {}
-    for field in dataclasses.fields(cls):
-        found |= flat_fields(field.metadata["part"]) if "part" in field.metadata else {field.name: cls}
-    return found
-
-
-def _build(cls: type[Config], settings: Mapping[str, Any], where: str) -> Config:
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if "part" in field.metadata:
-            inner = field.metadata["part"]
-            if field.metadata["given_only"]:
-                inner_hints = typing.get_type_hints(inner)
-                names = [name for name in flat_fields(inner) if name in settings]
-                values[field.name] = {n: convert(inner_hints[n], settings[n], f"{where}: {n}") for n in names}
-            else:
-                values[field.name] = _build(inner, settings, where)
-        elif field.name in settings:
-            values[field.name] = convert(hints[field.name], _plain(settings[field.name]), f"{where}: {field.name}")
-        elif not has_default(field):
-            raise UserError(f"{where}: {field.name!r} is missing")
-    return cls(**values)
-
-
-def _plain(value: Any) -> Any:
-    """Paths as texts, also inside lists, as a command line would have them."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return [_plain(element) for element in value] if isinstance(value, (list, tuple)) else value

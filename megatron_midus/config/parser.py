@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from megatron_midus.errors import UsageError
+from megatron_midus.config.values import check_choice, did_you_mean, scalar
+from megatron_midus.errors import UsageError, UserError
 
 _REQUIRED = "the following arguments are required: "
-
-
-def did_you_mean(word: str, known: Iterable[str], *, otherwise: str = "") -> str:
-    """``"; did you mean X?"`` with the nearest of ``known``, else ``otherwise`` behind the same semicolon, else nothing.
-
-    Case, and ``_`` for ``-``, count for nothing.
-    """
-    spellings = {_plain(name): name for name in known}
-    near = difflib.get_close_matches(_plain(word), spellings, n=1)
-    if near:
-        return f"; did you mean {spellings[near[0]]}?"
-    return f"; {otherwise}" if otherwise else ""
-
-
-def _plain(word: str) -> str:
-    return word.lower().replace("_", "-")
-
-
-def not_one_of(value: Any, choices: Iterable[Any]) -> str:
-    """What is wrong with a value that is none of ``choices``."""
-    names = [str(choice) for choice in choices]
-    return f"{value!r} is not one of {', '.join(names)}{did_you_mean(str(value), names)}"
-
-
-def not_a(value: Any, convert: Any) -> str:
-    """What is wrong with a value that ``convert`` does not take."""
-    kind = {int: "a whole number", float: "a number"}.get(
-        convert, f"a value of {getattr(convert, '__name__', convert)}"
-    )
-    return f"{value!r} is not {kind}"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -109,18 +79,20 @@ class ArgumentParser(argparse.ArgumentParser):
                 for parser in action.choices.values():
                     yield from parser._option_string_actions
 
-    # -- values: the same checks as argparse's, in other words -------------------------------------------------------
+    # -- values: converted as those of files and of calls are ----------------------------------------------------------
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        try:
+        if action.type not in (None, int, float, str):
             return super()._get_value(action, arg_string)
-        except argparse.ArgumentError:
-            if action.type in (int, float):
-                raise argparse.ArgumentError(action, not_a(arg_string, action.type)) from None
-            raise
+        try:
+            return scalar(action.type or str, arg_string)  # type: ignore[arg-type]
+        except UserError as error:
+            raise argparse.ArgumentError(action, str(error)) from None
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            raise argparse.ArgumentError(action, not_one_of(value, action.choices))
+        try:
+            check_choice(value, action.choices or ())
+        except UserError as error:
+            raise argparse.ArgumentError(action, str(error)) from None
 
     def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
         try:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_midus.config.fields import part
-from megatron_midus.config.parser import did_you_mean
 from megatron_midus.config.run_file import read_yaml
-from megatron_midus.config.schema import build
+from megatron_midus.config.values import build, did_you_mean
 from megatron_midus.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"

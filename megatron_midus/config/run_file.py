@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from megatron_midus.config.parser import ArgumentParser, did_you_mean, not_a, not_one_of
+from megatron_midus.config.parser import ArgumentParser
+from megatron_midus.config.values import Kind, convert, did_you_mean
 from megatron_midus.errors import UserError
 
 CONFIG_FLAG = "--config"
@@ -135,32 +136,24 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _words(action: argparse.Action, name: str, value: Any, path: str) -> list[str]:
+def _words(action: argparse.Action, name: str, value: Any, where: str) -> list[str]:
     """One entry as words, checked so that a mistake is told with the file's name and not with the usage of the tool."""
+    where = f"{where}: {name}"
     # The positive spelling comes first: --load-optim, --no-load-optim.
     options = [option for option in action.option_strings if option.startswith("--")]
     if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise UserError(f"{path}: {name}: {value!r} is not true or false")
+        is_on = convert(Kind(bool), value, where)
         if not isinstance(action, argparse.BooleanOptionalAction):
-            return options[:1] if value else []
+            return options[:1] if is_on else []
         is_negated = _key(name).startswith("no_") and _key(options[0]) != _key(name)
-        return [options[0] if value != is_negated else f"--no-{options[0][2:]}"]
-    values = value if isinstance(value, list) else [value]
-    if isinstance(value, list) and action.nargs not in ("+", "*"):
-        raise UserError(f"{path}: {name}: a list, where one value is expected")
-    texts = [_checked(action, name, element, path) for element in values]
-    return [options[0], *texts] if action.nargs in ("+", "*") else [f"{options[0]}={texts[0]}"]
+        return [options[0] if is_on != is_negated else f"--no-{options[0][2:]}"]
+    kind = _kind_of(action)
+    convert(kind, value, where)
+    # As it was given: the command line converts it alike.
+    texts = [str(element) for element in (value if isinstance(value, (list, tuple)) else [value])]
+    return [options[0], *texts] if kind.is_list else [f"{options[0]}={texts[0]}"]
 
 
-def _checked(action: argparse.Action, name: str, value: Any, path: str) -> str:
-    if isinstance(value, (bool, dict, list)):
-        raise UserError(f"{path}: {name}: {json.dumps(value)} is not a value of {action.option_strings[0]}")
-    convert = action.type if callable(action.type) else str
-    try:
-        converted = convert(str(value))
-    except (ValueError, argparse.ArgumentTypeError):
-        raise UserError(f"{path}: {name}: {not_a(value, convert)}") from None
-    if action.choices is not None and converted not in action.choices:
-        raise UserError(f"{path}: {name}: {not_one_of(value, action.choices)}")
-    return str(value)
+def _kind_of(action: argparse.Action) -> Kind:
+    kind: Any = action.type if action.type in (int, float) else str
+    return Kind(kind, choices=tuple(action.choices or ()), is_list=action.nargs in ("+", "*"))

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_midus.config.parser import did_you_mean
+from megatron_midus.config.values import did_you_mean
 from megatron_midus.errors import UserError
 from megatron_midus.json_files import parse_json
 

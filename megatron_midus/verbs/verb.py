@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from megatron_midus.config.fields import config_from_settings
+from megatron_midus.config.values import build
 from megatron_midus.progress import Bars, Progress
 
 Result = TypeVar("Result")
@@ -30,7 +30,7 @@ class Verb(Generic[Result]):
 
     def __call__(self, config: Any = None, /, *, progress: Progress | None = None, **settings: Any) -> Result:
         if config is None:
-            config = config_from_settings(self.config, settings, where=f"{self.function.__name__}()")
+            config = build(self.config, settings, f"{self.function.__name__}()")
         elif settings:
             config = dataclasses.replace(config, **settings)
         return self.function(config, Bars() if progress is None else progress)

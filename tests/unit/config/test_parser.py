@@ -11,8 +11,9 @@ import pytest
 from megatron_midus import cli
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.fields import add_arguments, from_namespace
-from megatron_midus.config.parser import ArgumentParser, did_you_mean
+from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.config.upscale import PolicyConfig
+from megatron_midus.config.values import did_you_mean
 from megatron_midus.errors import UsageError
 from megatron_midus.training.arguments import build_parser
 from megatron_midus.upscaling.arguments import plan_from_config

@@ -26,7 +26,7 @@ WITHOUT_TOKENIZER = RUN.replace("--tokenizer-type NullTokenizer ", "")
 MISTAKES = {
     "mistyped flag": (f"{RUN} --trian-iters 5", 1, "--trian-iters is no flag; did you mean --train-iters?"),
     "underscores": (f"{RUN} --micro_batch_size 5", 1, "--micro_batch_size is no flag; did you mean --micro-batch-size?"),
-    "no number": (f"{RUN} --train-iters 5k", 1, "--train-iters: '5k' is not a whole number"),
+    "no number": (f"{RUN} --train-iters 5x", 1, "--train-iters: '5x' is not a whole number"),
     "no value": (f"{RUN} --save", 1, "--save: needs a value, and none follows"),
     "no such choice": (f"{RUN} --lr-decay-style cosin", 1, "did you mean cosine?"),
     "no length": (RUN.replace("--train-iters 4 ", ""), 1, "give exactly one of --train-iters and --train-samples"),

@@ -84,11 +84,11 @@ def test_a_shell_that_is_not_known():
 
 
 def test_configuration_of_a_command_line_and_of_keywords_are_equal():
-    from megatron_midus.config.fields import config_from_settings
     from megatron_midus.config.upscale import UpscaleConfig
+    from megatron_midus.config.values import build
 
     words = ["--hf-model", "base", "--save", "out", "--num-blocks", "2", "--memory-num-keys", "64", "--no-overwrite"]
     keywords = {"hf_model": "base", "save": "out", "num_blocks": 2, "memory_num_keys": 64, "overwrite": False}
-    made = config_from_settings(UpscaleConfig, keywords, where="upscale()")
+    made = build(UpscaleConfig, keywords, "upscale()")
     assert made == command.parse("upscale", words)
     assert made.memory == {"memory_num_keys": 64} and made.blocks.num_blocks == 2

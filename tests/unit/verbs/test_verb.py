@@ -65,7 +65,7 @@ def test_paths_are_texts():
         ({"nam": "a"}, r"work\(\): unknown key 'nam'; did you mean name\?"),
         ({}, r"work\(\): 'name' is missing"),
         ({"name": "a", "size": "x"}, r"work\(\): size: 'x' is not a whole number"),
-        ({"name": 3}, r"work\(\): name: 3 is not a text"),
+        ({"name": True}, r"work\(\): name: True is not a text"),
     ],
 )
 def test_mistakes_are_named(settings, message):
