@@ -30,7 +30,7 @@ from megatron_midus.training.arguments import Arguments, parse_arguments
 from megatron_midus.training.memory.figures import BlockFigures
 from megatron_midus.training.memory.telemetry import MemoryReport, MemoryTelemetry
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
-from megatron_midus.training.step import BatchShape, make_forward_step, train_step
+from megatron_midus.training.step import BatchShape, Learner, make_forward_step, train_step
 from megatron_midus.upscaling.cost import flops_per_token, trainable_parameters
 
 BASELINES = {"watched": ["memory"], "token": ["copied", "memory"], "memory": ["copied", "base"], "copied": ["base"]}
@@ -101,9 +101,7 @@ class Trainee:
         result = train_step(
             make_forward_step(self.batch_shape, check_loss=True),
             self.iterator,
-            self.chunks,
-            self.optimizer,
-            self.scheduler,
+            Learner(self.chunks, self.optimizer, self.scheduler),
             self.batch_shape,
             self.arguments.optimizer,
             samples=self.batch_shape.micro_batch_size,

@@ -42,7 +42,7 @@ def count_background(start: Start) -> Path:
     if rank() == 0:
         header = BackgroundHeader(
             num_batches=num_batches,
-            batch_size=start.layout.global_batch_size,
+            batch_size=start.sizes.global_batch_size,
             seq_length=start.arguments.data.seq_length,
             iteration=start.source.iteration,
         )
@@ -55,11 +55,11 @@ def count_background(start: Start) -> Path:
 
 def _count(start: Start, num_batches: int) -> Counts:
     """The counts of the Memory blocks of this rank's stage, all heads. Collective."""
-    arguments, layout = start.arguments, start.layout
+    arguments, sizes = start.arguments, start.sizes
     training, data = arguments.training, arguments.data
     initialize_rerun_state_machine(mode=RerunMode.DISABLED)
     init_num_microbatches_calculator(
-        rank(), None, layout.global_batch_size, training.micro_batch_size, layout.data_parallel_size, False
+        rank(), None, sizes.global_batch_size, training.micro_batch_size, sizes.data_parallel_size, False
     )
     chunks = _build_frozen_model(start)
     found = memories(chunks)
@@ -67,12 +67,12 @@ def _count(start: Start, num_batches: int) -> Counts:
     shape = BatchShape(training.micro_batch_size, data.seq_length, data.reset_attention_mask, start.tokenizer.eod)
     forward_step = make_forward_step(shape, check_loss=False)
     datasets = build.build_datasets(
-        data, start.tokenizer, num_samples=(num_batches * layout.global_batch_size, 0, 0), seed=training.seed
+        data, start.tokenizer, num_samples=(num_batches * sizes.global_batch_size, 0, 0), seed=training.seed
     )
     iterator = build.build_iterators(
         datasets[0], arguments, num_chunks=len(chunks), consumed_samples=0, is_training=True
     )
-    num_microbatches = layout.global_batch_size // (training.micro_batch_size * layout.data_parallel_size)
+    num_microbatches = sizes.num_microbatches(training.micro_batch_size)
     batches: list[Any] = [0] * len(found)
     total: list[Any] = [0] * len(found)
     for _ in range(num_batches):
@@ -91,7 +91,7 @@ def _count(start: Start, num_batches: int) -> Counts:
 def _build_frozen_model(start: Start) -> list[torch.nn.Module]:
     arguments, architecture = start.arguments, start.architecture
     config = build.transformer_config(arguments, architecture)
-    placement = build.place_values(arguments, architecture, start.layout)
+    placement = build.place_values(arguments, architecture, start.sizes)
     chunks = build.build_model_chunks(arguments, architecture, config, start.source, placement)
     chunks = build.wrap_model_chunks(chunks, arguments, config)
     for chunk in chunks:

@@ -34,7 +34,7 @@ from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.checkpoint.source import Source
 from megatron_midus.training.checkpoint.state import readable
-from megatron_midus.training.checks import Layout, num_virtual_stages
+from megatron_midus.training.checks import RunSizes, num_virtual_stages
 from megatron_midus.training.memory.counters import memory_layers
 from megatron_midus.training.messages import print_rank_0
 from megatron_midus.upscaling.value_placement import Placement, resolve_value_placement
@@ -152,7 +152,7 @@ def _add_adapters(
             load_adapters(chunks, source.directory)
 
 
-def place_values(arguments: Arguments, architecture: Architecture, layout: Layout) -> Placement:
+def place_values(arguments: Arguments, architecture: Architecture, sizes: RunSizes) -> Placement:
     """Resolves ``--memory-value-placement`` and, where there is a choice, says why."""
     wanted, training = arguments.parallel.memory_value_placement, arguments.training
     placement, reason = resolve_value_placement(
@@ -163,7 +163,7 @@ def place_values(arguments: Arguments, architecture: Architecture, layout: Layou
         tensor_model_parallel_size=arguments.parallel.tensor_model_parallel_size,
         tokens_per_microbatch=training.micro_batch_size
         * (arguments.data.seq_length // arguments.parallel.context_parallel_size),
-        num_microbatches=max(1, layout.global_batch_size // (training.micro_batch_size * layout.data_parallel_size)),
+        num_microbatches=max(1, sizes.num_microbatches(training.micro_batch_size)),
         itemsize=2 if training.bf16 or training.fp16 else 4,
     )
     if wanted != "replicated":

@@ -16,10 +16,11 @@ from megatron_midus.upscaling.pipeline_layout import balanced_layout, format_lay
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """How processes and batches divide.
+class RunSizes:
+    """Processes, model replicas and samples of a step.
 
     Attributes:
+        world_size: processes.
         data_parallel_size: model replicas.
         global_batch_size: samples per step (at the end of a ramp-up).
     """
@@ -27,6 +28,10 @@ class Layout:
     world_size: int
     data_parallel_size: int
     global_batch_size: int
+
+    def num_microbatches(self, micro_batch_size: int) -> int:
+        """Of each replica in a step; 0 where the global batch is smaller than one of each."""
+        return self.global_batch_size // (micro_batch_size * self.data_parallel_size)
 
 
 def num_virtual_stages(parallel: ParallelConfig, num_layers: int) -> int | None:
@@ -108,7 +113,7 @@ def _sizes_with_given_ends(parallel: ParallelConfig, num_layers: int) -> list[in
     return [*([first] if first else []), *middle, *([last] if last else [])]
 
 
-def resolve_layout(arguments: Arguments, world_size: int) -> Layout:
+def resolve_sizes(arguments: Arguments, world_size: int) -> RunSizes:
     """Divides ``world_size`` processes and the global batch; raises ``ValueError`` when they do not divide."""
     parallel, training = arguments.parallel, arguments.training
     sizes = {
@@ -137,7 +142,7 @@ def resolve_layout(arguments: Arguments, world_size: int) -> Layout:
             f"* data-parallel size {data_parallel_size} = {step}; change it or give --decrease-batch-size-if-needed"
         )
     _check_rampup(arguments, step)
-    return Layout(world_size, data_parallel_size, global_batch_size)
+    return RunSizes(world_size, data_parallel_size, global_batch_size)
 
 
 def _check_rampup(arguments: Arguments, step: int) -> None:
@@ -151,7 +156,7 @@ def _check_rampup(arguments: Arguments, step: int) -> None:
         )
 
 
-def check_schedule(arguments: Arguments, layout: Layout, num_layers: int) -> None:
+def check_schedule(arguments: Arguments, sizes: RunSizes, num_layers: int) -> None:
     """Refuses what the interleaved schedule cannot run, or would run wrongly. ``arguments`` of ``resolve_pipeline``."""
     parallel, training = arguments.parallel, arguments.training
     stages = parallel.pipeline_model_parallel_size
@@ -163,7 +168,7 @@ def check_schedule(arguments: Arguments, layout: Layout, num_layers: int) -> Non
             "several model chunks per pipeline stage train wrongly without overlapped transfers; "
             "leave --no-overlap-p2p-comm out"
         )
-    num_microbatches = layout.global_batch_size // (training.micro_batch_size * layout.data_parallel_size)
+    num_microbatches = sizes.num_microbatches(training.micro_batch_size)
     if num_microbatches % stages:
         raise UserError(
             f"the interleaved schedule needs micro-batches ({num_microbatches}) to be a multiple of "

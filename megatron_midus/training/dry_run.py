@@ -39,12 +39,14 @@ class RankUse:
 def dry_run(trainer: Trainer) -> str:
     """One forward and backward pass; returns the report on rank 0 and ``""`` elsewhere. Collective."""
     update_num_microbatches(trainer.progress.consumed_train_samples, consistency_check=False)
-    for chunk in trainer.model_chunks:
+    for chunk in trainer.learner.model_chunks:
         chunk.zero_grad_buffer()
-    reports = forward_backward(trainer.forward_step, trainer.training_iterator(), trainer.model_chunks, trainer.shape)
+    reports = forward_backward(
+        trainer.forward_step, trainer.training_iterator(), trainer.learner.model_chunks, trainer.shape
+    )
     loss = mean_loss(reports)
-    assert trainer.optimizer is not None
-    use = rank_use(trainer.model_chunks, trainer.optimizer, trainer.arguments.optimizer.optimizer)
+    assert trainer.learner.optimizer is not None
+    use = rank_use(trainer.learner.model_chunks, trainer.learner.optimizer, trainer.arguments.optimizer.optimizer)
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, (use, loss))
     if torch.distributed.get_rank():
@@ -72,14 +74,14 @@ def rank_use(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, ki
 
 def describe_cost(trainer: Trainer) -> list[str]:
     """FLOPs and tokens of a step and of the rest of the run."""
-    layout, seq_length = trainer.layout, trainer.arguments.data.seq_length
-    tokens = layout.global_batch_size * seq_length
+    sizes, seq_length = trainer.sizes, trainer.arguments.data.seq_length
+    tokens = sizes.global_batch_size * seq_length
     step = trainer.telemetry.flops_per_token * tokens
     steps = max(0, trainer.train_iters - trainer.progress.iteration)
     return [
         "dry run:",
         f"FLOPs: {trainer.telemetry.flops_per_token:.4g} a token, {step:.4g} a step of {tokens:,} tokens, "
-        f"{step / layout.world_size:.4g} a step on each of {layout.world_size} devices",
+        f"{step / sizes.world_size:.4g} a step on each of {sizes.world_size} devices",
         f"steps: {steps:,} to go of {trainer.train_iters:,}, {steps * tokens:,} tokens, {steps * step:.4g} FLOPs",
     ]
 

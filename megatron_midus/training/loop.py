@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,30 +13,25 @@ from megatron.core.num_microbatches_calculator import (
     get_current_running_global_batch_size,
     update_num_microbatches,
 )
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.timers import Timers
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_midus.data.samplers import sample_indices
 from megatron_midus.errors import UserError
-from megatron_midus.training.architecture import Architecture
-from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.build import build_iterators
 from megatron_midus.training.checkpoint.state import Progress, training_state
 from megatron_midus.training.checkpoint.writer import CheckpointWriter
-from megatron_midus.training.checks import Layout
 from megatron_midus.training.memory.telemetry import MemoryReport, MemoryTelemetry
-from megatron_midus.training.memory.value_updates import ValueUpdates
 from megatron_midus.training.messages import print_rank_0, rank, warn_rank_0
 from megatron_midus.training.optimizer import learning_rates
 from megatron_midus.training.profiler import StepProfiler
 from megatron_midus.training.replicas import check_replicas
 from megatron_midus.training.schedule import schedule_flags
 from megatron_midus.training.signals import TerminationSignal
+from megatron_midus.training.start import Start
 from megatron_midus.training.step import (
     BatchShape,
     DivergedError,
+    Learner,
     StepResult,
     evaluate,
     make_forward_step,
@@ -78,58 +72,45 @@ class Trainer:
     """A run, ready to go.
 
     Args:
-        arguments: of the command line.
-        architecture: the model that is trained.
-        layout: processes and batch sizes.
-        config: Megatron-Core's, with its callbacks set.
-        model_chunks: of this rank, wrapped.
-        optimizer, scheduler: of the trainable parameters; ``None`` to evaluate only.
+        start: what was asked for, and the model of it.
+        learner: the model's part on this rank, built and restored.
         progress: where the run is; advanced as it goes.
         datasets: train, validation and test, ``None`` where this rank reads nothing.
-        eod: id of the end-of-document token.
         telemetry: the log.
         signal: tells that the process is to end.
         timers: Megatron-Core's.
         train_iters: steps of the whole run.
-        value_updates: how memory values are updated, if not as the rest.
     """
 
     def __init__(
         self,
+        start: Start,
+        learner: Learner,
         *,
-        arguments: Arguments,
-        architecture: Architecture,
-        layout: Layout,
-        config: TransformerConfig,
-        model_chunks: Sequence[torch.nn.Module],
-        optimizer: MegatronOptimizer | None,
-        scheduler: OptimizerParamScheduler | None,
         progress: Progress,
         datasets: tuple[Any, Any, Any],
-        eod: int,
         telemetry: Telemetry,
         signal: TerminationSignal,
         timers: Timers,
         train_iters: int,
-        value_updates: ValueUpdates | None = None,
     ) -> None:
+        arguments, architecture = start.arguments, start.architecture
         self.arguments = arguments
         self.architecture = architecture
-        self.layout = layout
-        self.config = config
-        self.model_chunks = list(model_chunks)
-        self.optimizer = optimizer
-        self.scheduler = scheduler
+        self.sizes = start.sizes
+        self.learner = learner
         self.progress = progress
         self.datasets = datasets
         self.telemetry = telemetry
         self.signal = signal
         self.timers = timers
         self.train_iters = train_iters
-        self.value_updates = value_updates
         training = arguments.training
         self.shape = BatchShape(
-            training.micro_batch_size, arguments.data.seq_length, arguments.data.reset_attention_mask, eod
+            training.micro_batch_size,
+            arguments.data.seq_length,
+            arguments.data.reset_attention_mask,
+            start.tokenizer.eod,
         )
         self.forward_step = make_forward_step(self.shape, check_loss=training.check_for_nan_in_loss_and_grad)
         self.writer: CheckpointWriter | None = None
@@ -149,12 +130,12 @@ class Trainer:
 
     def _watch_memories(self) -> MemoryTelemetry | None:
         settings = self.arguments.memory_telemetry
-        if self.optimizer is None or not settings.memory_log_interval or self.architecture.plan.memory is None:
+        if self.learner.optimizer is None or not settings.memory_log_interval or self.architecture.plan.memory is None:
             return None
         return MemoryTelemetry(
             settings,
-            model_chunks=self.model_chunks,
-            optimizer=self.optimizer,
+            model_chunks=self.learner.model_chunks,
+            optimizer=self.learner.optimizer,
             report=MemoryReport(self.telemetry, settings.memory_alarm_threshold),
             seed=self.arguments.training.seed,
             synchronise_parameters=self._synchronise_parameters,
@@ -251,14 +232,13 @@ class Trainer:
         return build_iterators(
             self.datasets[0],
             self.arguments,
-            num_chunks=len(self.model_chunks),
+            num_chunks=len(self.learner.model_chunks),
             consumed_samples=self.progress.consumed_train_samples,
             is_training=True,
         )
 
     def _step(self, iterator: Any) -> tuple[StepResult, int]:
         training = self.arguments.training
-        assert self.optimizer is not None and self.scheduler is not None
         update_num_microbatches(self.progress.consumed_train_samples, consistency_check=True)
         samples = get_current_running_global_batch_size()
         if self.memory_telemetry is not None:
@@ -267,15 +247,12 @@ class Trainer:
             result = train_step(
                 self.forward_step,
                 iterator,
-                self.model_chunks,
-                self.optimizer,
-                self.scheduler,
+                self.learner,
                 self.shape,
                 self.arguments.optimizer,
                 samples=samples,
                 check_loss=training.check_for_nan_in_loss_and_grad,
                 empty_cache_level=training.empty_unused_memory_level,
-                value_updates=self.value_updates,
             )
         except DivergedError as error:
             raise UserError(f"{error}. {self._describe_batch(samples)}") from None
@@ -297,15 +274,15 @@ class Trainer:
 
     def _advance(self, result: StepResult, samples: int) -> None:
         """Counts the step and reports it."""
-        progress = self.progress
-        assert self.optimizer is not None
+        progress, optimizer = self.progress, self.learner.optimizer
+        assert optimizer is not None
         progress.iteration += 1
         progress.consumed_train_samples += samples
         tokens = samples * self.arguments.data.seq_length
         progress.consumed_train_tokens += tokens
         progress.floating_point_operations += self.telemetry.flops_per_token * tokens
         logging = self.arguments.logging
-        learning_rate, value_learning_rate = learning_rates(self.optimizer)
+        learning_rate, value_learning_rate = learning_rates(optimizer)
         due = progress.iteration % logging.log_interval == 0
         self.telemetry.step(
             StepReport(
@@ -317,9 +294,9 @@ class Trainer:
                 grad_norm=result.grad_norm,
                 learning_rate=learning_rate,
                 value_learning_rate=value_learning_rate,
-                loss_scale=self.optimizer.get_loss_scale().item() if self.arguments.training.fp16 else None,
+                loss_scale=optimizer.get_loss_scale().item() if self.arguments.training.fp16 else None,
                 num_zeros=result.num_zeros,
-                params_norm=parameter_norm(self.model_chunks) if logging.log_params_norm and due else None,
+                params_norm=parameter_norm(self.learner.model_chunks) if logging.log_params_norm and due else None,
             )
         )
         if self.memory_telemetry is not None:
@@ -334,7 +311,7 @@ class Trainer:
     def _check_replicas(self) -> None:
         start = time.perf_counter()
         self._synchronise_parameters()
-        check_replicas(self.model_chunks, self.progress.iteration)
+        check_replicas(self.learner.model_chunks, self.progress.iteration)
         self.telemetry.pause(time.perf_counter() - start)
 
     # -- stopping ------------------------------------------------------------------------------------------------
@@ -377,14 +354,14 @@ class Trainer:
         self._synchronise_parameters()
         checkpoint = self.arguments.checkpoint
         state = training_state(
-            self.model_chunks,
-            self.optimizer if checkpoint.save_optim else None,
-            self.scheduler if checkpoint.save_optim else None,
+            self.learner.model_chunks,
+            self.learner.optimizer if checkpoint.save_optim else None,
+            self.learner.scheduler if checkpoint.save_optim else None,
             self.progress,
             train=self.architecture.train,
             with_rng=checkpoint.save_rng,
             memory_usage=self.memory_telemetry.state() if self.memory_telemetry is not None else None,
-            flags=schedule_flags(self.arguments.optimizer, self.arguments.training, self.layout.global_batch_size),
+            flags=schedule_flags(self.arguments.optimizer, self.arguments.training, self.sizes.global_batch_size),
         )
         self.writer.save(self.progress.iteration, state)
         seconds = time.perf_counter() - start
@@ -397,7 +374,7 @@ class Trainer:
     def _synchronise_parameters(self) -> None:
         """Under overlapped gathering the newest parameters may still lie scattered over ranks."""
         if self._gathers_ahead:
-            for chunk in self.model_chunks:
+            for chunk in self.learner.model_chunks:
                 chunk.start_param_sync(force_sync=True)
 
     # -- evaluation ----------------------------------------------------------------------------------------------
@@ -415,14 +392,14 @@ class Trainer:
         iterator = build_iterators(
             self._dataset(split),
             self.arguments,
-            num_chunks=len(self.model_chunks),
+            num_chunks=len(self.learner.model_chunks),
             consumed_samples=0,
             is_training=False,
         )
         result = evaluate(
             self.forward_step,
             iterator,
-            self.model_chunks,
+            self.learner.model_chunks,
             self.shape,
             num_batches=num_batches,
             num_microbatches=num_microbatches,
@@ -451,9 +428,9 @@ class Trainer:
         # Rank 0 always has the datasets that there are.
         length = torch.tensor([len(dataset) if dataset is not None else 0], dtype=torch.int64, device="cuda")
         torch.distributed.broadcast(length, 0)
-        step = training.micro_batch_size * self.layout.data_parallel_size
-        num_microbatches = self.layout.global_batch_size // step
-        if training.full_validation and len(self.model_chunks) == 1:
+        step = training.micro_batch_size * self.sizes.data_parallel_size
+        num_microbatches = self.sizes.num_microbatches(training.micro_batch_size)
+        if training.full_validation and len(self.learner.model_chunks) == 1:
             # Small batches leave the fewest samples over.
             num_microbatches = 1
         available = int(length) // (step * num_microbatches)

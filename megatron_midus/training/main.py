@@ -24,8 +24,8 @@ from megatron_midus.training.checks import (
     check_environment,
     check_memory_settings,
     check_schedule,
-    resolve_layout,
     resolve_pipeline,
+    resolve_sizes,
 )
 from megatron_midus.training.error_file import write_error_file
 from megatron_midus.training.messages import warn_rank_0
@@ -67,9 +67,9 @@ def prepare(arguments: Arguments) -> Start:
         ValueError: a user's mistake, in one line.
     """
     check_environment(arguments)
-    layout = resolve_layout(arguments, int(os.environ.get("WORLD_SIZE", "1")))
+    sizes = resolve_sizes(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     if not arguments.training.skip_train:
-        schedule_lengths(arguments.optimizer, arguments.training, layout.global_batch_size)
+        schedule_lengths(arguments.optimizer, arguments.training, sizes.global_batch_size)
     check_files(arguments)
     checkpoint, source = find_start(arguments.checkpoint)
     arguments = dataclasses.replace(arguments, checkpoint=checkpoint)
@@ -83,7 +83,7 @@ def prepare(arguments: Arguments) -> Start:
         train=architecture.train,
     )
     arguments = dataclasses.replace(arguments, parallel=parallel)
-    check_schedule(arguments, layout, architecture.plan.num_layers)
+    check_schedule(arguments, sizes, architecture.plan.num_layers)
     check_memory_settings(arguments, architecture.plan)
     check_background(arguments, architecture)
     _prepare_environment(arguments)
@@ -94,7 +94,7 @@ def prepare(arguments: Arguments) -> Start:
     if arguments.parallel.distributed_backend == "gloo":
         # Before Megatron is imported: parts of it look at torch.cuda while they are.
         platform.activate_cpu_mapping()
-    return Start(arguments, layout, source, architecture, tokenizer)
+    return Start(arguments, sizes, source, architecture, tokenizer)
 
 
 def _prepare_environment(arguments: Arguments) -> None:

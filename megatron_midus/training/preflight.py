@@ -19,8 +19,8 @@ from megatron_midus.training.checks import (
     check_environment,
     check_memory_settings,
     check_schedule,
-    resolve_layout,
     resolve_pipeline,
+    resolve_sizes,
 )
 from megatron_midus.training.schedule import schedule_lengths
 from megatron_midus.upscaling import UpscalePlan
@@ -68,15 +68,15 @@ def check_run_to_come(
     """
     arguments = parse_arguments(words)
     check_environment(arguments)
-    layout = resolve_layout(arguments, processes)
-    schedule_lengths(arguments.optimizer, arguments.training, layout.global_batch_size)
+    sizes = resolve_sizes(arguments, processes)
+    schedule_lengths(arguments.optimizer, arguments.training, sizes.global_batch_size)
     train = resolve_train(arguments.training.train, plan)
     architecture = Architecture(model.with_num_layers(plan.num_layers), plan, train, None)
     check_model_fits(arguments, architecture, warn)
     parallel = resolve_pipeline(
         arguments.parallel, architecture.model, plan, seq_length=arguments.data.seq_length, train=train
     )
-    check_schedule(dataclasses.replace(arguments, parallel=parallel), layout, plan.num_layers)
+    check_schedule(dataclasses.replace(arguments, parallel=parallel), sizes, plan.num_layers)
     check_memory_settings(arguments, plan)
     check_background(arguments, architecture)
 

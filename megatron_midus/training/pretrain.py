@@ -30,7 +30,7 @@ from megatron_midus.training.checkpoint.source import RUN_FILE, Source
 from megatron_midus.training.checkpoint.state import Progress, load_training_state, read_common_state, read_progress
 from megatron_midus.training.checkpoint.verification import agree_on_source
 from megatron_midus.training.checkpoint.writer import set_aside
-from megatron_midus.training.checks import Layout, check_background
+from megatron_midus.training.checks import RunSizes, check_background
 from megatron_midus.training.dry_run import dry_run
 from megatron_midus.training.loop import Trainer
 from megatron_midus.training.memory.value_updates import ValueUpdates
@@ -39,6 +39,7 @@ from megatron_midus.training.optimizer import build_optimizer, build_scheduler
 from megatron_midus.training.schedule import schedule_flags
 from megatron_midus.training.signals import TerminationSignal
 from megatron_midus.training.start import Start
+from megatron_midus.training.step import Learner
 from megatron_midus.training.summary import describe_groups, describe_run
 from megatron_midus.training.telemetry import Telemetry
 from megatron_midus.upscaling.cost import flops_per_token
@@ -116,22 +117,22 @@ def _record_configuration(arguments: Arguments) -> None:
 
 
 def _build_trainer(start: Start, signal: TerminationSignal) -> Trainer:
-    arguments, source, architecture, layout = start.arguments, start.source, start.architecture, start.layout
+    arguments, source, architecture, sizes = start.arguments, start.source, start.architecture, start.sizes
     training = arguments.training
     timers = Timers(arguments.logging.timing_log_level, arguments.logging.timing_log_option)
     initialize_rerun_state_machine(mode=RerunMode(training.rerun_mode))
     init_num_microbatches_calculator(
         rank(),
         training.rampup_batch_size,
-        layout.global_batch_size,
+        sizes.global_batch_size,
         training.micro_batch_size,
-        layout.data_parallel_size,
+        sizes.data_parallel_size,
         training.decrease_batch_size_if_needed,
     )
     config = build.transformer_config(arguments, architecture, timers)
-    placement = build.place_values(arguments, architecture, layout)
+    placement = build.place_values(arguments, architecture, sizes)
     chunks = build.build_model_chunks(arguments, architecture, config, source, placement)
-    print_rank_0(describe_run(arguments, architecture, layout, source))
+    print_rank_0(describe_run(arguments, architecture, sizes, source))
     chunks = build.wrap_model_chunks(chunks, arguments, config)
     optimizer = scheduler = None
     if not training.skip_train:
@@ -143,14 +144,14 @@ def _build_trainer(start: Start, signal: TerminationSignal) -> Trainer:
             timers=timers,
             log_num_zeros=arguments.logging.log_num_zeros_in_grad,
         )
-        scheduler = build_scheduler(optimizer, arguments.optimizer, training, layout.global_batch_size)
+        scheduler = build_scheduler(optimizer, arguments.optimizer, training, sizes.global_batch_size)
         build.connect(config, chunks, optimizer, arguments.parallel)
         print_rank_0(describe_groups(optimizer))
     value_updates = _value_updates(arguments, architecture, chunks, optimizer)
-    progress = _restore(arguments, source, architecture, layout, chunks, optimizer, scheduler)
+    progress = _restore(arguments, source, architecture, sizes, chunks, optimizer, scheduler)
     train_iters = _train_iters(arguments, progress)
     datasets = build.build_datasets(
-        arguments.data, start.tokenizer, num_samples=_num_samples(arguments, layout, progress), seed=training.seed
+        arguments.data, start.tokenizer, num_samples=_num_samples(arguments, sizes, progress), seed=training.seed
     )
     telemetry = Telemetry(
         arguments.logging,
@@ -163,28 +164,21 @@ def _build_trainer(start: Start, signal: TerminationSignal) -> Trainer:
             lora_rank=training.lora_rank,
         ),
         seq_length=arguments.data.seq_length,
-        world_size=layout.world_size,
+        world_size=sizes.world_size,
         first_iteration=progress.iteration,
         is_writer=is_last_rank(),
         run_settings=dataclasses.asdict(arguments),
         save_directory=arguments.checkpoint.save,
     )
     trainer = Trainer(
-        arguments=arguments,
-        architecture=architecture,
-        layout=layout,
-        config=config,
-        model_chunks=chunks,
-        optimizer=optimizer,
-        scheduler=scheduler,
+        start,
+        Learner(chunks, optimizer, scheduler, value_updates),
         progress=progress,
         datasets=datasets,
-        eod=start.tokenizer.eod,
         telemetry=telemetry,
         signal=signal,
         timers=timers,
         train_iters=train_iters,
-        value_updates=value_updates,
     )
     if trainer.memory_telemetry is not None and source.resume and source.directory is not None:
         trainer.memory_telemetry.load(source.directory)
@@ -209,7 +203,7 @@ def _restore(
     arguments: Arguments,
     source: Source,
     architecture: Architecture,
-    layout: Layout,
+    sizes: RunSizes,
     chunks: list[torch.nn.Module],
     optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler | None,
@@ -226,7 +220,7 @@ def _restore(
         optimizer,
         scheduler,
         settings=arguments.optimizer,
-        flags=schedule_flags(arguments.optimizer, arguments.training, layout.global_batch_size),
+        flags=schedule_flags(arguments.optimizer, arguments.training, sizes.global_batch_size),
         train=architecture.train,
         load_optim=arguments.checkpoint.load_optim,
         load_rng=arguments.checkpoint.load_rng,
@@ -268,7 +262,9 @@ def _train_iters(arguments: Arguments, progress: Progress) -> int:
         iterations += 1
 
 
-def _num_samples(arguments: Arguments, layout: Layout, progress: Progress) -> tuple[int | None, int | None, int | None]:
+def _num_samples(
+    arguments: Arguments, sizes: RunSizes, progress: Progress
+) -> tuple[int | None, int | None, int | None]:
     """Samples of train, validation and test that the run will ask for."""
     training = arguments.training
     if training.train_samples is not None:
@@ -279,5 +275,5 @@ def _num_samples(arguments: Arguments, layout: Layout, progress: Progress) -> tu
         train = progress.consumed_train_samples + left * get_current_running_global_batch_size()
     if training.full_validation:
         return train, None, None
-    evaluated = training.eval_iters * layout.global_batch_size
+    evaluated = training.eval_iters * sizes.global_batch_size
     return train, evaluated, evaluated

@@ -8,7 +8,7 @@ from megatron_midus.data.tokenizer import Tokenizer
 from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.checkpoint.source import Source
-from megatron_midus.training.checks import Layout
+from megatron_midus.training.checks import RunSizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Start:
     """What a run begins with."""
 
     arguments: Arguments
-    layout: Layout
+    sizes: RunSizes
     source: Source
     architecture: Architecture
     tokenizer: Tokenizer

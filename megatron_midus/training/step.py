@@ -120,35 +120,46 @@ def loss_function(
     return total, num_tokens, {"lm loss": report}
 
 
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """What learns on this rank, and what makes it learn.
+
+    Attributes:
+        model_chunks: wrapped; more than one under the interleaved schedule.
+        optimizer, scheduler: of the trainable parameters; ``None`` to evaluate only.
+        value_updates: how memory values are updated, if not as the rest.
+    """
+
+    model_chunks: Sequence[torch.nn.Module]
+    optimizer: MegatronOptimizer | None
+    scheduler: OptimizerParamScheduler | None
+    value_updates: ValueUpdates | None = None
+
+
 def train_step(
     forward_step: Callable,
     iterator: DataIterator,
-    model_chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
+    learner: Learner,
     shape: BatchShape,
     settings: OptimizationConfig,
     *,
     samples: int,
     check_loss: bool,
     empty_cache_level: int = 0,
-    value_updates: ValueUpdates | None = None,
 ) -> StepResult:
-    """One optimizer step on the next global batch of ``samples`` samples.
-
-    Args:
-        value_updates: how memory values are updated, if not as the rest.
-    """
+    """One optimizer step on the next global batch of ``samples`` samples."""
+    optimizer, scheduler, value_updates = learner.optimizer, learner.scheduler, learner.value_updates
+    assert optimizer is not None and scheduler is not None
     rerun = get_rerun_state_machine()
     is_first = not rerun.first_iteration_complete
     reports: list[dict[str, torch.Tensor]] = []
     while rerun.should_run_forward_backward(iterator):
-        for chunk in model_chunks:
+        for chunk in learner.model_chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         if value_updates is not None:
             value_updates.begin()
-        reports = forward_backward(forward_step, iterator, model_chunks, shape)
+        reports = forward_backward(forward_step, iterator, learner.model_chunks, shape)
     save, leave, code = rerun.should_checkpoint_and_exit()
     if leave:
         return StepResult(loss=None, exit_code=code, save_before_exit=save)

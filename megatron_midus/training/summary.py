@@ -8,18 +8,18 @@ from megatron_midus.platform import transformer_engine_available
 from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.checkpoint.source import Source
-from megatron_midus.training.checks import Layout
+from megatron_midus.training.checks import RunSizes
 from megatron_midus.upscaling.cost import total_parameters, trainable_parameters
 
 
-def describe_run(arguments: Arguments, architecture: Architecture, layout: Layout, source: Source) -> str:
+def describe_run(arguments: Arguments, architecture: Architecture, sizes: RunSizes, source: Source) -> str:
     """A few lines: where the weights come from, the blocks, the parameters, the processes and batches."""
     model, plan = architecture.model, architecture.plan
     total = total_parameters(model, plan)
     trained = trainable_parameters(model, plan, architecture.train, lora_rank=arguments.training.lora_rank)
     precision = "bf16" if arguments.training.bf16 else "fp16" if arguments.training.fp16 else "fp32"
     parallel = arguments.parallel
-    replica_step = arguments.training.micro_batch_size * layout.data_parallel_size
+    micro_batch_size = arguments.training.micro_batch_size
     lines = [
         f"weights: {source.directory if source.directory is not None else 'fresh'}",
         f"model: {plan.num_layers} blocks ({describe_blocks(architecture)}), hidden {model.hidden_size}, "
@@ -27,13 +27,13 @@ def describe_run(arguments: Arguments, architecture: Architecture, layout: Layou
         f"vocabulary {model.vocab_size}",
         f"parameters: {total:,} in total, {trained:,} trainable ({100 * trained / total:.1f} %, "
         f"--train {architecture.train})",
-        f"processes: {layout.world_size} = tensor {parallel.tensor_model_parallel_size} * pipeline "
+        f"processes: {sizes.world_size} = tensor {parallel.tensor_model_parallel_size} * pipeline "
         f"{parallel.pipeline_model_parallel_size} * context {parallel.context_parallel_size} * data "
-        f"{layout.data_parallel_size}{', sequence parallel' if parallel.sequence_parallel else ''}"
+        f"{sizes.data_parallel_size}{', sequence parallel' if parallel.sequence_parallel else ''}"
         f"{', distributed optimizer' if parallel.use_distributed_optimizer else ''}, {precision}, "
         f"{parallel.distributed_backend}",
-        f"batch: {layout.global_batch_size} samples of {arguments.data.seq_length} tokens "
-        f"({max(1, layout.global_batch_size // replica_step)} micro-batches of {arguments.training.micro_batch_size})",
+        f"batch: {sizes.global_batch_size} samples of {arguments.data.seq_length} tokens "
+        f"({max(1, sizes.num_microbatches(micro_batch_size))} micro-batches of {micro_batch_size})",
     ]
     if parallel.pipeline_model_parallel_layout is not None:
         lines.append(f"pipeline: {parallel.pipeline_model_parallel_layout}")

@@ -31,12 +31,12 @@ from megatron_midus.training.checkpoint.optimizer_state import stored_groups
 from megatron_midus.training.checkpoint.source import Source, find_source
 from megatron_midus.training.checkpoint.state import Progress, load_training_state, training_state
 from megatron_midus.training.checkpoint.writer import CheckpointWriter
-from megatron_midus.training.checks import check_schedule, resolve_layout, resolve_pipeline
+from megatron_midus.training.checks import check_schedule, resolve_pipeline, resolve_sizes
 from megatron_midus.training.memory.telemetry import MemoryTelemetry
 from megatron_midus.training.memory.value_updates import ValueUpdates
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
 from megatron_midus.training.schedule import schedule_flags
-from megatron_midus.training.step import BatchShape, make_forward_step, train_step
+from megatron_midus.training.step import BatchShape, Learner, make_forward_step, train_step
 from megatron_midus.upscaling import make_plan
 
 SEQUENCE, VOCABULARY, GLOBAL_BATCH = 16, 37, 4
@@ -174,25 +174,25 @@ def train(
     optimizer, weights being whole."""
     flags = f"{COMMON} --load {run.load} {layout_flags} {run.flags}"
     arguments = parse_arguments(shlex.split(flags))
-    layout = resolve_layout(arguments, torch.distributed.get_world_size())
+    sizes = resolve_sizes(arguments, torch.distributed.get_world_size())
     source = find_source(arguments.checkpoint)
     architecture = resolve_architecture(arguments, source, tokenizer_vocab_size=None)
     parallel = resolve_pipeline(
         arguments.parallel, architecture.model, architecture.plan, seq_length=SEQUENCE, train=architecture.train
     )
     arguments = dataclasses.replace(arguments, parallel=parallel)
-    check_schedule(arguments, layout, architecture.plan.num_layers)
+    check_schedule(arguments, sizes, architecture.plan.num_layers)
     _initialize_parallel(arguments, architecture.plan.num_layers)
     destroy_num_microbatches_calculator()
     init_num_microbatches_calculator(
-        0, None, layout.global_batch_size, arguments.training.micro_batch_size, layout.data_parallel_size, False
+        0, None, sizes.global_batch_size, arguments.training.micro_batch_size, sizes.data_parallel_size, False
     )
     config = build.transformer_config(arguments, architecture)
-    placement = build.place_values(arguments, architecture, layout)
+    placement = build.place_values(arguments, architecture, sizes)
     chunks = build.build_model_chunks(arguments, architecture, config, source, placement)
     chunks = build.wrap_model_chunks(chunks, arguments, config)
     optimizer = build_optimizer(chunks, arguments.optimizer, arguments.training, parallel)
-    scheduler = build_scheduler(optimizer, arguments.optimizer, arguments.training, layout.global_batch_size)
+    scheduler = build_scheduler(optimizer, arguments.optimizer, arguments.training, sizes.global_batch_size)
     build.connect(config, chunks, optimizer, parallel)
     value_updates = None
     if arguments.optimizer.memory_update_slots or arguments.optimizer.value_optimizer:
@@ -206,7 +206,7 @@ def train(
             optimizer,
             scheduler,
             settings=arguments.optimizer,
-            flags=schedule_flags(arguments.optimizer, arguments.training, layout.global_batch_size),
+            flags=schedule_flags(arguments.optimizer, arguments.training, sizes.global_batch_size),
             train=architecture.train,
             load_optim=arguments.checkpoint.load_optim,
             load_rng=False,
@@ -224,7 +224,8 @@ def train(
         )
         if source.resume:
             memory_telemetry.load(source.directory)
-    curve = _steps(arguments, chunks, optimizer, scheduler, progress, run, memory_telemetry, value_updates, after_step)
+    learner = Learner(chunks, optimizer, scheduler, value_updates)
+    curve = _steps(arguments, learner, progress, run, memory_telemetry, after_step)
     if run.save is not None:
         usage = memory_telemetry.state() if memory_telemetry is not None else None
         state = training_state(
@@ -236,15 +237,13 @@ def train(
 
 def _steps(
     arguments: Arguments,
-    chunks: list,
-    optimizer: Any,
-    scheduler: Any,
+    learner: Learner,
     progress: Progress,
     run: Run,
     memory_telemetry: MemoryTelemetry | None,
-    value_updates: ValueUpdates | None,
     after_step: Callable[[list, Any], None] | None,
 ) -> list[tuple]:
+    chunks = list(learner.model_chunks)
     shape = BatchShape(arguments.training.micro_batch_size, SEQUENCE, False, None)
     forward_step = make_forward_step(shape, check_loss=False)
     iterator = build.build_iterators(
@@ -262,8 +261,8 @@ def _steps(
         if memory_telemetry is not None:
             memory_telemetry.before_step(progress.iteration + 1)
         result = train_step(
-            forward_step, iterator, chunks, optimizer, scheduler, shape, arguments.optimizer,
-            samples=GLOBAL_BATCH, check_loss=False, value_updates=value_updates if is_apart else None,
+            forward_step, iterator, learner if is_apart else dataclasses.replace(learner, value_updates=None), shape,
+            arguments.optimizer, samples=GLOBAL_BATCH, check_loss=False,
         )  # fmt: skip
         progress.iteration += 1
         progress.consumed_train_samples += GLOBAL_BATCH
@@ -272,7 +271,7 @@ def _steps(
             memory_telemetry.after_step(progress.iteration)
         if after_step is not None:
             _synchronise(arguments, chunks)
-            after_step(chunks, optimizer)
+            after_step(chunks, learner.optimizer)
     _synchronise(arguments, chunks)
     return curve
 

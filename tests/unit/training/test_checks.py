@@ -10,12 +10,12 @@ import pytest
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.training.arguments import parse_arguments
 from megatron_midus.training.checks import (
-    Layout,
+    RunSizes,
     check_environment,
     check_schedule,
     num_virtual_stages,
-    resolve_layout,
     resolve_pipeline,
+    resolve_sizes,
 )
 from megatron_midus.upscaling import make_plan
 from megatron_midus.upscaling.pipeline_layout import parse_layout
@@ -29,14 +29,14 @@ def arguments(flags: str = "", length: str = "--train-iters 3"):
 @pytest.mark.parametrize(
     ("flags", "world_size", "expected"),
     [
-        ("", 1, Layout(1, 1, 1)),
-        ("--micro-batch-size 3", 4, Layout(4, 4, 12)),
-        ("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 3", 12, Layout(12, 2, 2)),
-        ("--global-batch-size 7 --micro-batch-size 3 --decrease-batch-size-if-needed", 2, Layout(2, 2, 7)),
+        ("", 1, RunSizes(1, 1, 1)),
+        ("--micro-batch-size 3", 4, RunSizes(4, 4, 12)),
+        ("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 3", 12, RunSizes(12, 2, 2)),
+        ("--global-batch-size 7 --micro-batch-size 3 --decrease-batch-size-if-needed", 2, RunSizes(2, 2, 7)),
     ],
 )
 def test_what_divides(flags, world_size, expected):
-    assert resolve_layout(arguments(flags), world_size) == expected
+    assert resolve_sizes(arguments(flags), world_size) == expected
 
 
 @pytest.mark.parametrize(
@@ -49,14 +49,14 @@ def test_what_divides(flags, world_size, expected):
 )
 def test_what_does_not_divide(flags, world_size, words):
     with pytest.raises(ValueError) as caught:
-        resolve_layout(arguments(flags), world_size)
+        resolve_sizes(arguments(flags), world_size)
     assert words in str(caught.value)
 
 
 def test_rampup_must_fit_the_replicas():
     flags = "--rampup-batch-size 2 2 8 --global-batch-size 12"
     with pytest.raises(ValueError, match="start and increment must be multiples of .* = 4"):
-        resolve_layout(arguments(flags, "--train-samples 30"), 4)
+        resolve_sizes(arguments(flags, "--train-samples 30"), 4)
 
 
 def test_virtual_stages():
@@ -153,7 +153,7 @@ def test_what_the_interleaved_schedule_cannot_do(chunked, flags, length, words):
     """However the chunks were asked for."""
     with pytest.raises(ValueError) as caught:
         given = resolved(f"--pipeline-model-parallel-size 2 {chunked} {flags} {length}".strip())
-        check_schedule(given, resolve_layout(given, 2), 7)
+        check_schedule(given, resolve_sizes(given, 2), 7)
     assert words in str(caught.value)
 
 
