@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = next(
@@ -20,12 +21,30 @@ TEST = ["pytest>=8", "pytest-xdist"]
 # With its packages for Hugging Face models.
 EVAL = ["lm-eval[hf]>=0.4.13,<0.5"]
 
+# What `midus recipe run … --tiny` needs of examples/; a wheel has it in megatron_midus/examples.
+TINY = ["make_corpus.py", "launch/make_tiny_model.py", "tiny_base/tokenizer*", "task_data/**/*.jsonl"]
+
+
+class BuildWithExamples(build_py):
+    """The package, and the part of examples/ that a recipe's tiny form needs."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for path in (path for pattern in TINY for path in (ROOT / "examples").glob(pattern)):
+            target = Path(self.build_lib, "megatron_midus", path.relative_to(ROOT))
+            self.mkpath(str(target.parent))
+            self.copy_file(str(path), str(target))
+
+
 setup(
     name="megatron-midus",
     version=VERSION,
     description="MIDUS: Memory-Infused Depth Up-Scaling of pretrained language models on Megatron-Core",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
+    cmdclass={"build_py": BuildWithExamples},
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_midus", "megatron_midus.*"]),
     py_modules=["pretrain_midus"],

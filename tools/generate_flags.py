@@ -21,6 +21,7 @@ from megatron_midus.command import PRETRAIN, SUMMARIES, make_parser
 from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.config.run_file import add_config_flag
 from megatron_midus.files import write_text_atomically
+from megatron_midus.report.table import Cell, markdown_table, text_cells
 
 PAGE = Path(__file__).parents[1] / "docs" / "flags.md"
 INTRODUCTION = """\
@@ -94,10 +95,9 @@ def _help_and_default(parser: argparse.ArgumentParser, action: argparse.Action) 
     return text[: found.start()] if found else text, default
 
 
-def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
+def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> list[Cell]:
     text, default = _help_and_default(parser, action)
-    cells = (_names(action), _value(action), default, text)
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
+    return text_cells([cell.replace("<", "&lt;") for cell in (_names(action), _value(action), default, text)])
 
 
 def _tables(parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -109,8 +109,9 @@ def _tables(parser: argparse.ArgumentParser) -> Iterator[str]:
             continue
         if group.title not in ("positional arguments", "options"):
             yield f"\n### {group.title}\n"
-        yield "\n| flag | value | default | |\n|---|---|---|---|\n"
-        yield "".join(f"{_row(parser, action)}\n" for action in actions)
+        rows = [_row(parser, action) for action in actions]
+        table = markdown_table(("flag", "value", "default", ""), rows, text_columns=4)
+        yield "\n" + "".join(f"{line}\n" for line in table)
 
 
 def _sections(title: str, parser: argparse.ArgumentParser) -> Iterator[str]:

@@ -10,6 +10,7 @@ from megatron_midus.checkpoint.training_record import UNTRAINED, TrainingRecord
 from megatron_midus.config import ModelConfig
 from megatron_midus.errors import UserError
 from megatron_midus.json_files import read_json_object
+from megatron_midus.report.table import markdown_table, text_cells
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.cost import total_parameters, trainable_parameters
 from megatron_midus.upscaling.policies import none
@@ -146,11 +147,13 @@ def _evaluation_rows(report: Mapping[str, Any] | None) -> list[str]:
     """A section with one row per model, data and figure; a figure's standard error stands beside it."""
     if report is None:
         return []
-    rows = ["## Evaluation", "", "| model | data | figure | value |", "|---|---|---|---:|"]
-    for model in report["models"]:
-        for data, figure, shown in (*_text_figures(model["results"]), *_task_figures(model.get("tasks", {}))):
-            rows.append(f"| {model['name']} | {data} | {figure} | {shown} |")
-    return [*rows, *[f"\n{note}" for note in report.get("notes", ())], ""]
+    rows = [
+        text_cells((str(model["name"]), *figures))
+        for model in report["models"]
+        for figures in (*_text_figures(model["results"]), *_task_figures(model.get("tasks", {})))
+    ]
+    table = markdown_table(("model", "data", "figure", "value"), rows, text_columns=3)
+    return ["## Evaluation", "", *table, *[f"\n{note}" for note in report.get("notes", ())], ""]
 
 
 def _text_figures(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

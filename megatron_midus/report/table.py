@@ -76,5 +76,8 @@ def terminal_table(
     for index, row in enumerate(rows):
         following = rows[index + 1] if index + 1 < len(rows) else None
         ends = group_by is not None and (following is None or row[group_by].text != following[group_by].text)
-        table.add_row(*(Text(cell.text, "dim" if cell.is_faint else "") for cell in row), end_section=ends)
+        table.add_row(
+            *(Text(cell.text, "dim" if cell.is_faint else "bold" if cell.is_best else "") for cell in row),
+            end_section=ends,
+        )
     return table

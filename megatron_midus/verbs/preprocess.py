@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from megatron_midus.config.preprocess import PreprocessConfig
 from megatron_midus.data import preprocess as corpus
 from megatron_midus.data.statistics import PreprocessResult
 from megatron_midus.progress import Progress
+from megatron_midus.report.table import terminal_table, text_cells
 from megatron_midus.verbs.verb import verb
 
 
@@ -33,13 +32,12 @@ def print_result(result: PreprocessResult) -> None:
     """The table at the end."""
     # Whole numbers and paths, also where the output is a file or a narrow window.
     console = Console(width=max(200, 60 + max(map(len, result.datasets))), soft_wrap=True)
-    table = Table("dataset", box=box.SIMPLE_HEAD)
-    for heading in ("documents", "tokens", "text bytes", "bytes/token"):
-        table.add_column(heading, justify="right")
-    for prefix, statistics in result.datasets.items():
-        counts = (f"{n:,}" for n in (statistics.documents, statistics.tokens, statistics.bytes))
-        table.add_row(prefix, *counts, f"{statistics.bytes_per_token:.3f}")
-    console.print(table)
+    rows = [
+        (prefix, f"{s.documents:,}", f"{s.tokens:,}", f"{s.bytes:,}", f"{s.bytes_per_token:.3f}")
+        for prefix, s in result.datasets.items()
+    ]
+    header = ("dataset", "documents", "tokens", "text bytes", "bytes/token")
+    console.print(terminal_table(header, list(map(text_cells, rows))))
     skipped = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in result.skipped.counts().items())
     print(f"left out: {skipped}")
     done = result.bytes_read - result.bytes_resumed

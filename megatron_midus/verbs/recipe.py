@@ -24,7 +24,6 @@ from megatron_midus.hub import cached_model
 from megatron_midus.progress import Progress
 from megatron_midus.verbs.verb import verb
 
-_REPOSITORY = Path(__file__).parents[2]
 # Of a run on the CPU alone, which is then the same where there is a GPU.
 _TINY_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 _ENVIRONMENT = {
@@ -34,6 +33,13 @@ _ENVIRONMENT = {
     # After SIGTERM torchrun kills what has not ended in 30 seconds; a checkpoint may take longer. Older torch ignores this.
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "540",
 }
+
+
+def examples_directory() -> Path:
+    """Of the checkout; of a wheel that of the package, which holds what --tiny needs (setup.py)."""
+    package = Path(__file__).parents[1]
+    in_checkout, in_wheel = package.parent / "examples", package / "examples"
+    return in_wheel if in_wheel.is_dir() else in_checkout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +130,7 @@ class _Work:
 
     def _base(self) -> str:
         """Where the base lies, or would lie."""
-        here, named = self.directory / "base", self.recipe.base.replace("{repository}", str(_REPOSITORY))
+        here, named = self.directory / "base", self.recipe.base.replace("{examples}", str(examples_directory()))
         if not here.exists() and Path(named).is_dir():
             return named
         if here.exists() or self.config.tiny:
@@ -159,7 +165,7 @@ class _Work:
             return [element for elements in filled for element in elements]
         if not isinstance(value, str):
             return value
-        places = {"{work}": str(self.directory), "{base}": self.base, "{repository}": str(_REPOSITORY)}
+        places = {"{work}": str(self.directory), "{base}": self.base, "{examples}": str(examples_directory())}
         for place, path in places.items():
             value = value.replace(place, path)
         return value
@@ -210,12 +216,13 @@ class _Work:
                 raise UserError(f"{path} does not exist; {remedy}")
 
     def _examples(self) -> Path:
-        return _REPOSITORY / "examples" / self.config.recipe
+        return examples_directory() / self.config.recipe
 
     # -- the tiny form -----------------------------------------------------------------------------------------------
     def make_tiny_inputs(self) -> None:
-        """A random model of the recipe's family and a little text, by the scripts of the repository."""
-        if not Path(self.base, "config.json").exists():
+        """A random model of the recipe's family and a little text, by scripts of examples/."""
+        # What lies in the repository itself is no family: check_needs says how to name a base.
+        if not Path(self.base, "config.json").exists() and "{" not in self.recipe.base:
             _run_example("launch/make_tiny_model.py", "--family", self.config.recipe, "--save", self.base)
         if not Path(self.heldout_text[0]).exists():
             text = str(Path(self.heldout_text[0]).parent)
@@ -223,9 +230,7 @@ class _Work:
 
 
 def _run_example(script: str, *words: str) -> None:
-    path = _REPOSITORY / "examples" / script
-    if not path.is_file():
-        raise UserError("--tiny makes its model and text with scripts of the repository; run it in a checkout")
+    path = examples_directory() / script
     print(f"+ python examples/{script} {shlex.join(words)}", file=sys.stderr, flush=True)
     runpy.run_path(str(path))["main"](list(words))
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.upscale import UpscaleConfig
@@ -17,6 +16,7 @@ from megatron_midus.errors import UserError
 from megatron_midus.files import check_output_directory, staged_directory
 from megatron_midus.hub import local_model, short_name
 from megatron_midus.progress import Bars, Progress
+from megatron_midus.report.table import Cell, terminal_table, text_cells
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.cost import Cost, block_flops, block_parameters, cost_of
 from megatron_midus.verbs.exports import check_export_loads, code_files, print_notes
@@ -269,43 +269,41 @@ def plan_of(config: UpscaleConfig, model: ModelConfig) -> UpscalePlan:
 
 # -- what is printed -------------------------------------------------------------------------------------------------
 def print_layers(console: Console, model: ModelConfig, plan: UpscalePlan, seq_length: int) -> None:
-    table = Table(title=f"{plan.num_base_layers} -> {plan.num_layers} layers, policy {plan.policy}")
-    for heading, justify in (("layer", "right"), ("block", "left"), ("source", "right"), ("filled", "left"), ("parameters", "right"), ("MFLOP/token", "right")):  # fmt: skip
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    rows = []
     for index, (block, parameters) in enumerate(zip(plan.blocks, block_parameters(model, plan))):
         flops = block_flops(model, plan, index, seq_length)
-        table.add_row(
-            str(index),
-            block.kind,
-            ", ".join(map(str, block.source)),
-            block.init,
-            f"{parameters:,}",
+        texts = (
+            str(index), block.kind, ", ".join(map(str, block.source)), block.init, f"{parameters:,}",
             f"{(flops.weights + flops.activations) / 1e6:,.2f}",
-            style="bold" if block.inserted else None,
-        )
-    console.print(table)
+        )  # fmt: skip
+        rows.append([Cell(text, is_best=block.inserted) for text in texts])
+    header = ("layer", "block", "source", "filled", "parameters", "MFLOP/token")
+    title = f"{plan.num_base_layers} -> {plan.num_layers} layers, policy {plan.policy}"
+    console.print(terminal_table(header, rows, text_columns=4, title=title))
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
 def print_cost(console: Console, cost: Cost, *, seq_length: int, dtype: str) -> None:
-    table = Table(title=f"cost (sequences of {seq_length} tokens, {dtype})")
-    for heading in ("", "base", "up-scaled", "change"):
-        table.add_column(heading, justify="right" if heading else "left")
-    rows = [
+    compared = [
         ("parameters", cost.base_parameters, cost.parameters, "{:,.0f}"),
         ("forward GFLOP/token", cost.base_forward_flops / 1e9, cost.forward_flops / 1e9, "{:,.4f}"),
         ("KV cache bytes/token", cost.base_kv_bytes, cost.kv_bytes, "{:,.0f}"),
     ]
-    for name, base, scaled, form in rows:
-        table.add_row(name, form.format(base), form.format(scaled), f"{100 * (scaled - base) / base:+.1f} %")
+    rows = [
+        (name, form.format(base), form.format(scaled), f"{100 * (scaled - base) / base:+.1f} %")
+        for name, base, scaled, form in compared
+    ]
     mebibytes = [b / 2**20 for b in (cost.weight_bytes, cost.training_bytes_inserted, cost.training_bytes_all)]
-    table.add_row("parameters in inserted blocks", "", f"{cost.trainable_inserted:,}", "")
-    table.add_row("training GFLOP/token, --train inserted", "", f"{cost.training_flops / 1e9:,.4f}", "")
-    table.add_row("weights, MiB", "", f"{mebibytes[0]:,.1f}", "")
-    table.add_row("weights + AdamW, --train inserted, MiB", "", f"{mebibytes[1]:,.1f}", "")
-    table.add_row("weights + AdamW, --train all, MiB", "", f"{mebibytes[2]:,.1f}", "")
-    console.print(table)
+    rows += [
+        ("parameters in inserted blocks", "", f"{cost.trainable_inserted:,}", ""),
+        ("training GFLOP/token, --train inserted", "", f"{cost.training_flops / 1e9:,.4f}", ""),
+        ("weights, MiB", "", f"{mebibytes[0]:,.1f}", ""),
+        ("weights + AdamW, --train inserted, MiB", "", f"{mebibytes[1]:,.1f}", ""),
+        ("weights + AdamW, --train all, MiB", "", f"{mebibytes[2]:,.1f}", ""),
+    ]
+    title = f"cost (sequences of {seq_length} tokens, {dtype})"
+    console.print(terminal_table(("", "base", "up-scaled", "change"), list(map(text_cells, rows)), title=title))
 
 
 def command(config: UpscaleConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def site(tmp_path_factory) -> Path:
     source = root / "source"
     # A build writes into its source directory.
     tracked = subprocess.run(
-        ["git", "ls-files", "-z", "setup.py", "pyproject.toml", "README.md", "pretrain_midus.py", "megatron_midus"],
+        ["git", "ls-files", "-z", "setup.py", "pyproject.toml", "README.md", "pretrain_midus.py", "megatron_midus", "examples"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.split("\0")  # fmt: skip
     for name in filter(None, tracked):
@@ -51,7 +52,7 @@ def run(site, tmp_path_factory):
         assert done.returncode == code, f"{words}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 
-    run.directory = directory
+    run.directory, run.site = directory, site
     shutil.copytree(ROOT / "examples/tiny_base", directory / "base", ignore=shutil.ignore_patterns("recipe"))
     text = [{"text": f"Slot {i} holds a value. The head reads slot {i}."} for i in range(400)]
     (directory / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in text))
@@ -89,3 +90,12 @@ def test_the_wheel_brings_the_recipes(run):
     assert "get it with: hf download Qwen/Qwen3-4B-Base" in run(
         "recipe", "run", "qwen3_4b", "--step", "upscale", code=1
     )
+
+
+def test_the_wheel_makes_a_tiny_model_and_text_by_itself(run):
+    words = ("recipe", "run", "llama3.2_1b", "--tiny", "--step")
+    run(*words, "preprocess")
+    assert "written: runs/llama3.2_1b-tiny/upscaled" in run(*words, "upscale")
+    shown = run("recipe", "show", "llama3.2_1b", "--tiny", "--step", "evaluate")
+    tasks = Path(re.search(r"--task-data=(\S+)", shown)[1])
+    assert tasks.is_relative_to(run.site) and (tasks / "arc_easy.jsonl").is_file()
