@@ -231,7 +231,7 @@ def check_round_trip(case: Case, saved: str, again: Path) -> None:
         assert (again / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2 tp2 sp"])
+@pytest.mark.parametrize("layout", ["pp2 tp2 sp"])
 @pytest.mark.parametrize("name", SAVED)
 def test_weights_come_back_from_any_layout(models, results, tmp_path, layout, name):
     _, saves = results(layout, SAVED)
@@ -239,14 +239,14 @@ def test_weights_come_back_from_any_layout(models, results, tmp_path, layout, na
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2"])
+@pytest.mark.parametrize("layout", ["tp2"])
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_of_every_family_come_back(models, results, tmp_path, layout, name):
     _, saves = results(layout, tuple(MODELS))
     check_round_trip(models[name], saves[name], tmp_path / "again")
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2 sp", "pp2"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
 def test_identity_at_step_zero(tmp_path, layout):
     """Up-scaled and base model in Megatron: logits equal bit for bit at the same layout, for every family."""
     roots = {}

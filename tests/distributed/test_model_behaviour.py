@@ -97,7 +97,6 @@ def test_bfloat16_follows_float32() -> None:
     [
         (Layout(), Layout(tp=2)),
         (Layout(tp=2, sp=True), Layout(pp=2)),
-        pytest.param(Layout(pp=2), Layout(), marks=pytest.mark.slow),
         pytest.param(Layout(pp=2, vpp=3), Layout(tp=4), marks=pytest.mark.slow),
         pytest.param(Layout(tp=2, pp=2), Layout(pp=3), marks=pytest.mark.slow),
     ],

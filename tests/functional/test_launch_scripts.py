@@ -40,7 +40,9 @@ def script(model: str, name: str, work: Path, *arguments: str, **more: str) -> s
 @pytest.mark.parametrize("model", MODELS)
 def test_all_scripts_in_order(model, warm_path, tmp_path):
     output = {}
-    for name in SCRIPTS:
+    # The last script is the same for all models, and its tasks take as long as the other four together.
+    is_whole = model == MODELS[0]
+    for name in SCRIPTS if is_whole else SCRIPTS[:-1]:
         done = script(model, name, tmp_path, "--tiny", PATH=warm_path)
         assert done.returncode == 0, f"{name}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
         output[name] = done.stdout
@@ -56,13 +58,18 @@ def test_all_scripts_in_order(model, warm_path, tmp_path):
     config = json.loads((tmp_path / "midus_hf" / "config.json").read_text())
     assert config["model_type"] == "midus" and config["block_types"].count("memory") == 2
     check_weights(tmp_path)
-    figures = json.loads((tmp_path / "evaluation.json").read_text())
+    if is_whole:
+        check_evaluation(tmp_path)
+
+
+def check_evaluation(work: Path) -> None:
+    figures = json.loads((work / "evaluation.json").read_text())
     base, midus = (model["results"]["heldout.jsonl"]["loss"] for model in figures["models"])
     assert midus < base
     for report in figures["models"]:
         assert {"arc_easy", "piqa"} <= set(report["tasks"]) and report["latency"]["decode_seconds"] > 0
         assert 0 <= report["tasks"]["piqa"]["acc"]["value"] <= 1 and report["tasks"]["piqa"]["acc"]["stderr"] >= 0
-    assert (tmp_path / "evaluation.md").read_text().count("|") > 10
+    assert (work / "evaluation.md").read_text().count("|") > 10
 
 
 def check_weights(work: Path) -> None:
