@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 # Typed in __init__.pyi.
 __all__ = [
-    "analyze", "average", "background", "compare", "convert", "doctor", "evaluate", "generate", "plan", "preprocess", "pretrain", "recipe",
+    "analyze", "average", "background", "compare", "convert", "doctor", "evaluate", "generate", "plan", "preprocess", "pretrain", "push", "recipe",
     "upscale",
 ]  # fmt: skip
 

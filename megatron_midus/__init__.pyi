@@ -10,6 +10,7 @@ from megatron_midus.verbs.generate import generate as generate
 from megatron_midus.verbs.plan import plan as plan
 from megatron_midus.verbs.preprocess import preprocess as preprocess
 from megatron_midus.verbs.pretrain import pretrain as pretrain
+from megatron_midus.verbs.push import push as push
 from megatron_midus.verbs.recipe import recipe as recipe
 from megatron_midus.verbs.upscale import upscale as upscale
 

@@ -58,6 +58,7 @@ VERBS = {
     "analyze": Entry("show what a trained memory does", "config.analyze:AnalyzeConfig", "verbs.analyze"),
     "plan": Entry("list the cluster layouts that fit a model", "config.plan:PlanConfig", "verbs.plan"),
     "recipe": Entry("run a model's recipe, from text to evaluation", "config.recipe:RecipeConfig", "verbs.recipe"),
+    "push": Entry("upload an export to the Hugging Face hub", "config.push:PushConfig", "verbs.push"),
     "doctor": Entry("check this machine and installation", "config.doctor:DoctorConfig", "verbs.doctor"),
 }
 # Training parses its own flags, which are Megatron's; torchrun starts it once a process.

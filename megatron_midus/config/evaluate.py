@@ -128,7 +128,7 @@ class EvaluateConfig:
     """
 
     model: list[str] = dataclasses.field(default_factory=list, metadata={"metavar": "DIR"})
-    """Hugging Face directories, or org/name in the local Hugging Face cache; the first is the baseline."""
+    """Hugging Face directories, or org/name[@revision] on the Hugging Face hub; the first is the baseline."""
 
     facts: list[str] = dataclasses.field(default_factory=list, metadata={"metavar": "FILE", "append": True})
     """Questions, .jsonl with "prompt" and "answer": how often the greedy continuation of the prompt is the answer."""
@@ -165,7 +165,7 @@ class GenerateConfig:
     """
 
     model: str = dataclasses.field(metadata={"metavar": "DIR"})
-    """Hugging Face directory of the model, or org/name in the local Hugging Face cache."""
+    """Hugging Face directory of the model, or org/name[@revision] on the Hugging Face hub."""
 
     prompt: list[str] = dataclasses.field(metadata={"metavar": "TEXT"})
     """Texts to continue."""

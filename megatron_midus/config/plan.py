@@ -52,7 +52,7 @@ class PlanConfig:
     """
 
     hf_model: str | None = dataclasses.field(default=None, metadata={"metavar": "DIR"})
-    """Base model, a directory or org/name in the local Hugging Face cache (its config.json is enough); the flags
+    """Base model, a directory or org/name[@revision] on the Hugging Face hub (its config.json is enough); the flags
     about inserted blocks describe the result."""
 
     load: str | None = dataclasses.field(default=None, metadata={"metavar": "DIR"})

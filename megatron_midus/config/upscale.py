@@ -69,7 +69,7 @@ class UpscaleConfig:
     """
 
     hf_model: str = dataclasses.field(metadata={"metavar": "DIR"})
-    """Base model: a directory with config.json, safetensors, tokenizer; or org/name of one in the local Hugging Face cache."""
+    """Base model: a directory with config.json, safetensors, tokenizer; or org/name[@revision] on the Hugging Face hub, fetched once."""
 
     save: str | None = dataclasses.field(default=None, metadata={"metavar": "DIR"})
     """Output directory; made whole or not at all. Not needed with --dry-run."""

@@ -22,7 +22,7 @@ from megatron_midus.evaluation.parameters import check_safetensors
 from megatron_midus.evaluation.perplexity import limit_documents
 from megatron_midus.evaluation.result import model_name
 from megatron_midus.files import check_output_directory, staged_directory, write_text_atomically
-from megatron_midus.hub import local_model
+from megatron_midus.hub import fetched_model
 from megatron_midus.progress import Progress
 from megatron_midus.verbs.verb import verb
 
@@ -56,8 +56,8 @@ def analyze(config: AnalyzeConfig, progress: Progress) -> Any:
 
 def _checked(config: AnalyzeConfig) -> AnalyzeConfig:
     """Says whatever is wrong with the inputs before a model is loaded, and settles models and device."""
-    base = local_model(config.base) if config.base else config.base
-    config = dataclasses.replace(config, model=local_model(config.model), base=base)
+    base = fetched_model(config.base) if config.base else config.base
+    config = dataclasses.replace(config, model=fetched_model(config.model), base=base)
     check_is_midus(config.model)
     check_safetensors(config.model)
     if config.base:

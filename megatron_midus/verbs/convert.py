@@ -29,7 +29,7 @@ from megatron_midus.conversion.streaming import resolve_workers
 from megatron_midus.conversion.tokenizer import check_tokenizer
 from megatron_midus.errors import UserError
 from megatron_midus.files import check_output_directory, staged_directory
-from megatron_midus.hub import local_model, short_name
+from megatron_midus.hub import fetched_model, short_name
 from megatron_midus.progress import Progress
 from megatron_midus.upscaling import PLAN_FILE, UpscalePlan
 from megatron_midus.upscaling.initialize import parse_dtype
@@ -133,7 +133,7 @@ def read_plan(directory: str, model: ModelConfig, config: dict[str, Any]) -> Ups
 
 
 def _to_megatron(config: ConvertConfig, progress: Progress) -> Converted:
-    config = dataclasses.replace(config, load=local_model(config.load))
+    config = dataclasses.replace(config, load=fetched_model(config.load))
     hf_config = read_hf_config(config.load)
     model = from_hf_config(hf_config)
     print_notes(hf_config)

@@ -25,7 +25,7 @@ from megatron_midus.evaluation.recall import Question, encode_questions, measure
 from megatron_midus.evaluation.result import EvaluationResult, ModelFigures, model_names, short_names
 from megatron_midus.evaluation.zero_shot import with_scores
 from megatron_midus.files import check_output_file, write_text_atomically
-from megatron_midus.hub import local_model
+from megatron_midus.hub import fetched_model
 from megatron_midus.progress import Progress
 from megatron_midus.verbs.verb import verb
 
@@ -76,7 +76,7 @@ def _checked(config: EvaluateConfig) -> EvaluateConfig:
     for output in filter(None, (config.json, config.markdown)):
         check_output_file(output)
     runtime = dataclasses.replace(config.runtime, device=str(choose_device(config.runtime.device)))
-    config = dataclasses.replace(config, model=[local_model(name) for name in config.model])
+    config = dataclasses.replace(config, model=[fetched_model(name) for name in config.model])
     configs = [read_config(directory) for directory in config.model]
     for directory in config.model:
         check_safetensors(directory)

@@ -8,7 +8,7 @@ from megatron_midus.config.evaluate import GenerateConfig
 from megatron_midus.data.tokenizer import HuggingFaceTokenizer, check_tokenizer_fits
 from megatron_midus.evaluation.generation import generate_text
 from megatron_midus.evaluation.loading import choose_device, load_model, num_embeddings, read_config
-from megatron_midus.hub import local_model
+from megatron_midus.hub import fetched_model
 from megatron_midus.progress import Progress
 from megatron_midus.verbs.verb import verb
 
@@ -20,7 +20,7 @@ def generate(config: GenerateConfig, progress: Progress) -> list[str]:
     Raises:
         UserError: a model that cannot be loaded, a tokenizer that does not fit it.
     """
-    config = dataclasses.replace(config, model=local_model(config.model))
+    config = dataclasses.replace(config, model=fetched_model(config.model))
     runtime, sampling = config.runtime, config.sampling
     device = choose_device(runtime.device)
     read_config(config.model)

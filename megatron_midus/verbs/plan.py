@@ -15,7 +15,7 @@ from megatron_midus.conversion.families import from_hf_config
 from megatron_midus.conversion.hf_io import read_hf_config
 from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
-from megatron_midus.hub import local_model
+from megatron_midus.hub import fetched_model
 from megatron_midus.planning import Workload
 from megatron_midus.planning.hardware import HARDWARE, LINK_SHARE, MATMUL_SHARE, MEMORY_SHARE, Hardware
 from megatron_midus.planning.output import GIB, driver_flags, layout_table
@@ -89,7 +89,7 @@ def _model_and_plan(config: PlanConfig) -> tuple[ModelConfig, UpscalePlan]:
         directory = find_checkpoint(config.load)[0]
         return ModelConfig.load(directory), UpscalePlan.load(directory)
     assert config.hf_model is not None
-    model = from_hf_config(read_hf_config(local_model(config.hf_model)))
+    model = from_hf_config(read_hf_config(fetched_model(config.hf_model)))
     return model, plan_from_config(config.blocks, config.memory, model)
 
 

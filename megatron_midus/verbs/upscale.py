@@ -14,7 +14,7 @@ from megatron_midus.config import ModelConfig
 from megatron_midus.config.upscale import UpscaleConfig
 from megatron_midus.errors import UserError
 from megatron_midus.files import check_output_directory, staged_directory
-from megatron_midus.hub import local_model, short_name
+from megatron_midus.hub import fetched_model, short_name
 from megatron_midus.progress import Bars, Progress
 from megatron_midus.report.table import Cell, terminal_table, text_cells
 from megatron_midus.upscaling import UpscalePlan
@@ -67,7 +67,7 @@ class _Work:
         from megatron_midus.upscaling.policies import none
         from megatron_midus.upscaling.tensors import EMBEDDING, model_shapes
 
-        config = dataclasses.replace(config, hf_model=local_model(config.hf_model))
+        config = dataclasses.replace(config, hf_model=fetched_model(config.hf_model))
         self.config = config
         self.workers = resolve_workers(config.workers)
         self.max_shard_size = parse_size(config.max_shard_size)

@@ -74,7 +74,14 @@ FAST = {"tp2": CORE, "pp2": CORE, "tp2 sp": tuple(SETTINGS)[:10]}
 # Four processes on two cores: what is split over more ranks than there are groups, and what meets a stage's boundary.
 FOUR_RANKS = {
     "tp4": ("hive", "full", "attention full", "concat", "tied, bias, qk norm", "frozen base"),
-    "pp2 tp2 sp": ("hive", "block", "token, no attention", "tied, bias, qk norm", "frozen base, late blocks", "llama_pro"),
+    "pp2 tp2 sp": (
+        "hive",
+        "block",
+        "token, no attention",
+        "tied, bias, qk norm",
+        "frozen base, late blocks",
+        "llama_pro",
+    ),
 }
 
 

@@ -74,9 +74,7 @@ def upscaled(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mode", "processes", "kills"), [("", 1, 13), ("--async-save", 2, 5)]
-)
+@pytest.mark.parametrize(("mode", "processes", "kills"), [("", 1, 13), ("--async-save", 2, 5)])
 def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(mode, processes, kills, upscaled, tmp_path):
     flags = f"{STEPS} --tensor-model-parallel-size {processes} {mode} --pretrained-checkpoint {upscaled}"
     whole = train(*TINY_RUN, flags, processes=processes, log_samples=True).check()

@@ -20,6 +20,7 @@ BASE = Path(__file__).parents[2] / "examples" / "tiny_base"
 def cache(tmp_path, monkeypatch):
     """The cache of huggingface_hub, as ``hf download someone/tiny-base`` leaves it."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     repository = tmp_path / "models--someone--tiny-base"
     snapshot = repository / "snapshots" / ("0123456789" * 4)
     (repository / "refs").mkdir(parents=True)
