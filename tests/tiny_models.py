@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 
+# Name of the argument of from_pretrained: transformers 4 knows the old one, 5 the new one.
+DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
 VOCAB = 263  # odd, and a little more than the tokenizer has
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -27,7 +30,13 @@ _FAMILIES = {
     "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 3.0}, "max_position_embeddings": 8},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}},
     "llama3 short": {"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0, "original_max_position_embeddings": 16}},
+    # original_max_position_embeddings below the sequences of the tests, so that the long factors count
+    # 96: silu of a chunk of the fused projections has vector tails of its own otherwise
+    "phi3": {"intermediate_size": 96, "rope_parameters": {"rope_type": "longrope", "rope_theta": 5000.0, "partial_rotary_factor": 0.75, "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.0, 2.0, 5.0]}, "original_max_position_embeddings": 16, "sliding_window": 9, "pad_token_id": 0},
 }  # fmt: skip
+# Families whose blocks do not compute what a Llama's do.
+FEATURED = ("phi3",)
+_CLASSES = {"mistral": "Mistral", "qwen2": "Qwen2", "yarn": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3"}
 
 
 class DictSource:
@@ -63,8 +72,6 @@ def randomize(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
 
 def make_model(family: str = "llama", *, seed: int = 1, **changes) -> torch.nn.Module:
     """A causal model of transformers: 5 layers, 6 heads of 8 channels in 2 groups."""
-    import transformers
-
     settings = {
         "vocab_size": VOCAB,
         "hidden_size": 48,
@@ -77,7 +84,7 @@ def make_model(family: str = "llama", *, seed: int = 1, **changes) -> torch.nn.M
         **_FAMILIES[family],
         **changes,
     }
-    name = {"mistral": "Mistral", "qwen2": "Qwen2", "yarn": "Qwen2", "qwen3": "Qwen3"}.get(family, "Llama")
+    name = _CLASSES.get(family, "Llama")
     config = getattr(transformers, f"{name}Config")(**settings)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     return randomize(model, seed).eval()
@@ -117,11 +124,8 @@ def write_base(directory: str | Path, family: str = "llama", *, dtype: torch.dty
 
 def load_model(directory: str | Path, **options) -> torch.nn.Module:
     """A causal model in fp32, local code of the directory allowed."""
-    import transformers
-
-    name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     return transformers.AutoModelForCausalLM.from_pretrained(
-        str(directory), **{name: torch.float32, "trust_remote_code": True, **options}
+        str(directory), **{DTYPE: torch.float32, "trust_remote_code": True, **options}
     ).eval()
 
 

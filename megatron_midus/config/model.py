@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_midus.config.rope import normalise_rope
+from megatron_midus.config.rope import check_factors, normalise_rope
 from megatron_midus.errors import UserError
 from megatron_midus.json_files import read_json_object
 
@@ -51,6 +51,8 @@ class ModelConfig:
     """Base of the rotary position embedding."""
     rope_scaling: dict[str, Any] | None = dataclasses.field(default=None, metadata={"flag": False})
     """Hugging Face's rope_scaling entry: rope_type and what this type knows (config/rope.py); None = no scaling."""
+    rotary_percent: float = dataclasses.field(default=1.0, metadata={"flag": False})
+    """Share of a head's channels that the rotary embedding turns, its first ones."""
     tie_word_embeddings: bool = False
     """Whether the output layer is the embedding."""
     add_qkv_bias: bool = False
@@ -80,7 +82,15 @@ class ModelConfig:
         rope.pop("rope_theta", None)
         if rope["rope_type"] == "dynamic" and self.kv_channels <= 2:
             raise UserError(f"rope scaling 'dynamic' with kv_channels={self.kv_channels} is not defined; it needs 4")
+        if self.rotary_channels < 2 or self.rotary_channels > self.kv_channels:
+            raise UserError(f"rotary_percent={self.rotary_percent} turns {self.rotary_channels} of kv_channels={self.kv_channels}; it must be above 0 and at most 1")  # fmt: skip
+        check_factors(rope, self.rotary_channels)
         object.__setattr__(self, "rope_scaling", None if rope["rope_type"] == "default" else rope)
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that the rotary embedding turns."""
+        return int(self.kv_channels * self.rotary_percent)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.memory import STORED_NAMES
+from megatron_midus.conversion.fused import split_fused
 from megatron_midus.conversion.streaming import in_parallel, num_bytes, read_finite, tensor_bytes
 from megatron_midus.errors import UserError
 from megatron_midus.json_files import read_json_object
@@ -134,9 +135,20 @@ class SafetensorsReader:
                 for table in (self._where, self._offsets, self._specs):
                     table[name.removesuffix(old) + new] = table.pop(name)
 
+    def split(self, name: str, parts: Mapping[str, int]) -> None:
+        """A tensor of the files becomes several, ``{name: rows}`` in order; the last takes what rows are left."""
+        (rows, *rest), dtype = self._specs[name]
+        place, row_bytes, begin = self._offsets[name], torch.Size(rest).numel() * dtype.itemsize, 0
+        for part, count in parts.items():
+            end = rows if part == list(parts)[-1] else min(rows, begin + count)
+            self._where[part], self._offsets[part] = self._where[name], place + begin * row_bytes
+            self._specs[part] = ((end - begin, *rest), dtype)
+            begin = end
+        self.drop(name)
+
     def drop(self, name: str) -> None:
         """Forgets a tensor that is in the files and is not wanted."""
-        del self._specs[name], self._where[name]
+        del self._specs[name], self._where[name], self._offsets[name]
 
     def names(self) -> Sequence[str]:
         return list(self._specs)
@@ -185,6 +197,7 @@ def open_hf_weights(directory: str | Path, model: ModelConfig, expected: dict[st
     reader = SafetensorsReader(directory)
     for name in filter(_IGNORED.fullmatch, reader.names()):
         reader.drop(name)
+    split_fused(reader, model, expected)
     if model.tie_word_embeddings and OUTPUT_LAYER in reader.names():
         _check_tied(reader)
         reader.drop(OUTPUT_LAYER)

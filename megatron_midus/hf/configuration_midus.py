@@ -25,7 +25,12 @@ ROPE_TYPES = {
         ("factor", "original_max_position_embeddings"),
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
+    "longrope": (
+        ("short_factor", "long_factor", "original_max_position_embeddings"),
+        ("factor", "attention_factor"),
+    ),
 }
+LISTS = ("short_factor", "long_factor")  # entries with one number for each pair of rotating channels
 DEFAULT_ROPE_THETA = 10000.0
 AUTO_MAP = {
     "AutoConfig": "configuration_midus.MidusConfig",
@@ -62,9 +67,10 @@ def normalise_rope(rope, max_position_embeddings):
     rope_type = given.get("rope_type") or given.get("type") or "default"
     if rope_type not in ROPE_TYPES:
         raise ValueError(f"rope_type={rope_type!r} is not supported; choose one of {list(ROPE_TYPES)}")
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor is not supported; all channels of a head rotate: remove it or set 1.0")
-    if rope_type in ("llama3", "yarn"):
+    partial = given.pop("partial_rotary_factor", 1.0)
+    if not is_positive(partial) or partial > 1:
+        raise ValueError(f"partial_rotary_factor={partial!r} is out of range; give a number above 0 and at most 1")
+    if rope_type in ("llama3", "yarn", "longrope"):
         given.setdefault("original_max_position_embeddings", max_position_embeddings)
     if rope_type == "yarn" and "factor" in rope and rope["factor"] is None:
         given["factor"] = max_position_embeddings / given["original_max_position_embeddings"]
@@ -77,16 +83,25 @@ def normalise_rope(rope, max_position_embeddings):
         logger.warning(f"rope_type={rope_type!r} does not know {unknown}; they are dropped from rope_parameters")
     kept = {key: given[key] for key in ("rope_theta", *required, *optional) if key in given}
     for key, value in kept.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        # mscale may be 0, which says nothing
-        ok = isinstance(value, bool) if key == "truncate" else is_number and (value > 0 or "mscale" in key)
+        if key in LISTS:
+            ok = isinstance(value, (list, tuple)) and all(map(is_positive, value))
+        else:
+            # mscale may be 0, which says nothing
+            ok = (
+                isinstance(value, bool) if key == "truncate" else is_positive(value) or ("mscale" in key and value == 0)
+            )
         if not ok:
             raise ValueError(f"{key}={value!r} of rope_type={rope_type!r} is out of range; give a positive number")
     if rope_type == "llama3" and not kept["low_freq_factor"] < kept["high_freq_factor"]:
         raise ValueError(
             f"low_freq_factor={kept['low_freq_factor']} must be smaller than high_freq_factor={kept['high_freq_factor']}"
         )
-    return {"rope_type": rope_type, **kept, "rope_theta": float(kept["rope_theta"])}
+    partly = {} if partial == 1.0 else {"partial_rotary_factor": float(partial)}
+    return {"rope_type": rope_type, **kept, "rope_theta": float(kept["rope_theta"]), **partly}
+
+
+def is_positive(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 class MidusConfig(PretrainedConfig):
@@ -98,7 +113,8 @@ class MidusConfig(PretrainedConfig):
     Args:
         head_dim: channels of one attention head; hidden_size / num_attention_heads when absent.
         rope_theta, rope_scaling, rope_parameters: the old and the new way to describe rotary embeddings; either will
-            do, ``rope_scaling`` wins. Types ``default``, ``linear``, ``dynamic``, ``llama3`` and ``yarn``.
+            do, ``rope_scaling`` wins. Types ``default``, ``linear``, ``dynamic``, ``llama3``, ``yarn`` and ``longrope``; with
+            ``partial_rotary_factor`` the first channels of a head rotate and the others stay.
         attention_bias: whether the query, key and value projections have a bias (Qwen2).
         attention_output_bias: whether the attention's output projection has a bias.
         qk_norm: whether queries and keys are RMS-normalised per head before they are rotated (Qwen3).
@@ -203,6 +219,9 @@ class MidusConfig(PretrainedConfig):
         rope = choose_rope(rope_parameters, rope_scaling, rope_theta)
         # Beside the description, as Phi-3 has it, it wins over the one in it.
         original = kwargs.pop("original_max_position_embeddings", None)
+        partial = kwargs.pop("partial_rotary_factor", None)
+        if partial is not None:
+            rope.setdefault("partial_rotary_factor", partial)
         self.rope_parameters = rope if original is None else {**rope, "original_max_position_embeddings": original}
         self.attention_bias = attention_bias
         self.attention_output_bias = attention_output_bias
@@ -264,6 +283,10 @@ class MidusConfig(PretrainedConfig):
     @rope_scaling.setter
     def rope_scaling(self, value):
         self.rope_parameters = value
+
+    def rotary_channels(self):
+        """Channels of a head that rotate, its first ones."""
+        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
 
     def to_dict(self):
         """As the base class; with rope_theta and rope_scaling for readers that know the names of transformers 4."""
@@ -343,6 +366,14 @@ class MidusConfig(PretrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings turn pairs of channels")
+        channels = self.rotary_channels()
+        if channels < 2:
+            raise ValueError(
+                f"partial_rotary_factor leaves {channels} channels of {self.head_dim} to rotate; give more"
+            )
+        for name in LISTS:
+            if name in self.rope_parameters and len(self.rope_parameters[name]) != channels // 2:
+                raise ValueError(f"{name} has {len(self.rope_parameters[name])} entries; give {channels // 2}, one for each pair of rotating channels")  # fmt: skip
         if self.head_dim == 2 and self.rope_parameters["rope_type"] == "dynamic":
             raise ValueError("head_dim=2 does not go with rope_type='dynamic'; choose another type")
         unknown = sorted(set(self.block_types) - set(BLOCK_TYPES))

@@ -71,11 +71,11 @@ class MidusRMSNorm(nn.Module):
 
 
 def compute_inverse_frequencies(config, seq_len=None):
-    """``[head_dim / 2]`` angles per position, fp32, made on the CPU so that every device gets the same bits.
+    """``[rotating channels / 2]`` angles per position, fp32, made on the CPU so that every device gets the same bits.
 
-    As ``transformers.modeling_rope_utils`` computes them. ``seq_len``, a tensor ``[]``, counts for ``dynamic`` alone.
+    As ``transformers.modeling_rope_utils`` computes them. ``seq_len``, a tensor ``[]``, counts for ``dynamic`` and ``longrope``.
     """
-    rope, size = config.rope_parameters, config.head_dim
+    rope, size = config.rope_parameters, config.rotary_channels()
     base, rope_type = rope["rope_theta"], rope["rope_type"]
     if rope_type == "dynamic" and seq_len is not None:
         base = base * ((rope["factor"] * seq_len / config.max_position_embeddings) - (rope["factor"] - 1)) ** (
@@ -84,22 +84,32 @@ def compute_inverse_frequencies(config, seq_len=None):
     powers = base ** (torch.arange(0, size, 2, dtype=torch.int64, device="cpu").float() / size)
     if rope_type == "yarn":
         return _yarn_frequencies(powers, rope, size)
+    if rope_type == "longrope":
+        is_long = seq_len is not None and seq_len > rope["original_max_position_embeddings"]
+        return 1.0 / (
+            torch.tensor(rope["long_factor" if is_long else "short_factor"], dtype=torch.float32, device="cpu") * powers
+        )
     frequencies = 1.0 / powers
     if rope_type == "llama3":
         return _llama3_frequencies(frequencies, rope)
     return frequencies / rope["factor"] if rope_type == "linear" else frequencies
 
 
-def compute_attention_factor(rope):
-    """What cosines and sines are multiplied with; 1 for everything but ``yarn``."""
+def compute_attention_factor(config):
+    """What cosines and sines are multiplied with; 1 for everything but ``yarn`` and ``longrope``."""
+    rope = config.rope_parameters
 
     def scale(mscale):
         return 1.0 if rope["factor"] <= 1 else 0.1 * mscale * math.log(rope["factor"]) + 1.0
 
-    if rope["rope_type"] != "yarn":
+    if rope["rope_type"] not in ("yarn", "longrope"):
         return 1.0
     if "attention_factor" in rope:
         return float(rope["attention_factor"])
+    if rope["rope_type"] == "longrope":
+        context = rope["original_max_position_embeddings"]
+        factor = rope.get("factor") or config.max_position_embeddings / context
+        return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(context))
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         return scale(rope["mscale"]) / scale(rope["mscale_all_dim"])
     return scale(1)
@@ -144,19 +154,21 @@ class MidusRotaryEmbedding(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.attention_factor = compute_attention_factor(config.rope_parameters)
-        self.is_dynamic = config.rope_parameters["rope_type"] == "dynamic"
+        self.attention_factor = compute_attention_factor(config)
+        self.rope_type = config.rope_parameters["rope_type"]
         self.longest = config.max_position_embeddings  # that the frequencies are for
         self.frequencies_on_cpu = compute_inverse_frequencies(config)
         self.frequencies = self.frequencies_on_cpu
 
     @torch.no_grad()
     def forward(self, hidden_states, position_ids):
-        if self.is_dynamic:
+        if self.rope_type == "dynamic":
             self._follow(position_ids.max().cpu() + 1)
+        elif self.rope_type == "longrope":
+            self._use(compute_inverse_frequencies(self.config, position_ids.max().cpu() + 1), self.longest)
         if self.frequencies.device != hidden_states.device:
             self.frequencies = self.frequencies_on_cpu.to(hidden_states.device)
-        angles = position_ids[..., None].float() * self.frequencies  # [B, S, head_dim / 2], never a matmul: no TF32
+        angles = position_ids[..., None].float() * self.frequencies  # [B, S, rotating / 2], never a matmul: no TF32
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos(), angles.sin()
         if self.attention_factor != 1.0:
@@ -182,8 +194,17 @@ def rotate_half(x):
 
 
 def apply_rotary(query, key, cos, sin):
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B, 1, S, head_dim]
-    return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B, 1, S, rotating channels]
+    return rotate(query, cos, sin), rotate(key, cos, sin)
+
+
+def rotate(states, cos, sin):
+    """Turns the first channels of every head; where ``cos`` has fewer than the head, the others stay."""
+    size = cos.shape[-1]
+    if size == states.shape[-1]:
+        return states * cos + rotate_half(states) * sin
+    turned = states[..., :size]
+    return torch.cat((turned * cos + rotate_half(turned) * sin, states[..., size:]), dim=-1)
 
 
 def repeat_kv(states, groups):
@@ -734,6 +755,19 @@ class MidusForCausalLM(MidusPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings):
         self.lm_head = new_embeddings
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        """As the base class; ``longrope`` computes a cache anew when the sequence outgrows the short factors."""
+        rope, cache = self.config.rope_parameters, kwargs.get(CACHE_NAME)
+        if rope["rope_type"] == "longrope" and cache is not None:
+            original, length = rope["original_max_position_embeddings"], input_ids.shape[1]
+            if 0 < cache.get_seq_length() <= original < length:
+                kwargs[CACHE_NAME] = None
+                if "next_sequence_length" in kwargs:
+                    kwargs["next_sequence_length"] = None
+                if kwargs.get("cache_position") is not None:
+                    kwargs["cache_position"] = torch.arange(length, device=input_ids.device)
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def get_decoder(self):
         return self.model

@@ -155,7 +155,7 @@ def architecture_arguments(model: ModelConfig, plan: UpscalePlan) -> dict[str, A
         "kv_channels": model.kv_channels,
         "max_position_embeddings": model.max_position_embeddings,
         "position_embedding_type": "rope",
-        "rotary_percent": 1.0,
+        "rotary_percent": model.rotary_percent,
         "rotary_base": model.rotary_base,
         "use_rope_scaling": bool(_rope_factor(model)),
         "normalization": "RMSNorm",

@@ -94,6 +94,7 @@ def build_model(
         parallel_output=True,
         share_embeddings_and_output_weights=model.tie_word_embeddings,
         position_embedding_type="rope",
+        rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         vp_stage=vp_stage,

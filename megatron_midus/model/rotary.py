@@ -1,7 +1,7 @@
 """Scaled rotary embeddings for Megatron: its own module, with the frequencies that transformers computes.
 
 Megatron-Core knows ``llama3`` with constants of its own, and a ``yarn`` whose factors are not all settable; ``linear``
-and ``dynamic`` it has not. Frequencies are ``[kv_channels / 2]`` angles per position, fp32, bit for bit those of
+``dynamic`` and ``longrope`` it has not. Frequencies are ``[rotary_channels / 2]`` angles per position, fp32, bit for bit those of
 ``transformers.modeling_rope_utils``.
 """
 
@@ -20,29 +20,31 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
     """Megatron's rotary embedding for a model with ``rope_scaling``.
 
     Args:
-        model: its kv_channels, rotary_base, rope_scaling and max_position_embeddings.
+        model: its kv_channels, rotary_percent, rotary_base, rope_scaling and max_position_embeddings.
         options: of ``RotaryEmbedding``: use_cpu_initialization, cp_group.
     """
 
     def __init__(self, model: ModelConfig, **options: Any) -> None:
-        super().__init__(model.kv_channels, rotary_percent=1.0, rotary_base=model.rotary_base, **options)
+        super().__init__(
+            model.kv_channels, rotary_percent=model.rotary_percent, rotary_base=model.rotary_base, **options
+        )
         self.model = model
         self.inv_freq = scaled_frequencies(model).to(self.inv_freq.device)
 
     def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
         assert self.model.rope_scaling is not None
-        if self.model.rope_scaling["rope_type"] == "dynamic":
+        if self.model.rope_scaling["rope_type"] in ("dynamic", "longrope"):
             # As transformers: one set of frequencies for a whole sequence, by its length.
             self.inv_freq = scaled_frequencies(self.model, max_seq_len + offset).to(self.inv_freq.device)
         return super().get_freqs_non_repeated(max_seq_len, offset)
 
 
 def attention_settings(model: ModelConfig) -> dict[str, float]:
-    """Attributes of ``TransformerConfig`` with which Megatron's attention scales cosines and sines as ``yarn`` asks.
+    """Attributes of ``TransformerConfig`` with which Megatron's attention scales cosines and sines as ``yarn`` and ``longrope`` ask.
 
     Megatron computes ``0.1 * mscale * log(scaling_factor) + 1``; a scaling factor of e makes any number of it.
     """
-    factor = attention_factor(model.rope_scaling)
+    factor = attention_factor(model.rope_scaling, model.max_position_embeddings)
     if factor == 1.0:
         return {}
     return {
@@ -52,12 +54,16 @@ def attention_settings(model: ModelConfig) -> dict[str, float]:
     }
 
 
-def attention_factor(rope: dict[str, Any] | None) -> float:
-    """What cosines and sines are multiplied with; 1 for everything but ``yarn``."""
-    if rope is None or rope["rope_type"] != "yarn":
+def attention_factor(rope: dict[str, Any] | None, max_position_embeddings: int) -> float:
+    """What cosines and sines are multiplied with; 1 for everything but ``yarn`` and ``longrope``."""
+    if rope is None or rope["rope_type"] not in ("yarn", "longrope"):
         return 1.0
     if "attention_factor" in rope:
         return float(rope["attention_factor"])
+    if rope["rope_type"] == "longrope":
+        context = rope["original_max_position_embeddings"]
+        stretch = rope.get("factor") or max_position_embeddings / context
+        return 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(context))
     factor, mscale, mscale_all_dim = rope["factor"], rope.get("mscale"), rope.get("mscale_all_dim")
     if mscale and mscale_all_dim:
         return _yarn_scale(factor, mscale) / _yarn_scale(factor, mscale_all_dim)
@@ -69,13 +75,14 @@ def _yarn_scale(factor: float, mscale: float) -> float:
 
 
 def scaled_frequencies(model: ModelConfig, seq_length: int = 0) -> torch.Tensor:
-    """``[kv_channels / 2]``, on the CPU.
+    """``[rotary_channels / 2]``, on the CPU.
 
     Args:
         model: with a ``rope_scaling`` (``config.rope.normalise_rope``).
-        seq_length: tokens of the sequence; counts for ``dynamic`` alone, beyond max_position_embeddings.
+        seq_length: tokens of the sequence; counts for ``dynamic`` beyond max_position_embeddings, for ``longrope`` beyond the
+            original ones.
     """
-    rope, base, size = model.rope_scaling, model.rotary_base, model.kv_channels
+    rope, base, size = model.rope_scaling, model.rotary_base, model.rotary_channels
     assert rope is not None
     kind = rope["rope_type"]
     if kind == "dynamic" and seq_length > model.max_position_embeddings:
@@ -85,6 +92,9 @@ def scaled_frequencies(model: ModelConfig, seq_length: int = 0) -> torch.Tensor:
     exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
     if kind == "yarn":
         return _yarn_frequencies(base**exponents, model)
+    if kind == "longrope":
+        name = "long_factor" if seq_length > rope["original_max_position_embeddings"] else "short_factor"
+        return 1.0 / (torch.tensor(rope[name], dtype=torch.float32) * base**exponents)
     frequencies = 1.0 / (base**exponents)
     if kind == "llama3":
         return _llama3_frequencies(frequencies, rope)
@@ -105,7 +115,7 @@ def _llama3_frequencies(frequencies: torch.Tensor, rope: dict[str, Any]) -> torc
 
 def _yarn_frequencies(powers: torch.Tensor, model: ModelConfig) -> torch.Tensor:
     """Channels that turn often are kept, those that turn seldom stretched, with a ramp between (arXiv 2309.00071)."""
-    rope, size = model.rope_scaling, model.kv_channels
+    rope, size = model.rope_scaling, model.rotary_channels
     assert rope is not None
     context = rope["original_max_position_embeddings"]
 

@@ -16,7 +16,6 @@ from megatron_midus.conversion.directories import source_config, write_hf_direct
 from megatron_midus.conversion.families import check_model, check_plan, from_hf_config
 from megatron_midus.conversion.hf_io import (
     CastTensors,
-    SafetensorsReader,
     dtype_name,
     open_hf_weights,
     parse_size,
@@ -113,7 +112,9 @@ def _to_hf(config: ConvertConfig, progress: Progress) -> Converted:
             )
         check_export_loads(target)
         if config.verify:
-            verified.append(check_round_trip(source, SafetensorsReader(target), progress))
+            verified.append(
+                check_round_trip(source, open_hf_weights(target, model, model_shapes(model, plan)), progress)
+            )
         if config.verify == "logits":
             verified.append(check_logits(target, directory, model, dtype=dtype_name(source.dtype(EMBEDDING))))
     dtype = dtype_name(source.dtype(EMBEDDING))

@@ -106,12 +106,14 @@ class _Work:
 
     def _check_loadable(self) -> None:
         """Raises ``UserError`` when transformers could not load the result, or a later export of it; before any work."""
+        from megatron_midus.conversion.fused import file_shapes
         from megatron_midus.conversion.verify import check_loadable
         from megatron_midus.hf import register
         from megatron_midus.upscaling.tensors import model_shapes
 
         register()
-        check_loadable(self.result_config, model_shapes(self.model, self.plan))
+        shapes = model_shapes(self.model, self.plan)
+        check_loadable(self.result_config, file_shapes(shapes, self.model, self.plan))
 
     def _hash(self, progress: Progress) -> None:
         from megatron_midus.conversion.hf_io import source_hash

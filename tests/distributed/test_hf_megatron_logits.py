@@ -12,13 +12,13 @@ import pytest
 import torch
 from launcher import launch
 from scenarios import Layout, initialize_parallel
-from tiny_models import VOCAB, DictSource, load_model, write_base
+from tiny_models import FEATURED, VOCAB, DictSource, load_model, write_base
 
 from megatron_midus.checkpoint.layout import iteration_directory
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.conversion.directories import write_hf_directory, write_megatron_checkpoint
 from megatron_midus.conversion.families import from_hf_config
-from megatron_midus.conversion.hf_io import SafetensorsReader, read_hf_config
+from megatron_midus.conversion.hf_io import SafetensorsReader, open_hf_weights, read_hf_config
 from megatron_midus.conversion.megatron_io import MegatronReader
 from megatron_midus.hf import CODE_FILES
 from megatron_midus.upscaling import UpscalePlan, make_plan
@@ -55,8 +55,9 @@ MODELS = {
     "llama3 of another length": ("llama3 short", False, "llama_pro"),
     "llama_pro": ("llama", False, "llama_pro"),
     "solar": ("qwen3", True, "solar"),
+    **{family: (family, False, {"memory_query_norm": "rms"}) for family in FEATURED},
 }
-FAMILIES = ("llama", "llama2", "llama3", "smollm", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "llama2", "llama3", "smollm", "mistral", "qwen2", "qwen3", *FEATURED)
 # Saving takes seconds each: a bias, head norms, tied and untied embeddings are among these.
 SAVED = ("llama hive", "qwen2 bias", "qwen3 head norm")
 
@@ -179,7 +180,8 @@ def make_case(where: Path, family: str, tied: bool, memory: dict | str) -> Case:
     write_hf_directory(
         DictSource(random_tensors(model, plan)), hf, assets=base, model=model, plan=plan, code_files=CODE_FILES
     )
-    write_megatron_checkpoint(SafetensorsReader(hf), megatron, assets=base, model=model, plan=plan)
+    weights = open_hf_weights(hf, model, model_shapes(model, plan))
+    write_megatron_checkpoint(weights, megatron, assets=base, model=model, plan=plan)
     loaded = load_model(hf)
     if isinstance(memory, str):
         assert type(loaded).__module__.startswith("transformers.models."), "a stock class"
@@ -253,9 +255,10 @@ def test_identity_at_step_zero(tmp_path, layout):
     for family in FAMILIES:
         base = write_base(tmp_path / family / "base", family, num_hidden_layers=4)
         model = from_hf_config(read_hf_config(base))
+        weights = open_hf_weights(base, model, model_shapes(model, make_plan("none", num_layers=4)))
         for policy, blocks in (("none", {}), ("interleave", {"num_blocks": 2}), ("llama_pro", {"num_blocks": 2})):
             plan = make_plan(policy, num_layers=4, memory=MEMORY if policy == "interleave" else None, **blocks)
-            source = UpscaledTensors(SafetensorsReader(base), model, plan)
+            source = UpscaledTensors(weights, model, plan)
             roots[family, policy] = str(tmp_path / family / policy)
             write_megatron_checkpoint(source, roots[family, policy], assets=base, model=model, plan=plan)
     ranks = launch(megatron_logits, LAYOUTS[layout].world_size, roots, LAYOUTS[layout], {})

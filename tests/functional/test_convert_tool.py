@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from tiny_models import DictSource, load_model, logits_of, randomize, write_base, write_tokenizer
+from tiny_models import FEATURED, DictSource, load_model, logits_of, randomize, write_base, write_tokenizer
 
 from megatron_midus.checkpoint.checksums import write_checksums
 from megatron_midus.checkpoint.layout import iteration_directory, write_latest_iteration
@@ -73,7 +73,7 @@ def base(tmp_path_factory):
 
 
 # -- round trips -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("family, tied", [("llama", False), ("llama", True), ("llama3", False), ("mistral", False), ("qwen2", True), ("qwen3", False)])  # fmt: skip
+@pytest.mark.parametrize("family, tied", [("llama", False), ("llama", True), ("llama3", False), ("mistral", False), ("qwen2", True), ("qwen3", False), *((name, False) for name in FEATURED)])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hugging_face_there_and_back(tmp_path, family, tied, dtype):
     source = write_base(tmp_path / "source", family, dtype=dtype, tie_word_embeddings=tied)

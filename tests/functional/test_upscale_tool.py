@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB, load_model, logits_of, write_base, write_tokenizer
+from tiny_models import DTYPE, FEATURED, VOCAB, load_model, logits_of, write_base, write_tokenizer
 
 from megatron_midus.config import ModelConfig
 from megatron_midus.conversion.hf_io import SafetensorsReader
@@ -48,7 +48,7 @@ def run(model, save, *arguments):
 
 
 # -- what comes out --------------------------------------------------------------------------------------------------
-FAMILIES = ["llama", "llama2", "llama3", "smollm", "mistral", "qwen2", "qwen3"]
+FAMILIES = ["llama", "llama2", "llama3", "smollm", "mistral", "qwen2", "qwen3", *FEATURED]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,7 +61,21 @@ def test_midus_equals_its_base_bit_for_bit(tmp_path, family):
     assert result.config.block_types.count("memory") == 2
     base = load_model(source)
     assert torch.equal(logits_of(result), logits_of(base))
+    if family in FEATURED:
+        check_other_passes(result, base, source, tmp_path / "out")
     check_what_survives(source, tmp_path / "out", base, result)
+
+
+def check_other_passes(result, base, source, out):
+    """Without the fused attention, token by token with a cache, and in 16 bits the two models are the same as well."""
+    ids = torch.arange(3, 17)[None]
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(result.generate(ids, **settings), base.generate(ids, **settings))
+    for model in (result, base):
+        model.set_attn_implementation("eager")
+    assert torch.equal(logits_of(result), logits_of(base))
+    halves = [load_model(directory, **{DTYPE: torch.bfloat16}) for directory in (source, out)]
+    assert torch.equal(logits_of(halves[0]), logits_of(halves[1]))
 
 
 def check_what_survives(source, out, base, result):
@@ -75,7 +89,7 @@ def check_what_survives(source, out, base, result):
             found, wanted = ({k: v for k, v in rope.items() if k in found} for rope in (found, wanted))
         assert found == wanted, name
     assert result.config.head_dim == base.model.layers[0].self_attn.head_dim
-    assert result.config.sliding_window == (9 if base.config.model_type == "mistral" else None)
+    assert result.config.sliding_window == getattr(base.config, "sliding_window", None)
     old, new = (GenerationConfig.from_pretrained(str(d)) for d in (source, out))
     assert old.to_dict() == new.to_dict() and old.top_k == 7
     old, new = (AutoTokenizer.from_pretrained(str(d), trust_remote_code=True) for d in (source, out))

@@ -7,13 +7,14 @@ import dataclasses
 from typing import Any
 
 from megatron_midus.config import ModelConfig
-from megatron_midus.conversion.families import llama, midus, mistral, qwen2, qwen3
+from megatron_midus.conversion.families import llama, midus, mistral, phi3, qwen2, qwen3
 from megatron_midus.conversion.families.common import DROPPED, Family, model_config_from, notes_on
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, midus.FAMILY)
+    family.name: family
+    for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, phi3.FAMILY, midus.FAMILY)
 }
 
 __all__ = [

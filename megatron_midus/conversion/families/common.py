@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_midus.config import ModelConfig
-from megatron_midus.config.rope import chosen_rope, ignored_entries, normalise_rope
+from megatron_midus.config.rope import chosen_rope, ignored_entries, normalise_rope, rotary_percent
 from megatron_midus.errors import UserError
 
 _SIZES = (
@@ -37,6 +37,8 @@ class Family:
         defaults: what transformers assumes for an entry that ``config.json`` leaves out.
         required: entries that must hold one value (given or assumed), because the model here has no other.
         settings: the fields of ``ModelConfig`` that this family computes itself, from the config and its defaults.
+        partial_rotary: whether its class leaves channels of a head unrotated where ``partial_rotary_factor`` says so.
+        fused: tensors of a layer that its files hold in one, rows one after the other: ``{name in the file: canonical names}``.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Family:
     defaults: Mapping[str, Any]
     required: Mapping[str, Any]
     settings: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
+    partial_rotary: bool = False
+    fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 def model_config_from(config: dict[str, Any], family: Family) -> ModelConfig:
@@ -55,6 +59,9 @@ def model_config_from(config: dict[str, Any], family: Family) -> ModelConfig:
     _check_numbers(full)
     heads = full["num_attention_heads"]
     rotary_base, rope_scaling = read_rope(full)
+    partial = rotary_percent(full)
+    if partial != 1.0 and not family.partial_rotary:
+        raise UserError(f"{family.architecture} with partial_rotary_factor={partial} is not supported; only 1 is")
     return ModelConfig(
         **{
             "num_layers": full["num_hidden_layers"],
@@ -69,6 +76,7 @@ def model_config_from(config: dict[str, Any], family: Family) -> ModelConfig:
             "norm_epsilon": full["rms_norm_eps"],
             "rotary_base": rotary_base,
             "rope_scaling": rope_scaling,
+            "rotary_percent": partial,
             "tie_word_embeddings": bool(full.get("tie_word_embeddings", False)),
             "init_method_std": full.get("initializer_range", 0.02),
             "family": family.name,

@@ -35,6 +35,7 @@ FAMILY = Family(
     architecture=ARCHITECTURE,
     defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
     required={"hidden_act": "silu", "attention_output_bias": False},
+    partial_rotary=True,
     settings=lambda config: {
         "add_qkv_bias": bool(config.get("attention_bias", False)),
         "qk_layernorm": bool(config.get("qk_norm", False)),
@@ -54,6 +55,8 @@ def midus_config(base: dict[str, Any], model: ModelConfig, plan: UpscalePlan) ->
     assert plan.memory is not None
     config = {key: copy.deepcopy(value) for key, value in base.items() if key not in _DROPPED}
     rope = {"rope_type": "default", **(model.rope_scaling or {}), "rope_theta": model.rotary_base}
+    if model.rotary_percent != 1.0:
+        rope["partial_rotary_factor"] = model.rotary_percent
     return {
         **config,
         "architectures": [ARCHITECTURE],

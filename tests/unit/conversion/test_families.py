@@ -2,7 +2,7 @@
 
 import pytest
 import transformers
-from tiny_models import LLAMA3_ROPE, make_model
+from tiny_models import FEATURED, LLAMA3_ROPE, make_model
 
 from megatron_midus.config import MemoryConfig
 from megatron_midus.conversion.families import FAMILIES, check_model, check_plan, from_hf_config, to_hf_config
@@ -129,7 +129,15 @@ REFUSED = [
     ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM is not supported"),
     ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported"),
     ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM is not supported"),
-    ({"architectures": ["Phi3ForCausalLM"]}, "Phi3ForCausalLM is not supported"),
+    ({"architectures": ["Phi3ForCausalLM"], "resid_pdrop": 0.1}, "resid_pdrop=0.1"),
+    (
+        {
+            "architectures": ["Phi3ForCausalLM"],
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": {"type": "su", "short_factor": [1.0] * 4, "long_factor": [1.0] * 3},
+        },
+        "short_factor of the rope scaling has 4 entries; 6 channels",
+    ),
     ({"architectures": ["Qwen2ForCausalLM"], "layer_types": ["sliding_attention"] * 5}, "sliding_attention"),
     (
         {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention", "sliding_attention"]},
@@ -141,7 +149,7 @@ REFUSED = [
     ({"attention_bias": True}, "attention_bias=True"),
     ({"mlp_bias": True}, "mlp_bias=True"),
     ({"hidden_act": "gelu"}, "hidden_act=gelu"),
-    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope scaling 'longrope'"),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope scaling 'longrope' has no short_factor"),
     ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2'"),
     ({"rope_scaling": {"type": "dynamic", "factor": True}}, "factor=True"),
     ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 4.0}}, "low_freq_factor=4.0"),
@@ -200,7 +208,7 @@ def test_layer_types_follow_the_layers():
     assert exported["layer_types"] == ["full_attention"] * 8
 
 
-@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2", "qwen3", *FEATURED])
 def test_midus_config_round_trip(family):
     """The architecture that is read from a MIDUS config is the base's with more layers; MidusConfig agrees."""
     from megatron_midus.hf import MidusConfig

@@ -42,7 +42,7 @@ LLAMA3 = {
         ({"rope_parameters": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor=4.0"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ between layer types"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor=1.5"),
         ({"memory_variant": "block", "memory_num_heads": 0}, "memory_num_heads=0"),
     ],
 )

@@ -11,10 +11,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from megatron_midus.hf import MidusConfig
 from megatron_midus.hf.modeling_midus import MidusRotaryEmbedding, compute_attention_factor, compute_inverse_frequencies
 
-TYPES = ("linear", "dynamic", "llama3", "yarn")
+TYPES = ("linear", "dynamic", "llama3", "yarn", "longrope")
 
 
-def random_rope(kind, seed):
+def random_rope(kind, seed, channels=4):
     """A description with odd numbers, whole and broken ones, optional entries there or not."""
     dice = random.Random(f"{kind} {seed}")
     rope = {"rope_type": kind, "rope_theta": dice.choice([10000.0, 1e6, 777, 5e5 + 0.3])}
@@ -29,7 +29,12 @@ def random_rope(kind, seed):
             "mscale_all_dim": [0.9, 1.1], "truncate": [True, False],
         }  # fmt: skip
         rope |= {name: dice.choice(values) for name, values in choices.items() if dice.random() < 0.5}
-    if kind in ("llama3", "yarn") and dice.random() < 0.7:
+    if kind == "longrope":
+        rope |= {"attention_factor": dice.choice([None, 0.7])}
+        rope["factor"] = dice.choice([None, rope["factor"]])
+        for name in ("short_factor", "long_factor"):
+            rope[name] = [1.0 + dice.random() for _ in range(channels // 2)]
+    if kind in ("llama3", "yarn", "longrope") and dice.random() < 0.7:
         rope["original_max_position_embeddings"] = dice.choice([64, 100, 4096])
     return rope
 
@@ -42,11 +47,11 @@ def sizes(seed):
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("seed", range(20))
 def test_frequencies_are_those_of_transformers(kind, seed):
-    rope = random_rope(kind, seed)
+    rope = random_rope(kind, seed, sizes(seed)["head_dim"])
     theirs, factor = ROPE_INIT_FUNCTIONS[kind](transformers.LlamaConfig(**sizes(seed), rope_parameters=dict(rope)))
     config = MidusConfig(**sizes(seed), rope_parameters=dict(rope))
     assert torch.equal(compute_inverse_frequencies(config), theirs)
-    assert compute_attention_factor(config.rope_parameters) == factor
+    assert compute_attention_factor(config) == factor
 
 
 @pytest.mark.parametrize("kind", ["default", *TYPES])
@@ -54,7 +59,7 @@ def test_cosines_follow_the_length_as_in_transformers(kind):
     """Growing beyond the original length, shrinking again, exactly at it; the state is kept from call to call."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    rope = random_rope(kind, 3) | ({} if kind == "default" else {"factor": 3.3})
+    rope = random_rope(kind, 3, sizes(2)["head_dim"]) | ({} if kind == "default" else {"factor": 3.3})
     theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**sizes(2), rope_parameters=dict(rope)))
     ours = MidusRotaryEmbedding(MidusConfig(**sizes(2), rope_parameters=dict(rope)))
     seen = set()
@@ -72,7 +77,7 @@ def written(seed):
     dice = random.Random(seed)
     entries = {}
     for name in ("rope_scaling", "rope_parameters"):
-        rope = random_rope(dice.choice(["default", *TYPES]), dice.random())
+        rope = random_rope(dice.choice(["default", *TYPES]), dice.random(), sizes(seed)["head_dim"])
         if dice.random() < 0.5:
             rope["type"] = rope.pop("rope_type")
         if dice.random() < 0.5:
@@ -98,7 +103,7 @@ def test_every_mixture_of_spellings_is_read_as_transformers_reads_it(seed, tmp_p
     (tmp_path / "config.json").write_text(json.dumps({**entries, "model_type": "midus"}))
     config = MidusConfig.from_pretrained(tmp_path)
     assert torch.equal(compute_inverse_frequencies(config), theirs.inv_freq)
-    assert compute_attention_factor(config.rope_parameters) == theirs.attention_scaling
+    assert compute_attention_factor(config) == theirs.attention_scaling
     config.save_pretrained(tmp_path / "again")
     assert MidusConfig.from_pretrained(tmp_path / "again").rope_parameters == config.rope_parameters
 
@@ -110,6 +115,7 @@ def test_rope_given_at_loading_is_computed(make_base, upscale, tokens, tmp_path,
     theta = base.config.rope_parameters["rope_theta"]
     rope = {"rope_type": kind, "factor": 3.0, "original_max_position_embeddings": 16}
     rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    rope |= {f"{name}_factor": [1.0, 1.5, 2.0, 7.0] for name in ("short", "long")} if kind == "longrope" else {}
     upscale(base).save_pretrained(tmp_path / "midus")
     base.save_pretrained(tmp_path / "base")
     plain = type(base).from_pretrained(tmp_path / "base")

@@ -27,22 +27,36 @@ ROPES = [
     {"rope_type": "yarn", "factor": 3.3, "original_max_position_embeddings": 77, "truncate": False, "beta_fast": 21.5},
     {"rope_type": "yarn", "factor": 3.3, "original_max_position_embeddings": 77, "attention_factor": 0.83},
     {"rope_type": "yarn", "factor": 0.5, "original_max_position_embeddings": 77, "beta_slow": 2},
+    {"rope_type": "longrope", "original_max_position_embeddings": 64},
+    {"rope_type": "longrope", "original_max_position_embeddings": 100, "factor": 3.3},
+    {"rope_type": "longrope", "original_max_position_embeddings": 64, "attention_factor": 0.83},
 ]
 
 
 @pytest.mark.parametrize("rope", ROPES, ids=str)
 @pytest.mark.parametrize("channels, base", [(6, 10000.0), (128, 1e6)])
-def test_frequencies_are_those_of_the_exported_class(rope, channels, base):
+@pytest.mark.parametrize("percent", [1.0, 0.75])
+def test_frequencies_are_those_of_the_exported_class(rope, channels, base, percent):
+    if rope["rope_type"] == "longrope":
+        pairs = torch.arange(int(channels * percent) // 2)
+        rope = {**rope, "short_factor": (1 + 0.1 * pairs).tolist(), "long_factor": (1.3 + 0.7 * pairs).tolist()}
     model = ModelConfig(
         num_layers=1, hidden_size=2 * channels, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=1,
         kv_channels=channels, vocab_size=11, max_position_embeddings=100, rotary_base=base, rope_scaling=rope,
+        rotary_percent=percent,
     )  # fmt: skip
-    exported = MidusConfig(head_dim=channels, max_position_embeddings=100, rope_theta=base, rope_scaling=rope)
+    exported = MidusConfig(
+        head_dim=channels,
+        max_position_embeddings=100,
+        rope_theta=base,
+        rope_scaling={**rope, "partial_rotary_factor": percent},
+    )
     for length in (30, 100, 101, 333):
-        wanted = compute_inverse_frequencies(exported, torch.tensor(length) if length > 100 else None)
+        follows = length > 100 or rope["rope_type"] == "longrope"
+        wanted = compute_inverse_frequencies(exported, torch.tensor(length) if follows else None)
         assert torch.equal(scaled_frequencies(model, length), wanted)
-    factor = compute_attention_factor(exported.rope_parameters)
-    assert attention_factor(model.rope_scaling) == factor
+    factor = compute_attention_factor(exported)
+    assert attention_factor(model.rope_scaling, 100) == factor
     settings = attention_settings(model)
     # Megatron's own arithmetic, and the fp32 that cosines are multiplied in.
     made = _yarn_get_concentration_factor(*settings.values()) if settings else 1.0
