@@ -22,8 +22,8 @@ from megatron_midus.training.checkpoint.source import Source
 from megatron_midus.upscaling import UpscalePlan, make_plan
 from megatron_midus.upscaling.cost import Train
 
-# Policies whose base stays useful frozen; solar and stack break the function of the base, so everything must learn.
-_FROZEN_BASE_POLICIES = ("interleave", "control", "llama_pro", "average", "opt_deus", "opt_deus_literal")
+# They break the function of the base, so everything must learn; under the others the base stays useful frozen.
+_ALL_LEARN = ("solar", "stack")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _check_other_plans(checkpoint: CheckpointConfig, plan: UpscalePlan, director
 def resolve_train(train: Train | None, plan: UpscalePlan) -> Train:
     """What ``--train`` means for a plan; by its policy when the flag is absent."""
     if train is None:
-        return "inserted" if plan.policy in _FROZEN_BASE_POLICIES and plan.inserted_indices else "all"
+        return "inserted" if plan.policy not in _ALL_LEARN and plan.inserted_indices else "all"
     if train == "inserted" and not plan.inserted_indices:
         raise UserError(f"train=inserted, but policy {plan.policy} inserted no block; use --train all")
     if train == "values" and not plan.memory_indices:

@@ -1,10 +1,13 @@
 """Every policy gives the blocks that its paper names, says what it rounds, and refuses what it cannot do."""
 
+import typing
+
 import pytest
 
 from megatron_midus.config import MemoryConfig
+from megatron_midus.config.upscale import PolicyName
 from megatron_midus.upscaling import make_plan
-from megatron_midus.upscaling.policies import insertion_points
+from megatron_midus.upscaling.policies import POLICIES, POLICY_ALIASES, insertion_points
 
 MEMORY = MemoryConfig()
 
@@ -138,3 +141,7 @@ WRONG = [
 def test_refusals_name_the_value(policy, arguments, message):
     with pytest.raises(ValueError, match=message):
         make_plan(policy, **{"memory": MEMORY, **arguments})
+
+
+def test_the_flag_knows_every_policy():
+    assert set(typing.get_args(PolicyName)) == {*POLICIES, *POLICY_ALIASES}
