@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 from collections.abc import Iterator
@@ -175,3 +176,9 @@ def _hub_errors(name: str) -> Iterator[None]:
             f"{name} is not here and the hub at {constants.ENDPOINT} cannot be reached ({reason}); where there is a network: "
             f"{_download_command(name) if _NAME.fullmatch(name) else 'try again'}"
         ) from None
+
+
+def dtype_argument() -> str:
+    """What ``from_pretrained`` of the installed transformers calls the dtype: renamed in 4.56, which warns of the old name."""
+    version = tuple(int(part) for part in importlib.metadata.version("transformers").split(".")[:2])
+    return "dtype" if version >= (4, 56) else "torch_dtype"

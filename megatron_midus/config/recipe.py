@@ -140,7 +140,8 @@ class RecipeConfig:
     """This step alone; all of them in order when absent."""
 
     tiny: bool = False
-    """The same commands in a minute on a CPU: a random model in the shape of the real one, a little text of this machine."""
+    """The same commands in a minute on a CPU: a random model in the shape of the real one, a little text of this machine. Zero-shot
+    tasks only where lm-eval is installed."""
 
     work: str | None = dataclasses.field(default=None, metadata={"metavar": "DIR"})
     """Everything is read and written below it ({work}). When absent: runs/RECIPE; with --tiny runs/RECIPE-tiny."""

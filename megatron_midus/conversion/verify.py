@@ -14,6 +14,7 @@ import transformers
 
 from megatron_midus.conversion.hf_io import CONFIG_FILE, SafetensorsReader, read_hf_config
 from megatron_midus.errors import UserError
+from megatron_midus.hub import dtype_argument
 from megatron_midus.upscaling.tensors import OUTPUT_LAYER, Shape, TensorSource
 
 
@@ -45,8 +46,6 @@ class LogitComparison:
 
 def load_fp32(directory: str | Path) -> Any:
     """A causal model of transformers from a local directory, in fp32 and evaluation mode."""
-    # transformers 4 knows the argument by its old name, 5 by the new one.
-    name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     try:
         config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
     except ValueError as error:
@@ -57,7 +56,7 @@ def load_fp32(directory: str | Path) -> Any:
         if hasattr(config, entry):
             delattr(config, entry)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(directory), config=config, local_files_only=True, **{name: torch.float32}
+        str(directory), config=config, local_files_only=True, **{dtype_argument(): torch.float32}
     )
     return model.eval()
 

@@ -10,6 +10,7 @@ import torch
 from megatron_midus.checkpoint.layout import LATEST_FILE
 from megatron_midus.errors import UserError
 from megatron_midus.evaluation.parameters import check_safetensors
+from megatron_midus.hub import dtype_argument
 from megatron_midus.json_files import read_json_object
 
 _COUNTS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
@@ -88,9 +89,6 @@ def load_model(
         weights_dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
     else:
         weights_dtype = getattr(torch, dtype)
-    # Renamed in transformers 4.56; later versions warn about the old name.
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    dtype_argument = "dtype" if version >= (4, 56) else "torch_dtype"
     # Registered classes win only when remote code is not asked for.
     is_ours = config.get("model_type") == "midus"
     if config.get("auto_map") and not is_ours and not trust_remote_code:
@@ -98,7 +96,7 @@ def load_model(
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             str(directory),
-            **{dtype_argument: weights_dtype},
+            **{dtype_argument(): weights_dtype},
             local_files_only=True,
             trust_remote_code=trust_remote_code and not is_ours,
             output_loading_info=True,
