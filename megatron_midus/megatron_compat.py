@@ -62,3 +62,12 @@ def use_built_dataset_helpers() -> None:
 
     if not (Path(utils.__file__).parent / "Makefile").is_file():
         utils.compile_helpers = lambda: importlib.import_module("megatron.core.datasets.helpers_cpp")
+
+
+def let_routers_run_without_transformer_engine() -> None:
+    """Gives Megatron-Core's router the name that it asks for Transformer Engine's matrix product; without Transformer Engine
+    the releases up to 0.16 leave it undefined, and a router fails."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None

@@ -26,6 +26,8 @@ _FAMILIES = {
     "mistral": {"sliding_window": 9},
     "qwen2": {},
     "qwen3": {"head_dim": 12},
+    "qwen3_moe": {"head_dim": 12, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 40, "sliding_window": 9},
     "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "beta_fast": 8}, "max_position_embeddings": 16},
     "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 3.0}, "max_position_embeddings": 8},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}},
@@ -36,7 +38,15 @@ _FAMILIES = {
 }  # fmt: skip
 # Families whose blocks do not compute what a Llama's do.
 FEATURED = ("phi3",)
-_CLASSES = {"mistral": "Mistral", "qwen2": "Qwen2", "yarn": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3"}
+_CLASSES = {
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "yarn": "Qwen2",
+    "qwen3": "Qwen3",
+    "phi3": "Phi3",
+    "qwen3_moe": "Qwen3Moe",
+    "mixtral": "Mixtral",
+}
 
 
 class DictSource:

@@ -61,6 +61,16 @@ class ModelConfig:
     """Whether queries and keys are normalised per head."""
     sliding_window: int | None = None
     """Tokens that attention looks back, its own included; None = all."""
+    num_moe_experts: int | None = dataclasses.field(default=None, metadata={"aliases": ("num_experts",)})
+    """Experts of every Transformer block, which then has a mixture of them in place of its MLP; absent = one MLP."""
+    moe_router_topk: int = 2
+    """Experts that one token is sent to."""
+    moe_ffn_hidden_size: int | None = None
+    """Width of the gated MLP of one expert, channels; absent = ffn_hidden_size."""
+    moe_router_pre_softmax: bool = False
+    """Whether the experts' weights are a softmax over all experts as it is; otherwise those chosen sum to 1."""
+    moe_aux_loss_coeff: float = dataclasses.field(default=0.0, metadata={"flag": False})
+    """Weight of the load-balancing loss that the base was made with; a run may choose another."""
     init_method_std: float = 0.02
     """Standard deviation of freshly initialised weights."""
     family: str = dataclasses.field(default="llama", metadata={"flag": False})
@@ -77,6 +87,7 @@ class ModelConfig:
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"num_query_groups={self.num_query_groups}"
             )
+        self._check_experts()
         # Files of earlier versions hold the entry as config.json spelt it.
         rope = normalise_rope(self.rope_scaling or {})
         rope.pop("rope_theta", None)
@@ -91,6 +102,29 @@ class ModelConfig:
     def rotary_channels(self) -> int:
         """Channels of a head that the rotary embedding turns."""
         return int(self.kv_channels * self.rotary_percent)
+
+    def _check_experts(self) -> None:
+        if self.num_moe_experts is None:
+            if self.moe_ffn_hidden_size is not None:
+                raise UserError(
+                    f"moe_ffn_hidden_size={self.moe_ffn_hidden_size} needs num_moe_experts; give it, or leave the width out"
+                )
+            return
+        if self.moe_ffn_hidden_size is None:
+            object.__setattr__(self, "moe_ffn_hidden_size", self.ffn_hidden_size)
+        if self.num_moe_experts < 1 or self.expert_ffn_hidden_size < 1:
+            raise UserError(
+                f"num_moe_experts={self.num_moe_experts} and moe_ffn_hidden_size={self.moe_ffn_hidden_size} must be at least 1"
+            )
+        if not 1 <= self.moe_router_topk <= self.num_moe_experts:
+            raise UserError(
+                f"moe_router_topk={self.moe_router_topk} is out of range; choose 1 to num_moe_experts={self.num_moe_experts}"
+            )
+
+    @property
+    def expert_ffn_hidden_size(self) -> int:
+        """Width of one expert's MLP, or of the one MLP that a block without experts has."""
+        return self.ffn_hidden_size if self.moe_ffn_hidden_size is None else self.moe_ffn_hidden_size
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:

@@ -17,8 +17,7 @@ from megatron_midus.checkpoint.layout import (
 )
 from megatron_midus.checkpoint.training_record import UNTRAINED, TrainingRecord
 from megatron_midus.config import ModelConfig, padded_vocab_size
-from megatron_midus.conversion.families import fresh_config, to_hf_config
-from megatron_midus.conversion.fused import FusedTensors
+from megatron_midus.conversion.families import fresh_config, stored_family, to_hf_config
 from megatron_midus.conversion.hf_io import CONFIG_FILE, check_free_space, dtype_name, read_hf_config, write_safetensors
 from megatron_midus.conversion.megatron_io import write_model_tensors
 from megatron_midus.conversion.model_card import model_card
@@ -64,7 +63,6 @@ def write_hf_directory(
         progress: called with each tensor's name.
     """
     directory = Path(directory)
-    source = FusedTensors(source, model, plan)
     check_free_space(source, directory)
     dtype = dtype_name(source.dtype(EMBEDDING))
     if Path(assets).is_dir():
@@ -76,7 +74,14 @@ def write_hf_directory(
             shutil.copyfile(path, directory / Path(path).name)
     card = model_card(model, plan, dtype=dtype, training=training, evaluation=evaluation)
     (directory / "README.md").write_text(card, encoding="utf-8")
-    write_safetensors(source, directory, max_shard_size=max_shard_size, workers=workers, progress=progress)
+    write_safetensors(
+        source,
+        directory,
+        rules=stored_family(model, plan).stored,
+        max_shard_size=max_shard_size,
+        workers=workers,
+        progress=progress,
+    )
 
 
 def source_config(assets: str | Path, model: ModelConfig, plan: UpscalePlan) -> dict[str, Any]:

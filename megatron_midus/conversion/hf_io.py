@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.memory import STORED_NAMES
-from megatron_midus.conversion.fused import split_fused
+from megatron_midus.conversion.families import FAMILIES
+from megatron_midus.conversion.stored import Rule, StoredTensors, places
 from megatron_midus.conversion.streaming import in_parallel, num_bytes, read_finite, tensor_bytes
 from megatron_midus.errors import UserError
 from megatron_midus.json_files import read_json_object
@@ -135,16 +136,18 @@ class SafetensorsReader:
                 for table in (self._where, self._offsets, self._specs):
                     table[name.removesuffix(old) + new] = table.pop(name)
 
-    def split(self, name: str, parts: Mapping[str, int]) -> None:
-        """A tensor of the files becomes several, ``{name: rows}`` in order; the last takes what rows are left."""
-        (rows, *rest), dtype = self._specs[name]
-        place, row_bytes, begin = self._offsets[name], torch.Size(rest).numel() * dtype.itemsize, 0
-        for part, count in parts.items():
-            end = rows if part == list(parts)[-1] else min(rows, begin + count)
-            self._where[part], self._offsets[part] = self._where[name], place + begin * row_bytes
-            self._specs[part] = ((end - begin, *rest), dtype)
-            begin = end
-        self.drop(name)
+    def rename(self, expected: dict[str, Shape], rules: Sequence[Rule]) -> None:
+        """Tensors that hold canonical ones of ``expected``, as ``rules`` say or as experts are fused, become those."""
+        for stored, parts in places({name: self.shape(name) for name in self.names()}, expected, rules).items():
+            file_name, start, (_, dtype) = self._where.pop(stored), self._offsets.pop(stored), self._specs.pop(stored)
+            for name, first in parts:
+                if name in self._specs:
+                    raise UserError(
+                        f"{self.directory}: {stored} holds {name}, which is there as well; remove one of them"
+                    )
+                self._where[name] = file_name
+                self._offsets[name] = start + first * dtype.itemsize
+                self._specs[name] = (expected[name], dtype)
 
     def drop(self, name: str) -> None:
         """Forgets a tensor that is in the files and is not wanted."""
@@ -195,9 +198,9 @@ def open_hf_weights(directory: str | Path, model: ModelConfig, expected: dict[st
     A ``lm_head.weight`` beside a tied embedding is accepted when it equals the embedding.
     """
     reader = SafetensorsReader(directory)
+    reader.rename(expected, FAMILIES[model.family].stored)
     for name in filter(_IGNORED.fullmatch, reader.names()):
         reader.drop(name)
-    split_fused(reader, model, expected)
     if model.tie_word_embeddings and OUTPUT_LAYER in reader.names():
         _check_tied(reader)
         reader.drop(OUTPUT_LAYER)
@@ -285,6 +288,7 @@ def write_safetensors(
     source: TensorSource,
     directory: str | Path,
     *,
+    rules: Sequence[Rule] = (),
     max_shard_size: int = 5 * 10**9,
     workers: int = 1,
     progress: Callable[[str], None] = lambda name: None,
@@ -292,16 +296,20 @@ def write_safetensors(
     """Writes every tensor of ``source`` as transformers does: one file, or shards of at most ``max_shard_size`` bytes
     and their index. One tensor per worker is held in memory, whatever the size of a shard.
 
+    Args:
+        rules: under which names, and which of them as one.
+
     Raises:
         ValueError: a tensor with NaN or infinities.
     """
     directory = Path(directory)
-    shards = plan_shards(source, max_shard_size)
+    stored = StoredTensors(source, rules)
+    shards = plan_shards(stored, max_shard_size)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         single = len(shards) == 1
         file_name = WEIGHTS_FILE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(source, directory / file_name, names, workers, progress)
+        _write_shard(source, stored, directory / file_name, names, workers, progress)
         weight_map |= dict.fromkeys(names, file_name)
     if len(shards) > 1:
         total = sum(num_bytes(source, name) for name in source.names())
@@ -310,10 +318,20 @@ def write_safetensors(
 
 
 def _write_shard(
-    source: TensorSource, path: Path, names: Sequence[str], workers: int, progress: Callable[[str], None]
+    source: TensorSource,
+    stored: StoredTensors,
+    path: Path,
+    names: Sequence[str],
+    workers: int,
+    progress: Callable[[str], None],
 ) -> None:
-    """Header first, then every tensor at the place that the header gave it."""
-    header, offsets, size = _shard_header(source, names)
+    """Header first, then every canonical tensor at the place that the header gave the one that holds it."""
+    header, starts, size = _shard_header(stored, names)
+    offsets: dict[str, int] = {}
+    for name in names:
+        end = starts[name]
+        for part in stored.layout[name].parts:
+            offsets[part], end = end, end + num_bytes(source, part)
     with contextlib.closing(_OpenFile(path)) as file:
         file.write_at(0, header)
         os.truncate(path, size)
@@ -324,7 +342,7 @@ def _write_shard(
             return layer
 
         # A layer is one task: what lies together in the source is asked for by one thread, one after the other.
-        layers = [list(group) for _, group in itertools.groupby(names, lambda name: split_name(name)[0])]
+        layers = [list(group) for _, group in itertools.groupby(offsets, lambda name: split_name(name)[0])]
         for done in in_parallel(write, layers, workers):
             for name in done:
                 progress(name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import threading
@@ -20,8 +21,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -38,8 +40,10 @@ from megatron_midus.upscaling.tensors import (
     EMBEDDING,
     FINAL_NORM,
     OUTPUT_LAYER,
+    ROUTER,
     Shape,
     TensorSource,
+    expert_name,
     layer_name,
     model_shapes,
     split_name,
@@ -65,6 +69,29 @@ _TRANSFORMER = {
     "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
 }
+# In the place of the rows about the MLP; the experts of a block are stacked in one tensor, [E, rows, columns].
+_ROUTER = {
+    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
+    "mlp.router.weight": (ROUTER,),
+}
+_EXPERTS = {
+    "mlp.experts.experts.linear_fc1.weight": ("gate_proj", "up_proj"),
+    "mlp.experts.experts.linear_fc2.weight": ("down_proj",),
+}
+
+
+def _is_stacked(key: str) -> bool:
+    return ".mlp.experts.experts." in key
+
+
+def _transformer_names(model: ModelConfig) -> dict[str, tuple[str, ...]]:
+    if model.num_moe_experts is None:
+        return _TRANSFORMER
+    stacked = {
+        key: tuple(expert_name(expert, part) for expert in range(model.num_moe_experts or 0) for part in parts)
+        for key, parts in _EXPERTS.items()
+    }
+    return {**{k: v for k, v in _TRANSFORMER.items() if not k.startswith("mlp.")}, **_ROUTER, **stacked}
 
 
 def _attention_names(prefix: str) -> dict[str, tuple[str, ...]]:
@@ -91,7 +118,7 @@ def megatron_layout(model: ModelConfig, plan: UpscalePlan) -> dict[str, tuple[st
                 **_memory_names(shapes, index),
             }
         else:
-            rows = {**_TRANSFORMER, **_attention_names("self_attn")}
+            rows = {**_transformer_names(model), **_attention_names("self_attn")}
         for key, suffixes in rows.items():
             names = tuple(layer_name(index, suffix) for suffix in suffixes)
             if names[0] in shapes:  # biases and head norms: only where the family has them
@@ -107,6 +134,21 @@ def _memory_names(shapes: dict[str, Shape], index: int) -> dict[str, tuple[str, 
 
 
 # -- layouts ---------------------------------------------------------------------------------------------------------
+def pieces(key: str, names: tuple[str, ...], model: ModelConfig) -> list[tuple[str, ...]]:
+    """The canonical names of one Megatron tensor, by what is read and written at a time: of stacked experts each alone."""
+    if not _is_stacked(key):
+        return [names]
+    size = len(names) // (model.num_moe_experts or 1)
+    return [names[first : first + size] for first in range(0, len(names), size)]
+
+
+def fused_shape(key: str, names: tuple[str, ...], shape: Callable[[str], Shape], model: ModelConfig) -> Shape:
+    """The shape of one Megatron tensor, from those of the canonical ones that it holds."""
+    held = pieces(key, names, model)
+    piece = (sum(shape(name)[0] for name in held[0]), *shape(names[0])[1:])
+    return (len(held), *piece) if _is_stacked(key) else piece
+
+
 def fuse(parts: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
     """Joins canonical tensors into Megatron's one: ``[gate; up]``, or query, key and value rows per KV group.
 
@@ -152,31 +194,49 @@ def check_parallel_sizes(
 
 # -- writing ---------------------------------------------------------------------------------------------------------
 class _LazySavePlanner(DefaultSavePlanner):
-    """Plans with empty tensors and makes each one when it is written."""
+    """Plans with empty tensors and makes each one, of stacked experts each one's part, when it is written."""
 
-    def __init__(self, make: Callable[[str], torch.Tensor]) -> None:
+    def __init__(self, make: Callable[[str, int], torch.Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._make = make
 
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        items = [part for item in plan.items for part in (_by_expert(item) if _is_stacked(item.index.fqn) else [item])]
+        self.plan = dataclasses.replace(plan, items=items)
+        return self.plan
+
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        return self._make(index.fqn)
+        return self._make(index.fqn, index.offset[0] if index.offset else 0)
+
+
+def _by_expert(item: WriteItem) -> list[WriteItem]:
+    """The request to write stacked experts as one request for each of them."""
+    assert item.tensor_data is not None
+    experts, *rest = item.tensor_data.size
+    items = []
+    for expert in range(experts):
+        offsets, sizes = torch.Size((expert, *(0 for _ in rest))), torch.Size((1, *rest))
+        data = dataclasses.replace(item.tensor_data, chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes))
+        items.append(WriteItem(MetadataIndex(item.index.fqn, offsets), WriteItemType.SHARD, tensor_data=data))
+    return items
 
 
 class _ParallelWriter(dcp.FileSystemWriter):
-    """Several threads write, one file per tensor: DCP keeps all tensors of a file in memory until it is closed.
+    """Several threads write, one file per tensor.
 
     DCP's own ``thread_count`` loses what its threads raise and leaves their tensors out of the checkpoint.
     """
 
     def __init__(self, directory: Path, workers: int) -> None:
-        super().__init__(directory, single_file_per_rank=False)
+        super().__init__(directory, single_file_per_rank=True)
         self._workers = workers
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         parts = []
-        for number in range(self._workers):
+        for number, (_, items) in enumerate(itertools.groupby(plan.items, lambda item: item.index.fqn)):
             names = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
-            parts.append(dataclasses.replace(plan, items=plan.items[number :: self._workers], storage_data=names))
+            parts.append(dataclasses.replace(plan, items=list(items), storage_data=names))
         written: Future[list[WriteResult]] = Future()
         write = super().write_data
         results = in_parallel(lambda part: write(part, planner).wait(), parts, self._workers)
@@ -213,15 +273,18 @@ def write_model_tensors(
     layout = megatron_layout(model, plan)
     lock = threading.Lock()
 
-    def make(key: str) -> torch.Tensor:
-        parts = [read_finite(source, name) for name in layout[key]]
+    def make(key: str, number: int) -> torch.Tensor:
+        names = pieces(key, layout[key], model)[number]
+        parts = [read_finite(source, name) for name in names]
         with lock:
-            for name in layout[key]:
+            for name in names:
                 progress(name)
         tensor = fuse(parts, model).contiguous()
+        if _is_stacked(key):
+            return tensor[None]
         return _pad_rows(tensor, padded_vocab) if key in _VOCABULARY_KEYS else tensor
 
-    outline = {key: _outline(source, key, names, padded_vocab) for key, names in layout.items()}
+    outline = {key: _outline(source, key, names, model, padded_vocab) for key, names in layout.items()}
     try:
         with _quiet_dcp():
             dcp.save(outline, storage_writer=_ParallelWriter(directory, workers), planner=_LazySavePlanner(make))
@@ -241,15 +304,18 @@ def _cause(error: BaseException) -> BaseException:
     return link or error
 
 
-def _outline(source: TensorSource, key: str, names: tuple[str, ...], padded_vocab: int | None) -> torch.Tensor:
+def _outline(
+    source: TensorSource, key: str, names: tuple[str, ...], model: ModelConfig, padded_vocab: int | None
+) -> torch.Tensor:
     """A tensor without data that has the shape and dtype of Megatron's tensor ``key``."""
     dtypes = {source.dtype(name) for name in names}
     if len(dtypes) > 1:
-        raise UserError(f"{', '.join(names)} have different dtypes and become one tensor; choose one with --dtype")
-    rows = sum(source.shape(name)[0] for name in names)
+        shown = f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
+        raise UserError(f"{shown} have different dtypes and become one tensor; choose one with --dtype")
+    shape = fused_shape(key, names, source.shape, model)
     if key in _VOCABULARY_KEYS and padded_vocab:
-        rows = padded_vocab
-    return torch.empty((rows, *source.shape(names[0])[1:]), dtype=dtypes.pop(), device="meta")
+        shape = (padded_vocab, *shape[1:])
+    return torch.empty(shape, dtype=dtypes.pop(), device="meta")
 
 
 def _pad_rows(tensor: torch.Tensor, rows: int | None) -> torch.Tensor:
@@ -275,7 +341,13 @@ class MegatronReader:
         self._model = model
         self._shapes = model_shapes(model, plan)
         self._layout = megatron_layout(model, plan)
-        self._key_of = {name: key for key, names in self._layout.items() for name in names}
+        self._pieces = {key: pieces(key, names, model) for key, names in self._layout.items()}
+        self._place_of = {
+            name: (key, number)
+            for key, held in self._pieces.items()
+            for number, names in enumerate(held)
+            for name in names
+        }
         self._reader, self._metadata, self._stored = _read_metadata(self.directory)
         self._check()
         self._last = threading.local()
@@ -286,7 +358,7 @@ class MegatronReader:
                 raise UserError(
                     f"{self.directory} has no tensor {key}; its midus_plan.json does not describe this checkpoint"
                 )
-            wanted = (sum(self._shapes[name][0] for name in names), *self._shapes[names[0]][1:])
+            wanted = fused_shape(key, names, self.shape, self._model)
             found = tuple(self._stored[key].size)
             rows_fit = found[0] >= wanted[0] if key in _VOCABULARY_KEYS else found[0] == wanted[0]
             if not rows_fit or found[1:] != wanted[1:]:
@@ -311,27 +383,50 @@ class MegatronReader:
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._stored[self._key_of[name]].properties.dtype
+        return self._stored[self._place_of[name][0]].properties.dtype
 
     def read(self, name: str) -> torch.Tensor:
-        key = self._key_of[name]
-        if getattr(self._last, "key", None) != key:
+        place = self._place_of[name]
+        if getattr(self._last, "place", None) != place:
             # Query, key and value are asked for one after the other and lie in one tensor.
-            self._last.key = self._last.parts = None  # gone before the next one comes
-            self._last.parts, self._last.key = self._read_key(key), key
-        return self._last.parts[self._layout[key].index(name)]
+            self._last.place = self._last.parts = None  # gone before the next one comes
+            self._last.parts, self._last.place = self._read_piece(*place), place
+        key, number = place
+        return self._last.parts[self._pieces[key][number].index(name)]
 
-    def _read_key(self, key: str) -> list[torch.Tensor]:
+    def _read_piece(self, key: str, number: int) -> list[torch.Tensor]:
         stored = self._stored[key]
-        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+        first, size = torch.Size([0] * len(stored.size)), stored.size
+        if _is_stacked(key):
+            first, size = torch.Size((number, *first[1:])), torch.Size((1, *size[1:]))
+        tensor = torch.empty(size, dtype=stored.properties.dtype)
         # What dcp.load does after it has read the metadata again and warned that there is no process group.
-        planner = DefaultLoadPlanner()
+        planner = _PartPlanner(key, stored, first, tensor)
         with corruption_named(self.directory):
             planner.set_up_planner({key: tensor}, self._metadata, is_coordinator=True)
             self._reader.read_data(planner.create_local_plan(), planner).wait()
+        if _is_stacked(key):
+            tensor = tensor[0]
         if key in _VOCABULARY_KEYS:
             tensor = tensor[: self._model.vocab_size]
-        return split(tensor, len(self._layout[key]), self._model)
+        return split(tensor, len(self._pieces[key][number]), self._model)
+
+
+class _PartPlanner(DefaultLoadPlanner):
+    """Reads the part of a stored tensor that begins at ``first`` and is as large as ``target``, however it was cut."""
+
+    def __init__(self, key: str, stored: TensorStorageMetadata, first: torch.Size, target: torch.Tensor) -> None:
+        super().__init__()
+        self._part = (key, stored, first)
+        self._target = target
+
+    def create_local_plan(self) -> LoadPlan:
+        key, stored, first = self._part
+        chunk = ChunkStorageMetadata(offsets=first, sizes=self._target.shape)
+        return LoadPlan(create_read_items_for_chunk_list(key, stored, [chunk]))
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self._target
 
 
 def _read_metadata(directory: Path) -> tuple[dcp.FileSystemReader, Metadata, dict[str, TensorStorageMetadata]]:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import transformers
 
+from megatron_midus.conversion.families import family_of
 from megatron_midus.conversion.hf_io import CONFIG_FILE, SafetensorsReader, read_hf_config
+from megatron_midus.conversion.stored import canonical_shapes
 from megatron_midus.errors import UserError
 from megatron_midus.hub import dtype_argument
 from megatron_midus.upscaling.tensors import OUTPUT_LAYER, Shape, TensorSource
@@ -66,14 +68,14 @@ def check_loadable(config: dict[str, Any], expected: dict[str, Shape]) -> None:
 
     Args:
         config: its content; for a MIDUS model ``megatron_midus.hf.register()`` must have been called.
-        expected: names and shapes of the tensors that are, or will be, in the files.
+        expected: canonical names and shapes of the tensors that are, or will be, in the files.
 
     Raises:
         ValueError: transformers cannot read the configuration, or makes other tensors of it.
     """
     with tempfile.TemporaryDirectory(prefix="midus-config-") as temporary:
         (Path(temporary) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-        found = _shapes_on_meta(temporary)
+        found = canonical_shapes(_shapes_on_meta(temporary), expected, family_of(config).stored)
     wanted = {name: tuple(shape) for name, shape in expected.items()}
     if found != wanted:
         odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
@@ -99,10 +101,11 @@ def _shapes_on_meta(directory: str) -> dict[str, Shape]:
     return shapes
 
 
-def check_loads(directory: str | Path) -> None:
+def check_loads(directory: str | Path, expected: dict[str, Shape]) -> None:
     """Raises ``ValueError`` when ``from_pretrained(directory)`` would fail; reads ``config.json`` and headers alone."""
-    reader = SafetensorsReader(directory)
-    check_loadable(read_hf_config(directory), {name: reader.shape(name) for name in reader.names()})
+    config, reader = read_hf_config(directory), SafetensorsReader(directory)
+    reader.rename(expected, family_of(config).stored)
+    check_loadable(config, {name: reader.shape(name) for name in reader.names()})
 
 
 def round_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:

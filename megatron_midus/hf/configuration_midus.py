@@ -119,6 +119,13 @@ class MidusConfig(PretrainedConfig):
         attention_output_bias: whether the attention's output projection has a bias.
         qk_norm: whether queries and keys are RMS-normalised per head before they are rotated (Qwen3).
         sliding_window: tokens that attention looks back, its own included; ``None`` = all.
+        num_experts: experts of a Transformer block, which has a mixture of them in place of its MLP (Qwen3-MoE, Mixtral);
+            ``None`` = one MLP.
+        num_experts_per_tok: experts that one token is sent to.
+        moe_intermediate_size: width of one expert; ``intermediate_size`` when absent.
+        norm_topk_prob: whether the weights of the chosen experts are made to sum to 1.
+        router_aux_loss_coef: of the load-balancing loss that the base was trained with; not used here.
+        router_scores_in_fp32: whether weights of experts stay in fp32 (Mixtral) or take the model's dtype (Qwen3-MoE).
         block_types: ``"transformer"`` or ``"memory"`` for each block in order; all ``"transformer"`` when absent.
         memory_variant: value bank: ``hive`` (latent bank shared by the heads, one projection per head), ``full`` (a
             bank per head) or ``block`` (one memory per block, head outputs summed).
@@ -187,6 +194,12 @@ class MidusConfig(PretrainedConfig):
         attention_dropout=0.0,
         qk_norm=False,
         sliding_window=None,
+        num_experts=None,
+        num_experts_per_tok=2,
+        moe_intermediate_size=None,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.0,
+        router_scores_in_fp32=False,
         block_types=None,
         memory_variant="hive",
         memory_num_keys=64,
@@ -228,6 +241,12 @@ class MidusConfig(PretrainedConfig):
         self.attention_dropout = attention_dropout
         self.qk_norm = qk_norm
         self.sliding_window = sliding_window
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.moe_intermediate_size = intermediate_size if moe_intermediate_size is None else moe_intermediate_size
+        self.norm_topk_prob = norm_topk_prob
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self.router_scores_in_fp32 = router_scores_in_fp32
         self.block_types = ["transformer"] * num_hidden_layers if block_types is None else list(block_types)
         self.memory_variant = memory_variant
         self.memory_num_keys = memory_num_keys
@@ -356,13 +375,17 @@ class MidusConfig(PretrainedConfig):
         """Raises ``ValueError`` when the fields do not describe a model."""
         self.rope_parameters = self.rope_parameters  # its entries may have been changed
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "memory_num_keys", "memory_latent_size"):  # fmt: skip
+                     "num_key_value_heads", "head_dim", "moe_intermediate_size", "memory_num_keys", "memory_latent_size"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.num_experts is not None and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is out of range; choose 1 to num_experts={self.num_experts}"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings turn pairs of channels")

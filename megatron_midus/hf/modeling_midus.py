@@ -1,6 +1,7 @@
 """MIDUS model for transformers 4.53 and later, in plain torch. Travels inside every exported model.
 
-Transformer blocks compute what ``LlamaForCausalLM`` (``Qwen2``, ``Qwen3``) computes, operation by operation. A Memory
+Transformer blocks compute what ``LlamaForCausalLM`` (``Qwen2``, ``Qwen3``, with experts ``Qwen3Moe``, ``Mixtral``)
+computes, operation by operation. A Memory
 block is ``x + memory(attention(norm(x)))``: one norm, one attention without output projection (or none, as
 ``memory_query`` and ``memory_attention`` say), one head-wise product-key memory (Kim et al., MIDUS, arXiv 2512.13751; product keys: Lample et al., arXiv 1907.05242).
 
@@ -25,6 +26,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import cached_file, logging
+
+try:
+    from transformers.integrations import use_experts_implementation
+except ImportError:  # transformers 4 has one way to run experts: one after the other
+
+    def use_experts_implementation(experts_class):
+        return experts_class
+
 
 from .configuration_midus import MidusConfig
 from .lookup_midus import look_up
@@ -303,13 +312,67 @@ class MidusMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
+class MidusRouter(nn.Module):
+    """Which experts a token is sent to, and what their outputs weigh."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, hidden_states):
+        """``[T, d] -> ([T, K], [T, K])``: experts and their weights."""
+        logits = F.linear(hidden_states, self.weight)
+        scores, experts = F.softmax(logits, dtype=torch.float, dim=-1).topk(self.config.num_experts_per_tok, dim=-1)
+        if self.config.norm_topk_prob:
+            scores = scores / scores.sum(dim=-1, keepdim=True)
+        return experts, scores if self.config.router_scores_in_fp32 else scores.to(logits.dtype)
+
+
+@use_experts_implementation
+class MidusExperts(nn.Module):
+    """The experts of one block, in the layout that transformers 5 has for every mixture, so that its kernels run here."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(config.num_experts, 2 * config.moe_intermediate_size, config.hidden_size)
+        )
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.moe_intermediate_size))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        """``[T, d], [T, K], [T, K] -> [T, d]``, one expert after the other."""
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            place, token = torch.where(top_k_index.T == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            computed = F.linear(self.act_fn(gate) * up, self.down_proj[expert]) * top_k_weights[token, place, None]
+            output.index_add_(0, token, computed.to(output.dtype))
+        return output
+
+
+class MidusExpertsMLP(nn.Module):
+    """A router and its experts in the place of an MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = MidusRouter(config)
+        self.experts = MidusExperts(config)
+
+    def forward(self, hidden_states):
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return self.experts(tokens, *self.gate(tokens)).reshape(hidden_states.shape)
+
+
 class MidusDecoderLayer(GradientCheckpointingLayer):
     """A Transformer block."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
         self.self_attn = MidusAttention(config, layer_idx, has_output_projection=True)
-        self.mlp = MidusMLP(config)
+        self.mlp = MidusMLP(config) if config.num_experts is None else MidusExpertsMLP(config)
         self.input_layernorm = MidusRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MidusRMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -601,6 +664,9 @@ class MidusPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         elif isinstance(module, MidusMemory):
             module.reset_parameters()
+        elif isinstance(module, (MidusRouter, MidusExperts)):
+            for parameter in module.parameters(recurse=False):
+                nn.init.normal_(parameter, std=self.config.initializer_range)
 
 
 class MidusModel(MidusPreTrainedModel):

@@ -19,7 +19,7 @@ from megatron_midus.upscaling.pipeline_layout import parse_layout
 
 # Those that are no flags of ours are fields of Megatron-Core.
 _DEPTH_DEPENDENT = (*DEPTH_DEPENDENT, "moe_layer_freq", "linear_attention_freq", "heterogeneous_block_specs")
-_UNSUPPORTED = ("num_moe_experts", "multi_latent_attention", "mtp_num_layers", "experimental_attention_variant")
+_UNSUPPORTED = ("multi_latent_attention", "mtp_num_layers", "experimental_attention_variant")
 
 
 def make_transformer_config(
@@ -30,6 +30,8 @@ def make_transformer_config(
     pipeline_model_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: int | None = None,
     context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     sequence_parallel: bool = False,
     bf16: bool = False,
     recompute_granularity: Literal["full", "selective"] | None = None,
@@ -47,6 +49,8 @@ def make_transformer_config(
         pipeline_model_parallel_size: pipeline stages.
         virtual_pipeline_model_parallel_size: model chunks per stage, for the interleaved schedule.
         context_parallel_size: ranks that share a sequence; more than 1 needs Transformer Engine.
+        expert_model_parallel_size: ranks that share the experts of a block.
+        expert_tensor_parallel_size: ranks that share the channels of one expert; those of the attention when absent.
         sequence_parallel: split the residual stream along the sequence over the tensor-parallel ranks.
         bf16: parameters and activations in bfloat16, otherwise float32.
         recompute_granularity: ``full`` = whole layers, ``selective`` = core attention.
@@ -73,6 +77,7 @@ def make_transformer_config(
     _check_tensor_parallel(model, plan, tensor_model_parallel_size, sequence_parallel)
     _check_pipeline(plan, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size, overrides)
     _check_context_parallel(context_parallel_size)
+    check_expert_parallel(model, expert_model_parallel_size, expert_tensor_parallel_size or tensor_model_parallel_size)
     _check_overrides(overrides)
     _check_interleaving(virtual_pipeline_model_parallel_size, overrides)
     dtype = torch.bfloat16 if bf16 else torch.float16 if overrides.get("fp16") else torch.float32
@@ -81,6 +86,8 @@ def make_transformer_config(
         "pipeline_model_parallel_size": pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": virtual_pipeline_model_parallel_size,
         "context_parallel_size": context_parallel_size,
+        "expert_model_parallel_size": expert_model_parallel_size,
+        "expert_tensor_parallel_size": expert_tensor_parallel_size,
         "sequence_parallel": sequence_parallel,
         **_pipeline_settings(pipeline_model_parallel_size, virtual_pipeline_model_parallel_size),
     }
@@ -119,6 +126,20 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         # The fused versions go through torch.compile, which a CPU pays for with minutes of compilation.
         "bias_activation_fusion": not is_cpu(),
         "bias_dropout_fusion": not is_cpu(),
+        **_experts(model),
+    }
+
+
+def _experts(model: ModelConfig) -> dict[str, Any]:
+    if model.num_moe_experts is None:
+        return {}
+    return {
+        "num_moe_experts": model.num_moe_experts,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
     }
 
 
@@ -193,7 +214,9 @@ def check_transformer_config(config: TransformerConfig, model: ModelConfig, plan
 
 
 def _check_tensor_parallel(model: ModelConfig, plan: UpscalePlan, size: int, sequence_parallel: bool) -> None:
-    heads = [("num_attention_heads", model.num_attention_heads), ("ffn_hidden_size", model.ffn_hidden_size)]
+    heads = [("num_attention_heads", model.num_attention_heads)]
+    if model.num_moe_experts is None:
+        heads.append(("ffn_hidden_size", model.ffn_hidden_size))
     if plan.memory_indices:
         assert plan.memory is not None
         heads.append(("memory_num_heads", plan.memory.num_memory_heads(model.num_attention_heads)))
@@ -241,6 +264,16 @@ def _check_interleaving(chunks: int | None, overrides: dict[str, Any]) -> None:
             raise UserError(
                 f"{name}={overrides[name]} trains wrongly with several model chunks per pipeline stage; leave it out"
             )
+
+
+def check_expert_parallel(model: ModelConfig, experts: int, channels: int) -> None:
+    """Raises ``ValueError`` where experts cannot be shared by ``experts`` ranks, each by ``channels`` ranks."""
+    if model.num_moe_experts is None:
+        if experts > 1:
+            raise UserError(f"expert_model_parallel_size={experts} shares experts, and this model has none; choose 1")
+        return
+    _check_divides("expert_model_parallel_size", experts, [("num_moe_experts", model.num_moe_experts)])
+    _check_divides("expert_tensor_parallel_size", channels, [("moe_ffn_hidden_size", model.expert_ffn_hidden_size)])
 
 
 def _check_context_parallel(size: int) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -21,6 +22,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_midus.config import MemoryConfig
 from megatron_midus.errors import UserError
+from megatron_midus.megatron_compat import let_routers_run_without_transformer_engine
 from megatron_midus.memory import HeadWiseMemory, ValuePlacement
 from megatron_midus.model.attention import SdpaAttention
 from megatron_midus.model.layer import AttentionFree, AttentionFreeSubmodules, MemoryAttention, MIDUSMemoryLayer
@@ -87,7 +89,8 @@ def get_midus_layer_spec(
     fused = backend.fuse_layernorm_and_linear()
     if block.kind != "memory":
         attention = _attention_spec(SelfAttention, backend, config, backend.row_parallel_linear(), fused=fused)
-        return _layer_spec(TransformerLayer, backend, attention, get_mlp_module_spec_for_backend(backend), fused=fused)
+        mlp = _mlp_spec(backend, config)
+        return _layer_spec(TransformerLayer, backend, attention, mlp, fused=fused, has_experts=has_experts(config))
     if memory is None:
         raise UserError(f"block {index} is a Memory block; give its memory settings")
     params = {
@@ -107,6 +110,20 @@ def get_midus_layer_spec(
     fused = fused and not memory.reads_normed
     attention = _attention_spec(MemoryAttention, backend, config, module, fused=fused)
     return _layer_spec(MIDUSMemoryLayer, backend, attention, None, fused=fused)
+
+
+def has_experts(config: TransformerConfig) -> bool:
+    """Whether Transformer blocks have a mixture of experts in place of their MLP."""
+    return config.num_moe_experts is not None
+
+
+def _mlp_spec(backend: BackendSpecProvider, config: TransformerConfig) -> ModuleSpec:
+    if not has_experts(config):
+        return get_mlp_module_spec_for_backend(backend)
+    let_routers_run_without_transformer_engine()
+    return get_moe_module_spec_for_backend(
+        backend, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+    )
 
 
 def _attention_spec(
@@ -139,18 +156,23 @@ def _layer_spec(
     mlp: ModuleSpec | None,
     *,
     fused: bool,
+    has_experts: bool = False,
 ) -> ModuleSpec:
-    """A pre-norm layer. Checkpoint keys are those of the backend that fuses norm and linear layer, in both backends."""
+    """A pre-norm layer. Checkpoint keys are those of the backend that fuses norm and linear layer, in both backends.
+
+    Before experts no backend fuses the norm: the router reads it too.
+    """
     norm = IdentityOp if fused else backend.layer_norm(rms_norm=True)
     submodules = TransformerLayerSubmodules(
         input_layernorm=norm, self_attention=attention, self_attn_bda=get_bias_dropout_add
     )
     keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if mlp is not None:
-        submodules.pre_mlp_layernorm = norm
+        submodules.pre_mlp_layernorm = backend.layer_norm(rms_norm=True) if has_experts else norm
         submodules.mlp = mlp
         submodules.mlp_bda = get_bias_dropout_add
-        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+        if not has_experts:
+            keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     submodules.sharded_state_dict_keys_map = {} if fused else keys
     return ModuleSpec(layer, submodules=submodules)
 

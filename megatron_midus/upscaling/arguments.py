@@ -25,6 +25,11 @@ def plan_from_config(blocks: PolicyConfig, memory: Mapping[str, Any], model: Mod
         UserError: settings that do not fit the model or the policy.
     """
     policy = canonical_policy(blocks.policy)
+    if model.num_moe_experts is not None and policy in ("opt_deus", "opt_deus_literal"):
+        raise UserError(
+            f"policy {policy} aligns the channels of one MLP and has no rule for {model.num_moe_experts} experts; "
+            "choose interleave, llama_pro or average"
+        )
     plan = make_plan(
         policy,
         num_layers=model.num_layers,

@@ -30,6 +30,15 @@ def total_parameters(model: ModelConfig, plan: UpscalePlan) -> int:
     return _count(model_shapes(model, plan))
 
 
+def active_parameters(model: ModelConfig, plan: UpscalePlan) -> int:
+    """Parameters that one token goes through: of the experts of a block those that it is sent to."""
+    if model.num_moe_experts is None:
+        return total_parameters(model, plan)
+    expert = 3 * model.hidden_size * model.expert_ffn_hidden_size
+    mixtures = plan.num_layers - len(plan.memory_indices)
+    return total_parameters(model, plan) - mixtures * (model.num_moe_experts - model.moe_router_topk) * expert
+
+
 def trainable_parameters(model: ModelConfig, plan: UpscalePlan, train: Train, *, lora_rank: int | None = None) -> int:
     """Parameters that ``--train`` updates, ``lora`` with ``--lora-rank``."""
     if train == "lora":
@@ -124,7 +133,9 @@ def block_flops(model: ModelConfig, plan: UpscalePlan, index: int, seq_length: i
     if plan.blocks[index].kind == "memory":
         return BlockFlops(weights=qkv + memory_flops(model, plan), activations=activations)
     output = 2.0 * query_width * model.hidden_size
-    mlp = 6.0 * model.hidden_size * model.ffn_hidden_size
+    mlp = 6.0 * model.hidden_size * model.expert_ffn_hidden_size
+    if model.num_moe_experts is not None:
+        mlp = mlp * model.moe_router_topk + 2.0 * model.hidden_size * model.num_moe_experts
     return BlockFlops(weights=qkv + output + mlp, activations=activations)
 
 
@@ -192,6 +203,8 @@ class Cost:
     dtype: str
     parameters: int
     base_parameters: int
+    active_parameters: int
+    base_active_parameters: int
     trainable_inserted: int
     forward_flops: float
     base_forward_flops: float
@@ -223,6 +236,8 @@ def cost_of(model: ModelConfig, plan: UpscalePlan, *, seq_length: int, dtype: st
         dtype=dtype,
         parameters=parameters,
         base_parameters=total_parameters(model, base),
+        active_parameters=active_parameters(model, plan),
+        base_active_parameters=active_parameters(model, base),
         trainable_inserted=trainable_parameters(model, plan, "inserted"),
         forward_flops=forward_flops_per_token(model, plan, seq_length),
         base_forward_flops=forward_flops_per_token(model, base, seq_length),

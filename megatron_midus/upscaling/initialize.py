@@ -13,10 +13,10 @@ from megatron_midus.ops import initialize_parameter
 from megatron_midus.upscaling.plan import Block, UpscalePlan
 from megatron_midus.upscaling.tensors import (
     ATTENTION_OUTPUT,
-    MLP_OUTPUT,
     POST_ATTENTION_NORM,
     Shape,
     TensorSource,
+    is_block_output,
     layer_name,
     model_shapes,
     split_name,
@@ -101,13 +101,13 @@ class UpscaledTensors:
     def _read_block(self, block: Block, index: int, suffix: str) -> torch.Tensor:
         if block.init == "memory":
             return self._read_memory_block(block, index, suffix)
-        if block.init in ("transport", "transport_literal") and suffix not in (ATTENTION_OUTPUT, MLP_OUTPUT):
+        if block.init in ("transport", "transport_literal") and not is_block_output(suffix):
             return self._fusion(index).tensor(suffix)
         sources = [self._base.read(layer_name(source, suffix)) for source in block.source]
         if block.init == "mean":
             # fp32: the mean of two bf16 values is not always one that bf16 addition finds.
             return torch.stack([tensor.float() for tensor in sources]).mean(dim=0).to(sources[0].dtype)
-        if block.init != "exact" and suffix in (ATTENTION_OUTPUT, MLP_OUTPUT):
+        if block.init != "exact" and is_block_output(suffix):
             return torch.zeros_like(sources[0])
         return sources[0] if block.kind == "keep" else sources[0].clone()
 

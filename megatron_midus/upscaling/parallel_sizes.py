@@ -9,7 +9,9 @@ from megatron_midus.upscaling.plan import UpscalePlan
 
 def _axes(model: ModelConfig, plan: UpscalePlan) -> dict[str, int]:
     """What every rank takes an equal part of."""
-    axes = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_hidden_size}
+    axes = {"num_attention_heads": model.num_attention_heads}
+    if model.num_moe_experts is None:  # experts have parallel sizes of their own
+        axes["ffn_hidden_size"] = model.ffn_hidden_size
     if plan.memory is not None:
         axes["memory heads"] = plan.memory.num_memory_heads(model.num_attention_heads)
     return axes

@@ -19,7 +19,7 @@ FINAL_NORM = "model.norm.weight"
 OUTPUT_LAYER = "lm_head.weight"
 ATTENTION_OUTPUT = "self_attn.o_proj.weight"
 POST_ATTENTION_NORM = "post_attention_layernorm.weight"
-MLP_OUTPUT = "mlp.down_proj.weight"
+ROUTER = "mlp.gate.weight"
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
@@ -68,17 +68,37 @@ def attention_shapes(model: ModelConfig, prefix: str) -> dict[str, Shape]:
     return shapes
 
 
+def expert_name(expert: int, projection: str) -> str:
+    """``(3, "up_proj")`` -> ``mlp.experts.3.up_proj.weight``."""
+    return f"mlp.experts.{expert}.{projection}.weight"
+
+
+def is_block_output(suffix: str) -> bool:
+    """Whether a tensor of a Transformer block writes to the residual stream: at zero the block adds nothing."""
+    return suffix == ATTENTION_OUTPUT or (suffix.startswith("mlp.") and suffix.endswith("down_proj.weight"))
+
+
+def mlp_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Tensors of the MLP of one Transformer block, or of its router and experts; names without the layer prefix."""
+    hidden, ffn = model.hidden_size, model.expert_ffn_hidden_size
+    shapes: dict[str, Shape] = {"gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}
+    if model.num_moe_experts is None:
+        return {f"mlp.{name}.weight": shape for name, shape in shapes.items()}
+    experts = {
+        expert_name(expert, name): shape for expert in range(model.num_moe_experts) for name, shape in shapes.items()
+    }
+    return {ROUTER: (model.num_moe_experts, hidden), **experts}
+
+
 def transformer_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Tensors of one Transformer block, names without the layer prefix."""
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    hidden = model.hidden_size
     return {
         "input_layernorm.weight": (hidden,),
         **attention_shapes(model, "self_attn"),
         ATTENTION_OUTPUT: (hidden, model.num_attention_heads * model.kv_channels),
         POST_ATTENTION_NORM: (hidden,),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        MLP_OUTPUT: (hidden, ffn),
+        **mlp_shapes(model),
     }
 
 

@@ -110,7 +110,7 @@ def _to_hf(config: ConvertConfig, progress: Progress) -> Converted:
                 evaluation=evaluation,
                 progress=lambda name: advance(1),
             )
-        check_export_loads(target)
+        check_export_loads(target, model, plan)
         if config.verify:
             verified.append(
                 check_round_trip(source, open_hf_weights(target, model, model_shapes(model, plan)), progress)

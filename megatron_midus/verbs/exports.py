@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_midus.config import ModelConfig
 from megatron_midus.conversion.families import notes_on
 from megatron_midus.upscaling import UpscalePlan
 
@@ -25,10 +26,11 @@ def print_notes(hf_config: dict[str, Any]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def check_export_loads(directory: Path) -> None:
+def check_export_loads(directory: Path, model: ModelConfig, plan: UpscalePlan) -> None:
     """Loads a directory without weights before it is called done; raises ``UserError`` when transformers cannot."""
     from megatron_midus.conversion.verify import check_loads
     from megatron_midus.hf import register
+    from megatron_midus.upscaling.tensors import model_shapes
 
     register()
-    check_loads(directory)
+    check_loads(directory, model_shapes(model, plan))

@@ -98,7 +98,7 @@ class _Work:
         with staged_directory(self.config.save, overwrite=self.config.overwrite) as directory:
             self._write(directory, source, progress)
             if self.config.save_format == "hf":
-                check_export_loads(directory)
+                check_export_loads(directory, self.model, self.plan)
             verified = self._verify(directory) if self.config.verify else ""
         return Upscaled(
             self.model, self.plan, self.cost(), self.dtype, Path(self.config.save), verified, self.gate_accuracies
@@ -106,14 +106,12 @@ class _Work:
 
     def _check_loadable(self) -> None:
         """Raises ``UserError`` when transformers could not load the result, or a later export of it; before any work."""
-        from megatron_midus.conversion.fused import file_shapes
         from megatron_midus.conversion.verify import check_loadable
         from megatron_midus.hf import register
         from megatron_midus.upscaling.tensors import model_shapes
 
         register()
-        shapes = model_shapes(self.model, self.plan)
-        check_loadable(self.result_config, file_shapes(shapes, self.model, self.plan))
+        check_loadable(self.result_config, model_shapes(self.model, self.plan))
 
     def _hash(self, progress: Progress) -> None:
         from megatron_midus.conversion.hf_io import source_hash
@@ -136,6 +134,8 @@ class _Work:
         """Tensors by canonical name that come from what the up-scaled model's memories see on text."""
         import torch
 
+        from megatron_midus.conversion.families import FAMILIES
+        from megatron_midus.conversion.stored import StoredTensors
         from megatron_midus.hf import MidusConfig, MidusForCausalLM
         from megatron_midus.upscaling.calibration import collect_queries, keys_from_queries
         from megatron_midus.upscaling.domain_gate import collect_normed_inputs, gate_tensors
@@ -143,10 +143,10 @@ class _Work:
         assert self.plan.memory is not None
         # The values are zero, so this is the base: every memory sees what the base would hand it.
         model = MidusForCausalLM(MidusConfig(**self.result_config)).float().eval()
-        parameters = dict(model.named_parameters())
+        parameters, stored = dict(model.named_parameters()), StoredTensors(source, FAMILIES["midus"].stored)
         with torch.no_grad():
-            for name in source.names():
-                parameters[name].copy_(source.read(name))
+            for name in stored.names():
+                parameters[name].copy_(stored.read(name))
         new, found = self._read_text(self.config.calibration_data), {}
         if self.plan.memory.memory_key_init == "calibrated":
             found |= keys_from_queries(collect_queries(model, new), self.plan)
@@ -287,8 +287,13 @@ def print_layers(console: Console, model: ModelConfig, plan: UpscalePlan, seq_le
 
 
 def print_cost(console: Console, cost: Cost, *, seq_length: int, dtype: str) -> None:
+    has_experts = cost.base_active_parameters != cost.base_parameters
     compared = [
         ("parameters", cost.base_parameters, cost.parameters, "{:,.0f}"),
+        *(
+            [("parameters that a token uses", cost.base_active_parameters, cost.active_parameters, "{:,.0f}")]
+            * has_experts
+        ),
         ("forward GFLOP/token", cost.base_forward_flops / 1e9, cost.forward_flops / 1e9, "{:,.4f}"),
         ("KV cache bytes/token", cost.base_kv_bytes, cost.kv_bytes, "{:,.0f}"),
     ]

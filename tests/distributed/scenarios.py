@@ -38,6 +38,8 @@ class Layout:
     vpp: int | None = None
     sp: bool = False
     dp: int = 1
+    ep: int = 1
+    etp: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -90,7 +92,12 @@ def initialize_parallel(layout: Layout) -> None:
     global _layout
     if _layout is None:
         parallel_state.initialize_model_parallel(
-            layout.tp, layout.pp, virtual_pipeline_model_parallel_size=layout.vpp, create_gloo_process_groups=False
+            layout.tp,
+            layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
+            create_gloo_process_groups=False,
         )
         _layout = layout
     assert layout == _layout, "one layout a launch"
@@ -109,6 +116,8 @@ def build(setting: Setting, layout: Layout) -> tuple[list[torch.nn.Module], Upsc
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
         sequence_parallel=layout.sp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         **setting.config,
     )
     chunks = [

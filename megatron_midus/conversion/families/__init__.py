@@ -7,14 +7,23 @@ import dataclasses
 from typing import Any
 
 from megatron_midus.config import ModelConfig
-from megatron_midus.conversion.families import llama, midus, mistral, phi3, qwen2, qwen3
+from megatron_midus.conversion.families import llama, midus, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe
 from megatron_midus.conversion.families.common import DROPPED, Family, model_config_from, notes_on
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, phi3.FAMILY, midus.FAMILY)
+    for family in (
+        llama.FAMILY,
+        mistral.FAMILY,
+        qwen2.FAMILY,
+        qwen3.FAMILY,
+        phi3.FAMILY,
+        qwen3_moe.FAMILY,
+        mixtral.FAMILY,
+        midus.FAMILY,
+    )
 }
 
 __all__ = [
@@ -26,6 +35,7 @@ __all__ = [
     "fresh_config",
     "from_hf_config",
     "notes_on",
+    "stored_family",
     "to_hf_config",
 ]
 
@@ -80,7 +90,9 @@ def fresh_config(model: ModelConfig, special_tokens: dict[str, int]) -> dict[str
     Raises:
         ValueError: a combination of features that no supported class has.
     """
-    if model.qk_layernorm:
+    if model.num_moe_experts is not None:
+        family = qwen3_moe.FAMILY if model.qk_layernorm else mixtral.FAMILY
+    elif model.qk_layernorm:
         family = qwen3.FAMILY
     elif model.add_qkv_bias:
         family = qwen2.FAMILY
@@ -107,6 +119,7 @@ def fresh_config(model: ModelConfig, special_tokens: dict[str, int]) -> dict[str
         "use_cache": True,
         **({"attention_bias": False, "mlp_bias": False} if family is llama.FAMILY else {}),
         **({} if model.sliding_window is None else {"sliding_window": model.sliding_window}),
+        **_expert_entries(model, family),
         **special_tokens,
     }
     if dataclasses.replace(from_hf_config(config), family=model.family) != model:
@@ -115,6 +128,22 @@ def fresh_config(model: ModelConfig, special_tokens: dict[str, int]) -> dict[str
             f"sliding_window={model.sliding_window} is none of {', '.join(FAMILIES)}; Hugging Face has no class for it here"
         )
     return config
+
+
+def _expert_entries(model: ModelConfig, family: Family) -> dict[str, Any]:
+    if model.num_moe_experts is None:
+        return {}
+    entries = {"num_experts_per_tok": model.moe_router_topk, "router_aux_loss_coef": model.moe_aux_loss_coeff}
+    if family is mixtral.FAMILY:
+        return {**entries, "num_local_experts": model.num_moe_experts, "intermediate_size": model.moe_ffn_hidden_size}
+    return {
+        **entries,
+        "num_experts": model.num_moe_experts,
+        "moe_intermediate_size": model.moe_ffn_hidden_size,
+        "norm_topk_prob": not model.moe_router_pre_softmax,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
 
 
 def check_plan(config: dict[str, Any], plan: UpscalePlan) -> None:
@@ -131,6 +160,11 @@ def check_plan(config: dict[str, Any], plan: UpscalePlan) -> None:
         )
     if is_midus:
         midus.check_plan(config, plan)
+
+
+def stored_family(model: ModelConfig, plan: UpscalePlan) -> Family:
+    """The family whose way of storing tensors the Hugging Face files of a model follow."""
+    return midus.FAMILY if plan.memory_indices else FAMILIES[model.family]
 
 
 def check_model(config: dict[str, Any], model: ModelConfig, plan: UpscalePlan) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.rope import chosen_rope, ignored_entries, normalise_rope, rotary_percent
+from megatron_midus.conversion.stored import Rule
 from megatron_midus.errors import UserError
 
 _SIZES = (
@@ -24,12 +25,20 @@ DROPPED = {
     "compression_config": "the weights are in full precision",
     "transformers_weights": "the weights get the usual names",
 }
-_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")
+_OPTIONAL_SIZES = (
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One architecture of transformers whose tensors bear the canonical names.
+    """One architecture of transformers.
 
     Attributes:
         name: its ``model_type``.
@@ -38,7 +47,7 @@ class Family:
         required: entries that must hold one value (given or assumed), because the model here has no other.
         settings: the fields of ``ModelConfig`` that this family computes itself, from the config and its defaults.
         partial_rotary: whether its class leaves channels of a head unrotated where ``partial_rotary_factor`` says so.
-        fused: tensors of a layer that its files hold in one, rows one after the other: ``{name in the file: canonical names}``.
+        stored: how its tensors lie in its files, where not under canonical names.
     """
 
     name: str
@@ -47,7 +56,7 @@ class Family:
     required: Mapping[str, Any]
     settings: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
     partial_rotary: bool = False
-    fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    stored: Sequence[Rule] = ()
 
 
 def model_config_from(config: dict[str, Any], family: Family) -> ModelConfig:
@@ -144,3 +153,12 @@ def uniform_sliding_window(config: dict[str, Any]) -> int | None:
     if types:
         return config.get("sliding_window") if types == {"sliding_attention"} else None
     return config.get("sliding_window")
+
+
+def expert_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What the families of mixtures of experts have in common; transformers 5 gives one name to the number of experts."""
+    return {
+        "num_moe_experts": config.get("num_local_experts") or config["num_experts"],
+        "moe_router_topk": config["num_experts_per_tok"],
+        "moe_aux_loss_coeff": float(config["router_aux_loss_coef"]),
+    }

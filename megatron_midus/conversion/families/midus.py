@@ -6,7 +6,8 @@ import copy
 from typing import Any
 
 from megatron_midus.config import ModelConfig
-from megatron_midus.conversion.families.common import Family
+from megatron_midus.conversion.families.common import Family, expert_settings
+from megatron_midus.conversion.stored import FUSED_EXPERTS
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan
 
@@ -19,16 +20,33 @@ AUTO_MAP = {
 }
 # Entries of the base families that MidusConfig expresses by others, or has no use for.
 _DROPPED = (
+    "decoder_sparse_step",
     "layer_types",
     "max_window_layers",
     "mlp_bias",
+    "mlp_only_layers",
+    "num_local_experts",
     "original_max_position_embeddings",
+    "output_router_logits",
     "partial_rotary_factor",
     "pretraining_tp",
     "rope_scaling",
     "rope_theta",
+    "router_jitter_noise",
     "use_sliding_window",
 )
+
+
+def _experts(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of ``ModelConfig`` about experts; none for a model without."""
+    if config.get("num_experts") is None:
+        return {}
+    return {
+        **expert_settings(config),
+        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+        "moe_router_pre_softmax": not config["norm_topk_prob"],
+    }
+
 
 FAMILY = Family(
     name=MODEL_TYPE,
@@ -40,7 +58,9 @@ FAMILY = Family(
         "add_qkv_bias": bool(config.get("attention_bias", False)),
         "qk_layernorm": bool(config.get("qk_norm", False)),
         "sliding_window": config.get("sliding_window"),
+        **_experts(config),
     },
+    stored=FUSED_EXPERTS,
 )
 
 
@@ -78,7 +98,22 @@ def midus_config(base: dict[str, Any], model: ModelConfig, plan: UpscalePlan) ->
         "qk_norm": model.qk_layernorm,
         "sliding_window": model.sliding_window,
         "block_types": list(plan.block_types),
+        **_expert_entries(base, model),
         **plan.memory.to_dict(),
+    }
+
+
+def _expert_entries(base: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    if model.num_moe_experts is None:
+        return {}
+    return {
+        "num_experts": model.num_moe_experts,
+        "num_experts_per_tok": model.moe_router_topk,
+        "moe_intermediate_size": model.moe_ffn_hidden_size,
+        "norm_topk_prob": not model.moe_router_pre_softmax,
+        "router_aux_loss_coef": model.moe_aux_loss_coeff,
+        # A Mixtral keeps the weights of the experts in fp32, a Qwen3-MoE rounds them to the model's dtype.
+        "router_scores_in_fp32": base.get("router_scores_in_fp32", model.family == "mixtral"),
     }
 
 

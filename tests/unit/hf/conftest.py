@@ -21,8 +21,18 @@ SHAPES = {
     "qwen2": {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True},
     # a head is wider than hidden_size / heads
     "qwen3": {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 14},
-}
-CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    # three of five experts: their outputs are summed in one order or another
+    "qwen3_moe": {
+        "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 14, "num_experts": 5,
+        "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True,
+    },
+    "qwen3_moe whole softmax": {
+        "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "num_experts": 5, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24, "norm_topk_prob": False,
+    },
+    "mixtral": {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "num_local_experts": 4},
+}  # fmt: skip
+CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "mixtral": "Mixtral"}
 BLOCKS = ["transformer", "memory", "transformer", "transformer", "memory"]
 
 
@@ -54,8 +64,9 @@ def make_base():
             **SHAPES[family],
             **overrides,
         }
-        config = getattr(transformers, f"{CLASSES[family]}Config")(**settings)
-        return randomize(getattr(transformers, f"{CLASSES[family]}ForCausalLM")(config), seed=1).eval()
+        name = CLASSES[family.split()[0]]
+        config = getattr(transformers, f"{name}Config")(**settings)
+        return randomize(getattr(transformers, f"{name}ForCausalLM")(config), seed=1).eval()
 
     return make
 
@@ -107,7 +118,15 @@ def midus_settings(base, blocks):
     settings = {name: getattr(base, name) for name in names}
     settings["head_dim"] = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
     settings["attention_bias"] = base.model_type == "qwen2"
-    settings["qk_norm"] = base.model_type == "qwen3"
+    settings["qk_norm"] = base.model_type.startswith("qwen3")
+    if hasattr(base, "num_local_experts"):
+        settings |= {
+            "num_experts": base.num_local_experts,
+            "num_experts_per_tok": base.num_experts_per_tok,
+            "moe_intermediate_size": getattr(base, "moe_intermediate_size", None),
+            "norm_topk_prob": getattr(base, "norm_topk_prob", True),
+            "router_scores_in_fp32": base.model_type == "mixtral",
+        }
     return {**settings, "num_hidden_layers": len(blocks), "block_types": blocks}
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-FAMILIES = ["llama", "qwen2", "qwen3"]
+FAMILIES = ["llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_moe whole softmax", "mixtral"]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -15,6 +15,17 @@ def test_logits_equal_the_base(make_base, upscale, tokens, family, attention):
     model = upscale(base)
     base.set_attn_implementation(attention)
     model.set_attn_implementation(attention)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, base(tokens).logits)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_one_after_the_other_equal_the_base(make_base, upscale, tokens, family):
+    """The way without fused kernels, which is the only one of transformers 4."""
+    base = make_base(family)
+    model = upscale(base)
+    for m in (base, model):
+        m.set_experts_implementation("eager")
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, base(tokens).logits)
 
