@@ -346,7 +346,7 @@ class MidusExperts(nn.Module):
         """``[T, d], [T, K], [T, K] -> [T, d]``, one expert after the other."""
         output = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
-            place, token = torch.where(top_k_index.T == expert)
+            place, token = torch.where(top_k_index.T.eq(expert))
             gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
             computed = F.linear(self.act_fn(gate) * up, self.down_proj[expert]) * top_k_weights[token, place, None]
             output.index_add_(0, token, computed.to(output.dtype))
