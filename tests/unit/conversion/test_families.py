@@ -82,9 +82,10 @@ def test_defaults_are_those_of_transformers():
     for family in FAMILIES.values():
         if family.name == "midus":
             continue
-        theirs = transformers.AutoConfig.for_model(family.name).to_dict()
+        theirs = transformers.AutoConfig.for_model(family.name)
         for name, value in family.defaults.items():
-            assert theirs[name] == value, (family.name, name)
+            theirs_value = theirs.rope_parameters[name] if name == "rope_theta" else getattr(theirs, name)
+            assert theirs_value == value, (family.name, name)
 
 
 # What the config.json of the named models say where they differ from each other.
@@ -103,6 +104,10 @@ RELEASED = {
                      {"add_qkv_bias": True, "sliding_window": None, "kv_channels": 64, "tie_word_embeddings": True}),
     "Qwen3-0.6B": ({"architectures": ["Qwen3ForCausalLM"], "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-06, "max_window_layers": 28, "sliding_window": None, "use_sliding_window": False, "rope_theta": 1000000, "tie_word_embeddings": True, "attention_bias": False},
                    {"qk_layernorm": True, "kv_channels": 128, "rotary_base": 1000000.0}),
+    "Qwen3-30B-A3B": ({"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-06, "max_window_layers": 48, "sliding_window": None, "use_sliding_window": False, "rope_theta": 1000000.0, "rope_scaling": None, "tie_word_embeddings": False, "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True, "num_experts": 128, "num_experts_per_tok": 8, "output_router_logits": False, "router_aux_loss_coef": 0.001},
+                      {"qk_layernorm": True, "num_moe_experts": 128, "moe_router_topk": 8, "moe_ffn_hidden_size": 768, "ffn_hidden_size": 6144, "moe_router_pre_softmax": False, "moe_aux_loss_coeff": 0.001}),
+    "Mixtral-8x7B-v0.1": ({"architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05, "sliding_window": None, "rope_theta": 1000000.0, "tie_word_embeddings": False, "num_experts_per_tok": 2, "num_local_experts": 8, "output_router_logits": False, "router_aux_loss_coef": 0.02},
+                          {"qk_layernorm": False, "num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 14336, "rotary_base": 1000000.0, "moe_router_pre_softmax": False, "moe_aux_loss_coeff": 0.02}),
     "SmolLM-135M": ({"architectures": ["LlamaForCausalLM"], "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 2048, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "rope_scaling": None, "tie_word_embeddings": True, "attention_bias": False},
                     {"kv_channels": 64, "num_query_groups": 3, "tie_word_embeddings": True}),
 }  # fmt: skip
@@ -127,8 +132,10 @@ REFUSED = [
         "Olmo2ForCausalLM is not supported; supported are LlamaForCausalLM, Mistral",
     ),
     ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM is not supported"),
-    ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported"),
-    ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM is not supported"),
+    ({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0]}, "mlp_only_layers=.0. is not supported"),
+    ({"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported"),
+    ({"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 5}, "moe_router_topk=5"),
+    ({"architectures": ["MixtralForCausalLM"], "num_local_experts": "8"}, "num_local_experts='8'"),
     ({"architectures": ["Phi3ForCausalLM"], "resid_pdrop": 0.1}, "resid_pdrop=0.1"),
     (
         {
