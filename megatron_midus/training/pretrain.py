@@ -17,7 +17,6 @@ from megatron.core.num_microbatches_calculator import (
     update_num_microbatches,
 )
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_machine
 from megatron.core.timers import Timers
 
@@ -148,7 +147,8 @@ def _build_trainer(start: Start, signal: TerminationSignal) -> Trainer:
         build.connect(config, chunks, optimizer, arguments.parallel)
         print_rank_0(describe_groups(optimizer))
     value_updates = _value_updates(arguments, architecture, chunks, optimizer)
-    progress = _restore(arguments, source, architecture, sizes, chunks, optimizer, scheduler)
+    learner = Learner(chunks, optimizer, scheduler, value_updates)
+    progress = _restore(start, learner)
     train_iters = _train_iters(arguments, progress)
     datasets = build.build_datasets(
         arguments.data, start.tokenizer, num_samples=_num_samples(arguments, sizes, progress), seed=training.seed
@@ -172,7 +172,7 @@ def _build_trainer(start: Start, signal: TerminationSignal) -> Trainer:
     )
     trainer = Trainer(
         start,
-        Learner(chunks, optimizer, scheduler, value_updates),
+        learner,
         progress=progress,
         datasets=datasets,
         telemetry=telemetry,
@@ -199,29 +199,22 @@ def _value_updates(
     return updates
 
 
-def _restore(
-    arguments: Arguments,
-    source: Source,
-    architecture: Architecture,
-    sizes: RunSizes,
-    chunks: list[torch.nn.Module],
-    optimizer: MegatronOptimizer | None,
-    scheduler: OptimizerParamScheduler | None,
-) -> Progress:
+def _restore(start: Start, learner: Learner) -> Progress:
     """Where the run goes on, with the optimizer as it was there."""
+    arguments, source = start.arguments, start.source
     if source.directory is None or not source.resume:
         return Progress()
     _set_damaged_aside(arguments, source)
-    if optimizer is None or scheduler is None:
+    if learner.optimizer is None or learner.scheduler is None:
         return read_progress(read_common_state(source.directory))
     progress = load_training_state(
         source.directory,
-        chunks,
-        optimizer,
-        scheduler,
+        learner.model_chunks,
+        learner.optimizer,
+        learner.scheduler,
         settings=arguments.optimizer,
-        flags=schedule_flags(arguments.optimizer, arguments.training, sizes.global_batch_size),
-        train=architecture.train,
+        flags=schedule_flags(arguments.optimizer, arguments.training, start.sizes.global_batch_size),
+        train=start.architecture.train,
         load_optim=arguments.checkpoint.load_optim,
         load_rng=arguments.checkpoint.load_rng,
     )
