@@ -127,15 +127,13 @@ def upscaled(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["", "--async-save"])
-def test_torchrun_starts_a_dead_rank_again_and_the_run_goes_on(mode, upscaled, tmp_path):
+def test_torchrun_starts_a_dead_rank_again_and_the_run_goes_on(upscaled, tmp_path):
     layout = "--tensor-model-parallel-size 2"
     whole = train(*TINY_RUN, STEPS, upscaled, "--save", tmp_path / "whole", layout, processes=2).check()
     root = tmp_path / "run"
-    words = " ".join([*TINY_RUN, f"{STEPS} {upscaled} {layout} {mode} --load {root} --save {root}"])
+    words = " ".join([*TINY_RUN, f"{STEPS} {upscaled} {layout} --load {root} --save {root}"])
     with launchers(tmp_path) as start:
         torchrun = start(f"--nproc-per-node 2 --master-port {free_port()} --max-restarts 2", words)
-        # A checkpoint that is written in the background may be done some iterations later.
         wait_until((root / "latest_checkpointed_iteration.txt").exists, "the first checkpoint", torchrun)
         os.kill(rank_pids(torchrun)[1], signal.SIGKILL)
         wait_until(lambda: last_iteration(torchrun) >= 14, "iteration 14", torchrun)
@@ -146,13 +144,11 @@ def test_torchrun_starts_a_dead_rank_again_and_the_run_goes_on(mode, upscaled, t
         losses = all_losses(torchrun)
         assert {iteration for iteration, _ in losses} == set(range(1, ITERATIONS + 1))
         assert [entry for entry in losses if entry[1] != whole.losses[entry[0]]] == []
-        if not mode:  # a killed rank's process that writes checkpoints may lose its parent in the middle of a word
-            assert "Traceback" not in log.err.split("torch.distributed.elastic", 1)[0]
+        assert "Traceback" not in log.err.split("torch.distributed.elastic", 1)[0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_under_torchrun_saves_and_the_same_command_goes_on(number, upscaled, tmp_path):
+def test_ctrl_c_under_torchrun_saves_and_the_same_command_goes_on(upscaled, tmp_path):
     """To torchrun alone, as a terminal does: its ranks are in sessions of their own."""
     root = tmp_path / "run"
     flags = f"--tensor-model-parallel-size 2 --load {root} --save {root} --pretrained-checkpoint {upscaled}"
@@ -160,14 +156,14 @@ def test_ctrl_c_under_torchrun_saves_and_the_same_command_goes_on(number, upscal
     with launchers(tmp_path) as start:
         torchrun = start(f"--nproc-per-node 2 --master-port {free_port()}", words)
         wait_until(lambda: last_iteration(torchrun) >= 3, "iteration 3", torchrun)
-        torchrun.process.send_signal(number)
+        torchrun.process.send_signal(signal.SIGINT)
         # torchrun makes a failure of its own of the signal.
         assert torchrun.process.wait(TIMEOUT) == 1
         last = last_iteration(torchrun)
         assert int((root / "latest_checkpointed_iteration.txt").read_text()) == last
-        assert f"exiting after iteration {last}: {number.name} was received" in torchrun.log.out
+        assert f"exiting after iteration {last}: SIGINT was received" in torchrun.log.out
         assert "what torchrun reports after this is the signal that it received itself" in torchrun.log.out
-        assert torchrun.log.err.count("interrupted: ") == (number == signal.SIGINT)
+        assert torchrun.log.err.count("interrupted: ") == 1
         # The one traceback is torchrun's.
         assert torchrun.log.err.count("Traceback") == 1 and "SignalException" in torchrun.log.err
         again = start(f"--nproc-per-node 2 --master-port {free_port()}", words)
@@ -255,7 +251,7 @@ ACROSS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "across", "failure"),
-    [(namespaces, "data", "cut"), (namespaces, "pipeline", "kill"), (loopback, "data", "kill")],
+    [(namespaces, "data", "cut"), (loopback, "pipeline", "kill")],
 )
 def test_two_hosts_train_fall_apart_and_go_on(network, across, failure, tmp_path):
     """The launcher of the first host stays, or all is started again as a scheduler would; then the losses are those of one
