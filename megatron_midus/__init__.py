@@ -15,8 +15,8 @@ __version__ = "0.1.0"
 
 # Typed in __init__.pyi.
 __all__ = [
-    "analyze", "average", "background", "compare", "convert", "doctor", "evaluate", "generate", "plan", "preprocess", "pretrain", "push", "recipe",
-    "upscale",
+    "analyze", "average", "background", "chat", "compare", "convert", "doctor", "evaluate", "generate", "plan", "preprocess",
+    "pretrain", "push", "recipe", "serve", "upscale",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 from megatron_midus.verbs.analyze import analyze as analyze
 from megatron_midus.verbs.average import average as average
 from megatron_midus.verbs.background import background as background
+from megatron_midus.verbs.chat import chat as chat
 from megatron_midus.verbs.compare import compare as compare
 from megatron_midus.verbs.convert import convert as convert
 from megatron_midus.verbs.doctor import doctor as doctor
@@ -12,6 +13,7 @@ from megatron_midus.verbs.preprocess import preprocess as preprocess
 from megatron_midus.verbs.pretrain import pretrain as pretrain
 from megatron_midus.verbs.push import push as push
 from megatron_midus.verbs.recipe import recipe as recipe
+from megatron_midus.verbs.serve import serve as serve
 from megatron_midus.verbs.upscale import upscale as upscale
 
 __version__: str

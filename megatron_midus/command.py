@@ -54,6 +54,8 @@ VERBS = {
     "average": Entry("average checkpoints of a run", "config.average:AverageConfig", "verbs.average"),
     "evaluate": Entry("compare models on held-out text and tasks", "config.evaluate:EvaluateConfig", "verbs.evaluate"),
     "generate": Entry("continue prompts", "config.evaluate:GenerateConfig", "verbs.generate"),
+    "chat": Entry("talk to a fine-tuned model", "config.chat:ChatConfig", "verbs.chat"),
+    "serve": Entry("serve a model over OpenAI's interface", "config.chat:ServeConfig", "verbs.serve"),
     "compare": Entry("train and compare up-scaling methods", "config.compare:CompareConfig", "verbs.compare"),
     "analyze": Entry("show what a trained memory does", "config.analyze:AnalyzeConfig", "verbs.analyze"),
     "plan": Entry("list the cluster layouts that fit a model", "config.plan:PlanConfig", "verbs.plan"),

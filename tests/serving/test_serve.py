@@ -1,4 +1,4 @@
-"""``vllm serve`` and a client of OpenAI's interface, over loopback."""
+"""``midus serve``, which is vLLM's server here, and a client of OpenAI's interface, over loopback."""
 
 import socket
 import subprocess
@@ -18,8 +18,8 @@ def served(exports, environment, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(exports("hive")), "--served-model-name", "midus",
-        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "256", "--enforce-eager",
+        sys.executable, "-m", "megatron_midus", "serve", str(exports("hive")), "--name", "midus",
+        "--port", str(port), "--dtype", "float32", "--max-length", "256", "--", "--enforce-eager",
     ]  # fmt: skip
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(program, env=environment(True), cwd=tmp_path, stdout=log, stderr=log)
