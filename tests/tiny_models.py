@@ -35,9 +35,15 @@ _FAMILIES = {
     # original_max_position_embeddings below the sequences of the tests, so that the long factors count
     # 96: silu of a chunk of the fused projections has vector tails of its own otherwise
     "phi3": {"intermediate_size": 96, "rope_parameters": {"rope_type": "longrope", "rope_theta": 5000.0, "partial_rotary_factor": 0.75, "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.0, 2.0, 5.0]}, "original_max_position_embeddings": 16, "sliding_window": 9, "pad_token_id": 0},
+    "smollm3": {"no_rope_layers": [1, 0, 1, 1, 0], "pad_token_id": 0},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "granite": {"embedding_multiplier": 3.5, "attention_multiplier": 0.21, "residual_multiplier": 0.37, "logits_scaling": 2.5, "attention_bias": True},
+    "olmo2": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "olmo3": {"sliding_window": 6, "layer_types": [*["sliding_attention"] * 3, "full_attention", "sliding_attention"], "rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}, "sliding_attention": {"rope_type": "default", "rope_theta": 700.0}}, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "gemma3": {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 10, "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"], "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 5000.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 700.0}}},
 }  # fmt: skip
 # Families whose blocks do not compute what a Llama's do.
-FEATURED = ("phi3",)
+FEATURED = ("phi3", "smollm3", "biased", "granite", "olmo2", "olmo3", "gemma3")
 _CLASSES = {
     "mistral": "Mistral",
     "qwen2": "Qwen2",
@@ -46,6 +52,10 @@ _CLASSES = {
     "phi3": "Phi3",
     "qwen3_moe": "Qwen3Moe",
     "mixtral": "Mixtral",
+    "smollm3": "SmolLM3",
+    "granite": "Granite",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
 }
 
 
@@ -81,7 +91,10 @@ def randomize(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
 
 
 def make_model(family: str = "llama", *, seed: int = 1, **changes) -> torch.nn.Module:
-    """A causal model of transformers: 5 layers, 6 heads of 8 channels in 2 groups."""
+    """A causal model of transformers: 5 layers, 6 heads of 8 channels in 2 groups.
+
+    Lists with one entry per layer follow ``num_hidden_layers``.
+    """
     settings = {
         "vocab_size": VOCAB,
         "hidden_size": 48,
@@ -94,8 +107,14 @@ def make_model(family: str = "llama", *, seed: int = 1, **changes) -> torch.nn.M
         **_FAMILIES[family],
         **changes,
     }
+    for entry in ("layer_types", "no_rope_layers"):
+        if entry in settings:
+            settings[entry] = settings[entry][: settings["num_hidden_layers"]]
     name = _CLASSES.get(family, "Llama")
-    config = getattr(transformers, f"{name}Config")(**settings)
+    if family == "gemma3":
+        config, name = transformers.Gemma3TextConfig(**settings), "Gemma3"
+    else:
+        config = getattr(transformers, f"{name}Config")(**settings)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     return randomize(model, seed).eval()
 

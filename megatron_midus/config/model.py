@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_midus.config.rope import check_factors, normalise_rope
 from megatron_midus.errors import UserError
@@ -71,6 +72,38 @@ class ModelConfig:
     """Whether the experts' weights are a softmax over all experts as it is; otherwise those chosen sum to 1."""
     moe_aux_loss_coeff: float = dataclasses.field(default=0.0, metadata={"flag": False})
     """Weight of the load-balancing loss that the base was made with; a run may choose another."""
+    add_output_bias: bool = dataclasses.field(default=False, metadata={"flag": False})
+    """Whether the attention's output projection has a bias; a Memory block has none."""
+    add_mlp_bias: bool = dataclasses.field(default=False, metadata={"flag": False})
+    """Whether the matrices of the MLP have biases."""
+    hidden_act: Literal["silu", "gelu_tanh"] = dataclasses.field(default="silu", metadata={"flag": False})
+    """Activation of the gated MLP."""
+    qk_norm_width: bool = dataclasses.field(default=False, metadata={"flag": False})
+    """Whether one norm goes over all heads of a query or key together, where qk_layernorm is on."""
+    norm_placement: Literal["pre", "post", "both"] = dataclasses.field(default="pre", metadata={"flag": False})
+    """Where the norms of a block stand: before its branches, behind them (before the residual addition), or both."""
+    zero_centered_norm: bool = dataclasses.field(default=False, metadata={"flag": False})
+    """Whether norms multiply by 1 + weight."""
+    wide_norm: bool = dataclasses.field(default=False, metadata={"flag": False})
+    """Whether norms round to 16 bits after the weight is applied instead of before."""
+    wide_rotary: bool = dataclasses.field(default=False, metadata={"flag": False})
+    """Whether queries and keys turn in fp32 and are rounded to 16 bits afterwards."""
+    embedding_multiplier: float = dataclasses.field(default=1.0, metadata={"flag": False})
+    """Factor on the embedding's output."""
+    round_embedding_multiplier: bool = dataclasses.field(default=False, metadata={"flag": False})
+    """Whether that factor is rounded to the dtype of the weights first."""
+    attention_scale: float | None = dataclasses.field(default=None, metadata={"flag": False})
+    """Factor on attention scores; None = 1 / sqrt(kv_channels)."""
+    residual_multiplier: float = dataclasses.field(default=1.0, metadata={"flag": False})
+    """Factor on what a branch of a block adds to the residual stream."""
+    logits_divisor: float = dataclasses.field(default=1.0, metadata={"flag": False})
+    """What the output layer's result is divided by."""
+    rope_layers: tuple[bool, ...] | None = dataclasses.field(default=None, metadata={"flag": False})
+    """Per layer whether queries and keys rotate; None = in all."""
+    sliding_layers: tuple[bool, ...] | None = dataclasses.field(default=None, metadata={"flag": False})
+    """Per layer whether sliding_window holds; None = in all."""
+    local_rotary_base: float | None = dataclasses.field(default=None, metadata={"flag": False})
+    """Base of the plain rotary embedding of the sliding layers; None = they have the same as the others."""
     init_method_std: float = 0.02
     """Standard deviation of freshly initialised weights."""
     family: str = dataclasses.field(default="llama", metadata={"flag": False})
@@ -96,6 +129,15 @@ class ModelConfig:
         if self.rotary_channels < 2 or self.rotary_channels > self.kv_channels:
             raise UserError(f"rotary_percent={self.rotary_percent} turns {self.rotary_channels} of kv_channels={self.kv_channels}; it must be above 0 and at most 1")  # fmt: skip
         check_factors(rope, self.rotary_channels)
+        for name in ("rope_layers", "sliding_layers"):
+            layers = getattr(self, name)
+            if layers is None:
+                continue
+            if len(layers) != self.num_layers:
+                raise UserError(f"{name} names {len(layers)} layers and num_layers={self.num_layers}; they must agree")
+            # Where all layers are alike nothing has to be said.
+            alike = all(layers) and (name == "rope_layers" or self.local_rotary_base is None)
+            object.__setattr__(self, name, None if alike else tuple(map(bool, layers)))
         object.__setattr__(self, "rope_scaling", None if rope["rope_type"] == "default" else rope)
 
     @property
@@ -150,5 +192,43 @@ class ModelConfig:
     def save(self, directory: str | Path) -> None:
         (Path(directory) / MODEL_CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
-    def with_num_layers(self, num_layers: int) -> ModelConfig:
-        return dataclasses.replace(self, num_layers=num_layers)
+    def with_layers(self, sources: Sequence[int]) -> ModelConfig:
+        """The model whose layers are those of this one that ``sources`` names, in this order."""
+
+        def chosen(layers: tuple[bool, ...] | None) -> tuple[bool, ...] | None:
+            return None if layers is None else tuple(layers[source] for source in sources)
+
+        return dataclasses.replace(
+            self,
+            num_layers=len(sources),
+            rope_layers=chosen(self.rope_layers),
+            sliding_layers=chosen(self.sliding_layers),
+        )
+
+    def unlike_llama(self) -> list[str]:
+        """Names of what the blocks of this model have and a Llama's have not, rotary embeddings apart."""
+        plain = ("rope_scaling", "rotary_percent", "family", "hf_dtype", "moe_aux_loss_coeff")
+        fields = [f for f in dataclasses.fields(self) if not f.metadata.get("flag", True) and f.name not in plain]
+        return [field.name for field in fields if getattr(self, field.name) != field.default]
+
+    def rotates(self, layer: int) -> bool:
+        """Whether queries and keys of a layer rotate."""
+        return self.rope_layers is None or self.rope_layers[layer]
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that the attention of a layer looks back, its own included; ``None`` = all."""
+        return self.sliding_window if self.sliding_layers is None or self.sliding_layers[layer] else None
+
+    def rotates_locally(self, layer: int) -> bool:
+        """Whether a layer has the rotary embedding of the sliding ones."""
+        return self.local_rotary_base is not None and (self.sliding_layers is None or self.sliding_layers[layer])
+
+    @property
+    def norm_before(self) -> bool:
+        """Whether a branch of a block has a norm in front of it."""
+        return self.norm_placement != "post"
+
+    @property
+    def norm_behind(self) -> bool:
+        """Whether a branch of a block has a norm behind it."""
+        return self.norm_placement != "pre"

@@ -142,7 +142,7 @@ def write_megatron_checkpoint(
     write_model_tensors(
         source, target, model, plan, padded_vocab=padded, training=training, workers=workers, progress=progress
     )
-    model.with_num_layers(plan.num_layers).save(target)
+    plan.applied_to(model).save(target)
     plan.save(target)
     copy_assets(assets, target / ASSETS_DIRECTORY)
     record = {

@@ -46,6 +46,7 @@ from megatron_midus.upscaling.tensors import (
     expert_name,
     layer_name,
     model_shapes,
+    norm_names,
     split_name,
 )
 
@@ -63,17 +64,18 @@ _OUTER = {
 _VOCABULARY_KEYS = (_OUTER[EMBEDDING], _OUTER[OUTPUT_LAYER])
 # One row per tensor of a block: Megatron's name, and the canonical ones that it is made of.
 _TRANSFORMER = {
-    "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
-    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
-    "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight",),
-    "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
+    **{f"self_attention.linear_proj.{kind}": (f"self_attn.o_proj.{kind}",) for kind in ("weight", "bias")},
+    **{f"mlp.linear_fc1.{kind}": (f"mlp.gate_proj.{kind}", f"mlp.up_proj.{kind}") for kind in ("weight", "bias")},
+    **{f"mlp.linear_fc2.{kind}": (f"mlp.down_proj.{kind}",) for kind in ("weight", "bias")},
+}
+_NORMS = {
+    "before_attention": "self_attention.linear_qkv.layer_norm_weight",
+    "behind_attention": "post_self_attn_layernorm.weight",
+    "before_mlp": "mlp.linear_fc1.layer_norm_weight",
+    "behind_mlp": "post_mlp_layernorm.weight",
 }
 # In the place of the rows about the MLP; the experts of a block are stacked in one tensor, [E, rows, columns].
-_ROUTER = {
-    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
-    "mlp.router.weight": (ROUTER,),
-}
+_ROUTER = {"mlp.router.weight": (ROUTER,)}
 _EXPERTS = {
     "mlp.experts.experts.linear_fc1.weight": ("gate_proj", "up_proj"),
     "mlp.experts.experts.linear_fc2.weight": ("down_proj",),
@@ -84,14 +86,17 @@ def _is_stacked(key: str) -> bool:
     return ".mlp.experts.experts." in key
 
 
-def _transformer_names(model: ModelConfig) -> dict[str, tuple[str, ...]]:
+def _transformer_names(model: ModelConfig, norms: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     if model.num_moe_experts is None:
-        return _TRANSFORMER
+        return {**_TRANSFORMER, **norms}
     stacked = {
         key: tuple(expert_name(expert, part) for expert in range(model.num_moe_experts or 0) for part in parts)
         for key, parts in _EXPERTS.items()
     }
-    return {**{k: v for k, v in _TRANSFORMER.items() if not k.startswith("mlp.")}, **_ROUTER, **stacked}
+    # No backend fuses the norm before experts.
+    before_mlp = _NORMS["before_mlp"]
+    norms = {"pre_mlp_layernorm.weight" if key == before_mlp else key: names for key, names in norms.items()}
+    return {**{k: v for k, v in _TRANSFORMER.items() if not k.startswith("mlp.")}, **norms, **_ROUTER, **stacked}
 
 
 def _attention_names(prefix: str) -> dict[str, tuple[str, ...]]:
@@ -108,17 +113,18 @@ def megatron_layout(model: ModelConfig, plan: UpscalePlan) -> dict[str, tuple[st
     """``{Megatron checkpoint key: canonical names that it holds}`` for every tensor of the up-scaled model."""
     shapes = model_shapes(model, plan)
     layout = {key: (name,) for name, key in _OUTER.items() if name in shapes}
+    norms = {_NORMS[place]: (name,) for place, name in norm_names(model).items() if name is not None}
     for index, block in enumerate(plan.blocks):
         prefix = f"decoder.layers.{index}."
         if block.kind == "memory":
             assert plan.memory is not None
             rows = {
-                "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
+                **{key: names for key, names in norms.items() if "mlp" not in key},
                 **_attention_names("mem_attn"),
                 **_memory_names(shapes, index),
             }
         else:
-            rows = {**_transformer_names(model), **_attention_names("self_attn")}
+            rows = {**_transformer_names(model, norms), **_attention_names("self_attn")}
         for key, suffixes in rows.items():
             names = tuple(layer_name(index, suffix) for suffix in suffixes)
             if names[0] in shapes:  # biases and head norms: only where the family has them

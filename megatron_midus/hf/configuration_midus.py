@@ -6,7 +6,9 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 BLOCK_TYPES = ("transformer", "memory")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 CHOICES = {
+    "norm_placement": ("pre", "post", "both"),
     "memory_variant": ("hive", "full", "block"),
     "memory_query": ("attention", "token", "sum", "concat", "block"),
     "memory_query_norm": ("none", "rms"),
@@ -118,6 +120,20 @@ class MidusConfig(PretrainedConfig):
         attention_bias: whether the query, key and value projections have a bias (Qwen2).
         attention_output_bias: whether the attention's output projection has a bias.
         qk_norm: whether queries and keys are RMS-normalised per head before they are rotated (Qwen3).
+        qk_norm_width: whether ``qk_norm`` has one norm over all heads instead (OLMo 2).
+        mlp_bias: whether the matrices of the MLP have biases.
+        norm_placement: ``pre``, ``post`` (a norm behind each branch, none before it: OLMo 2) or ``both`` (Gemma 3).
+        zero_centered_norm: whether norms multiply by ``1 + weight`` (Gemma).
+        wide_norm: whether norms are rounded to 16 bits after the weight is applied (OLMo).
+        wide_rotary: whether queries and keys turn in fp32 and are rounded afterwards (OLMo).
+        embedding_multiplier: factor on the embedding's output (Granite, Gemma).
+        round_embedding_multiplier: whether it is rounded to the weights' dtype first, and a part of the embedding (Gemma).
+        attention_multiplier: factor on attention scores; 1 / sqrt(head_dim) when absent.
+        residual_multiplier: factor on what a branch of a block adds (Granite).
+        logits_scaling: what logits are divided by (Granite).
+        rope_layers: per block whether queries and keys rotate (SmolLM3); all when absent.
+        layer_types: per block ``full_attention`` or ``sliding_attention``; all slide when absent and ``sliding_window`` is given.
+        local_rope_theta: theta of the sliding blocks, whose rotary embedding is not scaled (Gemma 3); as the others when absent.
         sliding_window: tokens that attention looks back, its own included; ``None`` = all.
         num_experts: experts of a Transformer block, which has a mixture of them in place of its MLP (Qwen3-MoE, Mixtral);
             ``None`` = one MLP.
@@ -193,6 +209,20 @@ class MidusConfig(PretrainedConfig):
         attention_output_bias=False,
         attention_dropout=0.0,
         qk_norm=False,
+        qk_norm_width=False,
+        mlp_bias=False,
+        norm_placement="pre",
+        zero_centered_norm=False,
+        wide_norm=False,
+        wide_rotary=False,
+        embedding_multiplier=1.0,
+        round_embedding_multiplier=False,
+        attention_multiplier=None,
+        residual_multiplier=1.0,
+        logits_scaling=1.0,
+        rope_layers=None,
+        layer_types=None,
+        local_rope_theta=None,
         sliding_window=None,
         num_experts=None,
         num_experts_per_tok=2,
@@ -240,6 +270,20 @@ class MidusConfig(PretrainedConfig):
         self.attention_output_bias = attention_output_bias
         self.attention_dropout = attention_dropout
         self.qk_norm = qk_norm
+        self.qk_norm_width = qk_norm_width
+        self.mlp_bias = mlp_bias
+        self.norm_placement = norm_placement
+        self.zero_centered_norm = zero_centered_norm
+        self.wide_norm = wide_norm
+        self.wide_rotary = wide_rotary
+        self.embedding_multiplier = embedding_multiplier
+        self.round_embedding_multiplier = round_embedding_multiplier
+        self.attention_multiplier = attention_multiplier
+        self.residual_multiplier = residual_multiplier
+        self.logits_scaling = logits_scaling
+        self.rope_layers = rope_layers
+        self.layer_types = layer_types
+        self.local_rope_theta = local_rope_theta
         self.sliding_window = sliding_window
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
@@ -310,6 +354,22 @@ class MidusConfig(PretrainedConfig):
     def to_dict(self):
         """As the base class; with rope_theta and rope_scaling for readers that know the names of transformers 4."""
         return {**super().to_dict(), "rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}
+
+    # -- what differs between blocks --------------------------------------------------------------------------------------
+    @property
+    def is_mixed(self):
+        """Whether some blocks slide and others do not."""
+        return self.layer_types is not None
+
+    def slides(self, block):
+        """Whether the attention of block ``block`` has a window."""
+        if self.layer_types is None:
+            return self.sliding_window is not None
+        return self.layer_types[block] == "sliding_attention"
+
+    def rotates(self, block):
+        """Whether queries and keys of block ``block`` rotate."""
+        return self.rope_layers is None or bool(self.rope_layers[block])
 
     # -- memory ------------------------------------------------------------------------------------------------------
     @property
@@ -407,6 +467,15 @@ class MidusConfig(PretrainedConfig):
                 f"block_types names {len(self.block_types)} blocks and num_hidden_layers={self.num_hidden_layers}; "
                 "they must agree"
             )
+        for name in ("rope_layers", "layer_types"):
+            layers = getattr(self, name)
+            if layers is not None and len(layers) != self.num_hidden_layers:
+                raise ValueError(f"{name} names {len(layers)} blocks and num_hidden_layers={self.num_hidden_layers}; they must agree")  # fmt: skip
+        unknown = sorted(set(self.layer_types or ()) - set(LAYER_TYPES))
+        if unknown:
+            raise ValueError(f"layer_types has {unknown}; choose from {list(LAYER_TYPES)}")
+        if self.layer_types and "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("layer_types has sliding_attention and sliding_window=None; give the window")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {list(choices)}")
@@ -456,6 +525,13 @@ class MidusConfig(PretrainedConfig):
                 f"memory_attention={self.memory_attention} does not go with memory_query={self.memory_query} and "
                 f"memory_output_projection={self.memory_output_projection}; choose memory_attention=none exactly where "
                 "neither of them reads the attention"
+            )
+        if self.memory_domain_gate and self.norm_placement != "pre":
+            raise ValueError(f"memory_domain_gate does not go with norm_placement={self.norm_placement}, whose norm undoes it; leave it out")  # fmt: skip
+        if self.memory_query == "block" and (self.norm_placement != "pre" or self.residual_multiplier != 1.0):
+            raise ValueError(
+                f"memory_query=block does not go with norm_placement={self.norm_placement} and residual_multiplier="
+                f"{self.residual_multiplier}; choose another memory_query"
             )
         if self.memory_query == "block" and self.memory_attention != "full":
             raise ValueError(

@@ -76,15 +76,50 @@ class MidusRMSNorm(nn.Module):
         hidden_states = hidden_states.to(torch.float32)
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
         hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weigh(hidden_states, dtype)
+
+    def weigh(self, hidden_states, dtype):
         return self.weight * hidden_states.to(dtype)
 
 
-def compute_inverse_frequencies(config, seq_len=None):
+class MidusWideRMSNorm(MidusRMSNorm):
+    """Rounded after the weight is applied (OLMo)."""
+
+    def weigh(self, hidden_states, dtype):
+        return (self.weight * hidden_states).to(dtype)
+
+
+class MidusCenteredRMSNorm(MidusRMSNorm):
+    """Multiplies by ``1 + weight``, in fp32 (Gemma)."""
+
+    def __init__(self, hidden_size, eps=1e-6):
+        super().__init__(hidden_size, eps)
+        nn.init.zeros_(self.weight)
+
+    def weigh(self, hidden_states, dtype):
+        return (hidden_states * (1.0 + self.weight.float())).to(dtype)
+
+
+def make_norm(config, size):
+    kind = MidusWideRMSNorm if config.wide_norm else MidusRMSNorm
+    return (MidusCenteredRMSNorm if config.zero_centered_norm else kind)(size, config.rms_norm_eps)
+
+
+# Names of a block's norms by placement: before and behind its attention, before and behind its MLP.
+NORMS = {
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
+
+
+def compute_inverse_frequencies(config, seq_len=None, rope=None):
     """``[rotating channels / 2]`` angles per position, fp32, made on the CPU so that every device gets the same bits.
 
-    As ``transformers.modeling_rope_utils`` computes them. ``seq_len``, a tensor ``[]``, counts for ``dynamic`` and ``longrope``.
+    As ``transformers.modeling_rope_utils`` computes them. ``seq_len``, a tensor ``[]``, counts for ``dynamic`` and ``longrope``;
+    ``rope`` stands for the configuration's own ``rope_parameters``.
     """
-    rope, size = config.rope_parameters, config.rotary_channels()
+    rope, size = rope or config.rope_parameters, config.rotary_channels()
     base, rope_type = rope["rope_theta"], rope["rope_type"]
     if rope_type == "dynamic" and seq_len is not None:
         base = base * ((rope["factor"] * seq_len / config.max_position_embeddings) - (rope["factor"] - 1)) ** (
@@ -104,9 +139,9 @@ def compute_inverse_frequencies(config, seq_len=None):
     return frequencies / rope["factor"] if rope_type == "linear" else frequencies
 
 
-def compute_attention_factor(config):
+def compute_attention_factor(config, rope=None):
     """What cosines and sines are multiplied with; 1 for everything but ``yarn`` and ``longrope``."""
-    rope = config.rope_parameters
+    rope = rope or config.rope_parameters
 
     def scale(mscale):
         return 1.0 if rope["factor"] <= 1 else 0.1 * mscale * math.log(rope["factor"]) + 1.0
@@ -160,13 +195,14 @@ class MidusRotaryEmbedding(nn.Module):
     transformers 5, and lose their bits to ``model.to(torch.bfloat16)``.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, rope=None):
         super().__init__()
         self.config = config
-        self.attention_factor = compute_attention_factor(config)
-        self.rope_type = config.rope_parameters["rope_type"]
+        self.rope = rope or config.rope_parameters
+        self.attention_factor = compute_attention_factor(config, self.rope)
+        self.rope_type = self.rope["rope_type"]
         self.longest = config.max_position_embeddings  # that the frequencies are for
-        self.frequencies_on_cpu = compute_inverse_frequencies(config)
+        self.frequencies_on_cpu = compute_inverse_frequencies(config, rope=self.rope)
         self.frequencies = self.frequencies_on_cpu
 
     @torch.no_grad()
@@ -182,6 +218,8 @@ class MidusRotaryEmbedding(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         if self.attention_factor != 1.0:
             cos, sin = cos * self.attention_factor, sin * self.attention_factor
+        if self.config.wide_rotary:
+            return cos, sin
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
     def _follow(self, seq_len):
@@ -210,10 +248,9 @@ def apply_rotary(query, key, cos, sin):
 def rotate(states, cos, sin):
     """Turns the first channels of every head; where ``cos`` has fewer than the head, the others stay."""
     size = cos.shape[-1]
-    if size == states.shape[-1]:
-        return states * cos + rotate_half(states) * sin
     turned = states[..., :size]
-    return torch.cat((turned * cos + rotate_half(turned) * sin, states[..., size:]), dim=-1)
+    turned = (turned * cos + rotate_half(turned) * sin).to(states.dtype)
+    return turned if size == states.shape[-1] else torch.cat((turned, states[..., size:]), dim=-1)
 
 
 def repeat_kv(states, groups):
@@ -236,15 +273,16 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
 class MidusAttention(nn.Module):
     """Grouped-query attention; without ``o_proj`` it is the attention of a Memory block."""
 
-    def __init__(self, config, layer_idx, has_output_projection):
+    def __init__(self, config, layer_idx, has_output_projection, block=0):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx  # slot of the KV cache
+        self.rotates = config.rotates(block)
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
+        self.scaling = config.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
         self.attention_dropout = config.attention_dropout
-        self.sliding_window = config.sliding_window
+        self.sliding_window = config.sliding_window if config.slides(block) else None
         self.is_causal = True
         query_size = config.num_attention_heads * config.head_dim
         key_value_size = config.num_key_value_heads * config.head_dim
@@ -252,8 +290,8 @@ class MidusAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         if config.qk_norm:
-            self.q_norm = MidusRMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = MidusRMSNorm(config.head_dim, config.rms_norm_eps)
+            self.q_norm = make_norm(config, query_size if config.qk_norm_width else config.head_dim)
+            self.k_norm = make_norm(config, key_value_size if config.qk_norm_width else config.head_dim)
         if has_output_projection:
             self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
 
@@ -273,11 +311,14 @@ class MidusAttention(nn.Module):
         query = self.q_proj(hidden_states).view(*shape, -1, self.head_dim)
         key = self.k_proj(hidden_states).view(*shape, -1, self.head_dim)
         value = self.v_proj(hidden_states).view(*shape, -1, self.head_dim)
-        if self.config.qk_norm:
+        if self.config.qk_norm_width:
+            query, key = (norm(x.flatten(-2)).view_as(x) for norm, x in ((self.q_norm, query), (self.k_norm, key)))
+        elif self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [B, heads, S, head_dim]
         cos, sin = position_embeddings
-        query, key = apply_rotary(query, key, cos, sin)
+        if self.rotates:
+            query, key = apply_rotary(query, key, cos, sin)
         if past_key_values is not None:
             # Static caches of transformers up to 5.0 write where cache_position says; later versions keep count.
             place = {"sin": sin, "cos": cos, "cache_position": cache_position}
@@ -303,9 +344,9 @@ class MidusAttention(nn.Module):
 class MidusMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states):
@@ -366,20 +407,37 @@ class MidusExpertsMLP(nn.Module):
         return self.experts(tokens, *self.gate(tokens)).reshape(hidden_states.shape)
 
 
-class MidusDecoderLayer(GradientCheckpointingLayer):
+class MidusBlock(GradientCheckpointingLayer):
+    """What Transformer and Memory blocks share: norms before and behind their branches, and how a branch is added."""
+
+    def __init__(self, config, num_norms):
+        super().__init__()
+        self.norms = NORMS[config.norm_placement][:num_norms]
+        self.multiplier = config.residual_multiplier
+        for name in filter(None, self.norms):
+            setattr(self, name, make_norm(config, config.hidden_size))
+
+    def normed(self, place, hidden_states):
+        """Through the norm at ``place``: 0 before, 1 behind the attention, 2 before, 3 behind the MLP; not all exist."""
+        name = self.norms[place]
+        return hidden_states if name is None else getattr(self, name)(hidden_states)
+
+    def add(self, residual, branch):
+        return residual + (branch if self.multiplier == 1.0 else branch * self.multiplier)
+
+
+class MidusDecoderLayer(MidusBlock):
     """A Transformer block."""
 
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        self.self_attn = MidusAttention(config, layer_idx, has_output_projection=True)
+    def __init__(self, config, layer_idx, block=0):
+        super().__init__(config, num_norms=4)
+        self.self_attn = MidusAttention(config, layer_idx, True, block)
         self.mlp = MidusMLP(config) if config.num_experts is None else MidusExpertsMLP(config)
-        self.input_layernorm = MidusRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = MidusRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states, output_attentions=False, **kwargs):
-        attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
-        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        attended, weights = self.self_attn(self.normed(0, hidden_states), **kwargs)
+        hidden_states = self.add(hidden_states, self.normed(1, attended))
+        hidden_states = self.add(hidden_states, self.normed(3, self.mlp(self.normed(2, hidden_states))))
         return (hidden_states, weights) if output_attentions else hidden_states
 
 
@@ -561,21 +619,23 @@ class MidusMemory(nn.Module):
         return look_up(query_TMD, self.row_keys, self.col_keys, self.value_bank, self.head_proj, *settings)
 
 
-class MidusMemoryLayer(GradientCheckpointingLayer):
-    """A Memory block: ``x + memory(attention(norm(x)))``, or, without an attention, ``x + memory(norm(x))``."""
+class MidusMemoryLayer(MidusBlock):
+    """A Memory block: ``x + memory(attention(norm(x)))``, or, without an attention, ``x + memory(norm(x))``.
 
-    def __init__(self, config, layer_idx):
-        super().__init__()
+    Where norms stand behind the branches, one stands behind the memory.
+    """
+
+    def __init__(self, config, layer_idx, block=0):
+        super().__init__(config, num_norms=2)
         # Not self_attn: patterns that shard or quantize the attention of a Llama must not match.
         if config.memory_attention != "none":
-            self.mem_attn = MidusAttention(config, layer_idx, has_output_projection=False)
+            self.mem_attn = MidusAttention(config, layer_idx, False, block)
         self.memory = MidusMemory(config)
-        self.input_layernorm = MidusRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states, output_attentions=False, **kwargs):
-        normed = self.input_layernorm(hidden_states)
+        normed = self.normed(0, hidden_states)
         attended, weights = self.mem_attn(normed, **kwargs) if hasattr(self, "mem_attn") else (None, None)
-        hidden_states = hidden_states + self.memory(attended, normed, hidden_states)
+        hidden_states = self.add(hidden_states, self.normed(1, self.memory(attended, normed, hidden_states)))
         return (hidden_states, weights) if output_attentions else hidden_states
 
 
@@ -661,7 +721,7 @@ class MidusPreTrainedModel(PreTrainedModel):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, MidusRMSNorm):
-            nn.init.ones_(module.weight)
+            nn.init.constant_(module.weight, 0.0 if isinstance(module, MidusCenteredRMSNorm) else 1.0)
         elif isinstance(module, MidusMemory):
             module.reset_parameters()
         elif isinstance(module, (MidusRouter, MidusExperts)):
@@ -669,18 +729,35 @@ class MidusPreTrainedModel(PreTrainedModel):
                 nn.init.normal_(parameter, std=self.config.initializer_range)
 
 
+class MidusScaledEmbedding(nn.Embedding):
+    """An embedding whose output is multiplied by a factor in the weights' dtype (Gemma)."""
+
+    embed_scale = 1.0
+
+    def forward(self, input_ids):
+        factor = torch.full((), self.embed_scale, dtype=self.weight.dtype, device=self.weight.device)
+        return super().forward(input_ids) * factor
+
+
 class MidusModel(MidusPreTrainedModel):
     """The decoder without a head."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        embedding = MidusScaledEmbedding if config.round_embedding_multiplier else nn.Embedding
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        if config.round_embedding_multiplier:
+            self.embed_tokens.embed_scale = config.embedding_multiplier
         layer_class = {"transformer": MidusDecoderLayer, "memory": MidusMemoryLayer}
         self.layers = nn.ModuleList(
-            layer_class[kind](config, slot) for kind, slot in zip(config.block_types, self.cache_slots(config))
+            layer_class[kind](config, slot, block)
+            for block, (kind, slot) in enumerate(zip(config.block_types, self.cache_slots(config)))
         )
-        self.norm = MidusRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = make_norm(config, config.hidden_size)
         self.rotary_emb = MidusRotaryEmbedding(config)
+        if config.local_rope_theta is not None:
+            plain = {"rope_type": "default", "rope_theta": config.local_rope_theta}
+            self.rotary_emb_local = MidusRotaryEmbedding(config, plain)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -688,9 +765,10 @@ class MidusModel(MidusPreTrainedModel):
     def cache_slots(config):
         """Per block its slot of the KV cache: blocks with an attention have the first ones, as transformers asks slot 0.
 
-        vLLM, which parts the blocks among its pipeline stages, counts all of them.
+        vLLM, which parts the blocks among its pipeline stages, counts all of them; so does a cache that keeps the window of
+        sliding blocks alone, which is made by ``layer_types``.
         """
-        if config._attn_implementation == "vllm":
+        if config.is_mixed or config._attn_implementation == "vllm":
             return list(range(config.num_hidden_layers))
         return [sum(map(config.has_attention, range(block))) for block in range(config.num_hidden_layers)]
 
@@ -745,16 +823,21 @@ class MidusModel(MidusPreTrainedModel):
         )
 
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        if config.embedding_multiplier != 1.0 and not config.round_embedding_multiplier:
+            hidden_states = hidden_states * config.embedding_multiplier
+        position_embeddings = local = self.rotary_emb(hidden_states, position_ids)
+        if config.local_rope_theta is not None:
+            local = self.rotary_emb_local(hidden_states, position_ids)
         all_hidden_states, all_attentions = (), ()
-        for layer in self.layers:
+        for block, layer in enumerate(self.layers):
+            slides = config.slides(block)
             if output_hidden_states:
                 all_hidden_states += (hidden_states,)
             # hidden_states goes by position: re-entrant gradient checkpointing sees only positional arguments.
             output = layer(
                 hidden_states,
-                attention_mask=attention_mask,
-                position_embeddings=position_embeddings,
+                attention_mask=attention_mask[slides] if config.is_mixed else attention_mask,
+                position_embeddings=local if slides else position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 cache_position=cache_position,
@@ -775,6 +858,9 @@ class MidusModel(MidusPreTrainedModel):
         return result if return_dict else result.to_tuple()
 
     def _attention_mask(self, inputs_embeds, attention_mask, cache_position, past_key_values, position_ids):
+        """The mask of all blocks; where only some of them slide ``{slides: mask}``."""
+        if isinstance(attention_mask, dict):  # made by generate
+            return {kind == "sliding_attention": mask for kind, mask in attention_mask.items()}
         arguments = {
             "config": self.config,
             "input_embeds": inputs_embeds,  # the name up to 5.0
@@ -785,8 +871,12 @@ class MidusModel(MidusPreTrainedModel):
             "cache": past_key_values,  # the name in later versions
             "position_ids": position_ids,
         }
-        create_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
-        return create_mask(**{name: value for name, value in arguments.items() if name in MASK_ARGUMENTS})
+        arguments = {name: value for name, value in arguments.items() if name in MASK_ARGUMENTS}
+        create_mask = {False: create_causal_mask, True: create_sliding_window_causal_mask}
+        if self.config.is_mixed:
+            kinds = {self.config.slides(block) for block in range(self.config.num_hidden_layers)}
+            return {slides: create_mask[slides](**arguments) for slides in kinds}
+        return create_mask[self.config.slides(0)](**arguments)
 
     def _use_cache(self, use_cache):
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -873,6 +963,8 @@ class MidusForCausalLM(MidusPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        if self.config.logits_scaling != 1.0:
+            logits = logits / self.config.logits_scaling
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -144,7 +144,15 @@ def find_upscaled(arguments: argparse.Namespace, *, required: bool = True) -> Up
 
 
 def architecture_arguments(model: ModelConfig, plan: UpscalePlan) -> dict[str, Any]:
-    """Upstream's arguments of an architecture, by name."""
+    """Upstream's arguments of an architecture, by name.
+
+    Raises:
+        ValueError: an architecture that upstream's arguments cannot say.
+    """
+    if features := model.unlike_llama():
+        raise UserError(
+            f"{', '.join(features)} of this model are no arguments of Megatron-LM; train it with midus pretrain"
+        )
     arguments = {
         "num_layers": plan.num_layers,
         "hidden_size": model.hidden_size,

@@ -79,6 +79,7 @@ def build_model(
         transformer_layer_spec=get_midus_block_spec(
             plan,
             config,
+            model=model,
             transformer_impl=transformer_impl,
             memory_backend=memory_backend,
             value_placement=value_placement,
@@ -99,14 +100,40 @@ def build_model(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         vp_stage=vp_stage,
     )
-    if model.rope_scaling is not None:
+    if model.rope_scaling is not None or model.local_rotary_base is not None:
         gpt.rotary_pos_emb = ScaledRotaryEmbedding(
             model, use_cpu_initialization=config.use_cpu_initialization, cp_group=gpt.pg_collection.cp
         )
     gpt.unpadded_vocab_size = model.vocab_size
+    if gpt.pre_process and model.embedding_multiplier != 1.0:
+        gpt.embedding.register_forward_hook(_EmbeddingMultiplier(model, config.params_dtype))
+    if gpt.post_process and model.logits_divisor != 1.0:
+        gpt.output_layer.register_forward_hook(_LogitsDivisor(model.logits_divisor))
     if gpt.post_process and vocab_size > model.vocab_size:
         gpt.output_layer.register_forward_hook(_LogitMask(model.vocab_size, vocab_size, gpt.pg_collection.tp.rank()))
     return gpt
+
+
+class _EmbeddingMultiplier:
+    """Forward hook of the embedding."""
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype) -> None:
+        self.factor = model.embedding_multiplier
+        if model.round_embedding_multiplier:
+            self.factor = torch.tensor(self.factor, dtype=dtype).item()
+
+    def __call__(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * self.factor
+
+
+class _LogitsDivisor:
+    """Forward hook of the output layer."""
+
+    def __init__(self, divisor: float) -> None:
+        self.divisor = divisor
+
+    def __call__(self, module: torch.nn.Module, inputs: Any, output: tuple) -> tuple:
+        return (output[0] / self.divisor, *output[1:])
 
 
 class _LogitMask:

@@ -99,7 +99,9 @@ def make_transformer_config(
         "use_cpu_initialization": is_cpu(),
     }
     recompute = _recompute_settings(recompute_granularity, recompute_method, recompute_num_layers)
-    return TransformerConfig(**{**_architecture(model), **parallel, **precision, **recompute, **overrides})
+    made = TransformerConfig(**{**_architecture(model), **parallel, **precision, **recompute, **overrides})
+    made.wide_norm = model.wide_norm  # read by this package's own norms
+    return made
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:
@@ -116,7 +118,10 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "add_bias_linear": False,
         "add_qkv_bias": model.add_qkv_bias,
         "gated_linear_unit": True,
-        "activation_func": F.silu,
+        "activation_func": F.silu if model.hidden_act == "silu" else _gelu_tanh,
+        "softmax_scale": model.attention_scale,
+        "layernorm_zero_centered_gamma": model.zero_centered_norm,
+        # Of layers that differ, model/specs.py gives each its own.
         "window_size": None if model.sliding_window is None else (model.sliding_window - 1, 0),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -124,7 +129,7 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         # Megatron's spelling. Layers of two kinds cannot be stacked into one tensor per parameter.
         "hetereogenous_dist_checkpoint": True,
         # The fused versions go through torch.compile, which a CPU pays for with minutes of compilation.
-        "bias_activation_fusion": not is_cpu(),
+        "bias_activation_fusion": not is_cpu() and model.hidden_act == "silu",
         "bias_dropout_fusion": not is_cpu(),
         **_experts(model),
     }
@@ -141,6 +146,10 @@ def _experts(model: ModelConfig) -> dict[str, Any]:
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
     }
+
+
+def _gelu_tanh(hidden: torch.Tensor) -> torch.Tensor:
+    return F.gelu(hidden, approximate="tanh")
 
 
 def _pipeline_settings(stages: int, chunks: int | None) -> dict[str, Any]:
@@ -226,6 +235,11 @@ def _check_tensor_parallel(model: ModelConfig, plan: UpscalePlan, size: int, seq
         raise UserError(
             f"num_query_groups={groups} is neither a multiple nor a divisor of tensor_model_parallel_size={size}; "
             f"choose one of {[d for d in _divisors(model.num_attention_heads) if groups % d == 0 or d % groups == 0]}"
+        )
+    if model.qk_norm_width and groups % size:
+        raise UserError(
+            f"num_query_groups={groups} is not divisible by tensor_model_parallel_size={size}, and one norm goes over all "
+            f"keys; choose one of {_divisors(model.num_attention_heads, groups)}"
         )
     if sequence_parallel and size == 1:
         raise UserError(

@@ -7,6 +7,7 @@ Megatron-Core knows ``llama3`` with constants of its own, and a ``yarn`` whose f
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -17,7 +18,10 @@ from megatron_midus.config import ModelConfig
 
 
 class ScaledRotaryEmbedding(RotaryEmbedding):
-    """Megatron's rotary embedding for a model with ``rope_scaling``.
+    """Megatron's rotary embedding for a model with ``rope_scaling``, or with one of their own for the sliding layers.
+
+    With a ``local_rotary_base`` its angles are those of the other layers, then those of the sliding ones; ``LayerAttention``
+    takes its half.
 
     Args:
         model: its kv_channels, rotary_percent, rotary_base, rope_scaling and max_position_embeddings.
@@ -29,11 +33,22 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
             model.kv_channels, rotary_percent=model.rotary_percent, rotary_base=model.rotary_base, **options
         )
         self.model = model
+        self.local_inv_freq: torch.Tensor | None = None
+        if model.local_rotary_base is not None:
+            plain = dataclasses.replace(model, rotary_base=model.local_rotary_base, rope_scaling=None)
+            self.local_inv_freq = scaled_frequencies(plain).to(self.inv_freq.device)
         self.inv_freq = scaled_frequencies(model).to(self.inv_freq.device)
 
+    def get_emb(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
+        main = super().get_emb(max_seq_len, offset)
+        if self.local_inv_freq is None:
+            return main
+        positions = torch.arange(max_seq_len, device=main.device, dtype=main.dtype) + offset
+        local = torch.outer(positions, self.local_inv_freq.to(main.device))
+        return torch.cat((main, torch.cat((local, local), dim=-1)[:, None, None, :]), dim=-1)
+
     def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
-        assert self.model.rope_scaling is not None
-        if self.model.rope_scaling["rope_type"] in ("dynamic", "longrope"):
+        if (self.model.rope_scaling or {}).get("rope_type") in ("dynamic", "longrope"):
             # As transformers: one set of frequencies for a whole sequence, by its length.
             self.inv_freq = scaled_frequencies(self.model, max_seq_len + offset).to(self.inv_freq.device)
         return super().get_freqs_non_repeated(max_seq_len, offset)
@@ -78,12 +93,11 @@ def scaled_frequencies(model: ModelConfig, seq_length: int = 0) -> torch.Tensor:
     """``[rotary_channels / 2]``, on the CPU.
 
     Args:
-        model: with a ``rope_scaling`` (``config.rope.normalise_rope``).
+        model: its ``rope_scaling`` (``config.rope.normalise_rope``) may be none.
         seq_length: tokens of the sequence; counts for ``dynamic`` beyond max_position_embeddings, for ``longrope`` beyond the
             original ones.
     """
-    rope, base, size = model.rope_scaling, model.rotary_base, model.rotary_channels
-    assert rope is not None
+    rope, base, size = model.rope_scaling or {"rope_type": "default"}, model.rotary_base, model.rotary_channels
     kind = rope["rope_type"]
     if kind == "dynamic" and seq_length > model.max_position_embeddings:
         # A tensor, so that the arithmetic is that of transformers: fp32.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -20,13 +21,14 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from megatron_midus.config import MemoryConfig
+from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.errors import UserError
 from megatron_midus.megatron_compat import let_routers_run_without_transformer_engine
 from megatron_midus.memory import HeadWiseMemory, ValuePlacement
 from megatron_midus.model.attention import SdpaAttention
+from megatron_midus.model.branch import BranchAddition, LayerAttention, Rope, with_bias, with_window
 from megatron_midus.model.layer import AttentionFree, AttentionFreeSubmodules, MemoryAttention, MIDUSMemoryLayer
-from megatron_midus.model.norm import RMSNorm
+from megatron_midus.model.norm import HeadsNorm, RMSNorm
 from megatron_midus.platform import require_transformer_engine, transformer_engine_available
 from megatron_midus.upscaling import Block, UpscalePlan
 
@@ -63,6 +65,7 @@ def get_midus_layer_spec(
     block: Block,
     *,
     config: TransformerConfig,
+    model: ModelConfig | None = None,
     memory: MemoryConfig | None = None,
     index: int = 0,
     seed: int = 0,
@@ -77,6 +80,7 @@ def get_midus_layer_spec(
     Args:
         block: of the plan. Kind ``memory`` makes a ``MIDUSMemoryLayer``, every other kind a ``TransformerLayer``.
         config: of the model; ``qk_layernorm`` is read here.
+        model: the up-scaled architecture, for what ``config`` does not say of its blocks; ``None`` = those of a Llama.
         memory: what the memory looks like; needed for kind ``memory``.
         index: 0-based position in the decoder, part of the seed of the memory's initial values.
         seed: of the memory's initial values.
@@ -88,9 +92,16 @@ def get_midus_layer_spec(
     backend = backend or get_backend()
     fused = backend.fuse_layernorm_and_linear()
     if block.kind != "memory":
-        attention = _attention_spec(SelfAttention, backend, config, backend.row_parallel_linear(), fused=fused)
-        mlp = _mlp_spec(backend, config)
-        return _layer_spec(TransformerLayer, backend, attention, mlp, fused=fused, has_experts=has_experts(config))
+        output, mlp = backend.row_parallel_linear(), _mlp_spec(backend, config)
+        if model is not None and model.add_output_bias:
+            output = with_bias(output, True)
+        if model is not None and model.add_mlp_bias:
+            mlp.submodules.linear_fc1 = with_bias(mlp.submodules.linear_fc1, True)
+            mlp.submodules.linear_fc2 = with_bias(mlp.submodules.linear_fc2, True)
+        if model is not None and not model.norm_before and fused:
+            mlp.submodules.linear_fc1 = backend.column_parallel_linear()
+        attention = _attention_spec(SelfAttention, backend, config, model, index, output, fused=fused)
+        return _layer_spec(TransformerLayer, backend, config, model, attention, mlp, fused=fused)
     if memory is None:
         raise UserError(f"block {index} is a Memory block; give its memory settings")
     params = {
@@ -105,11 +116,18 @@ def get_midus_layer_spec(
     module = ModuleSpec(HeadWiseMemory, params=params)
     if not memory.has_attention:
         attention = ModuleSpec(AttentionFree, submodules=AttentionFreeSubmodules(linear_proj=module))
-        return _layer_spec(MIDUSMemoryLayer, backend, attention, None, fused=False)
+        return _layer_spec(MIDUSMemoryLayer, backend, config, model, attention, None, fused=False)
     # Behind a fused layer nobody but the matrix sees the normed input.
     fused = fused and not memory.reads_normed
-    attention = _attention_spec(MemoryAttention, backend, config, module, fused=fused)
-    return _layer_spec(MIDUSMemoryLayer, backend, attention, None, fused=fused)
+    attention = _attention_spec(MemoryAttention, backend, config, model, index, module, fused=fused)
+    return _layer_spec(MIDUSMemoryLayer, backend, config, model, attention, None, fused=fused)
+
+
+class RotatingMemoryAttention(MemoryAttention, LayerAttention):
+    """The attention of a Memory block, with the rotary embedding of its source layer."""
+
+
+_ROTATING: dict[type, type] = {SelfAttention: LayerAttention, MemoryAttention: RotatingMemoryAttention}
 
 
 def has_experts(config: TransformerConfig) -> bool:
@@ -130,21 +148,33 @@ def _attention_spec(
     attention: type,
     backend: BackendSpecProvider,
     config: TransformerConfig,
+    model: ModelConfig | None,
+    index: int,
     output: type | ModuleSpec,
     *,
     fused: bool,
 ) -> ModuleSpec:
-    """An attention; with ``fused`` its first matrix has the block's norm in it."""
-    qk_norm = backend.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
+    """An attention; with ``fused`` its first matrix has the block's norm in it, where there is one."""
+    q_norm = k_norm = backend.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
+    fused = fused and (model is None or model.norm_before)
+    linear_qkv = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
+    core, params = backend.core_attention(), {"attn_mask_type": AttnMaskType.causal}
+    if model is not None:
+        if model.qk_layernorm and model.qk_norm_width:
+            q_norm = ModuleSpec(HeadsNorm, params={"num_heads": config.num_attention_heads})
+            k_norm = ModuleSpec(HeadsNorm, params={"num_heads": config.num_query_groups})
+        if model.sliding_layers is not None:
+            core = with_window(core, model.window(index))
+        if model.rope_layers is not None or model.local_rotary_base is not None:
+            local: Rope = "local" if model.rotates_locally(index) else "main"
+            rope: Rope = local if model.rotates(index) else "none"
+            attention = _ROTATING[attention]
+            params |= {"rope": rope, "has_local": model.local_rotary_base is not None}
     return ModuleSpec(
         attention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        params=params,
         submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear(),
-            core_attention=backend.core_attention(),
-            linear_proj=output,
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
+            linear_qkv=linear_qkv, core_attention=core, linear_proj=output, q_layernorm=q_norm, k_layernorm=k_norm
         ),
     )
 
@@ -152,35 +182,50 @@ def _attention_spec(
 def _layer_spec(
     layer: type,
     backend: BackendSpecProvider,
+    config: TransformerConfig,
+    model: ModelConfig | None,
     attention: ModuleSpec,
     mlp: ModuleSpec | None,
     *,
     fused: bool,
-    has_experts: bool = False,
 ) -> ModuleSpec:
-    """A pre-norm layer. Checkpoint keys are those of the backend that fuses norm and linear layer, in both backends.
+    """A layer. Checkpoint keys are those of the backend that fuses norm and linear layer, in both backends.
 
     Before experts no backend fuses the norm: the router reads it too.
     """
-    norm = IdentityOp if fused else backend.layer_norm(rms_norm=True)
-    submodules = TransformerLayerSubmodules(
-        input_layernorm=norm, self_attention=attention, self_attn_bda=get_bias_dropout_add
-    )
+    norm_before = model is None or model.norm_before
+    norm = backend.layer_norm(rms_norm=True) if norm_before and not fused else IdentityOp
+    add = _addition_spec(backend, config, model)
+    submodules = TransformerLayerSubmodules(input_layernorm=norm, self_attention=attention, self_attn_bda=add)
     keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    behind = {"self_attn_bda.norm.": "post_self_attn_layernorm."}
     if mlp is not None:
-        submodules.pre_mlp_layernorm = backend.layer_norm(rms_norm=True) if has_experts else norm
+        submodules.pre_mlp_layernorm = backend.layer_norm(rms_norm=True) if has_experts(config) else norm
         submodules.mlp = mlp
-        submodules.mlp_bda = get_bias_dropout_add
-        if not has_experts:
+        submodules.mlp_bda = add
+        if not has_experts(config):
             keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-    submodules.sharded_state_dict_keys_map = {} if fused else keys
+        behind["mlp_bda.norm."] = "post_mlp_layernorm."
+    has_norm_behind = model is not None and model.norm_behind
+    submodules.sharded_state_dict_keys_map = ({} if fused else keys) | (behind if has_norm_behind else {})
     return ModuleSpec(layer, submodules=submodules)
+
+
+def _addition_spec(
+    backend: BackendSpecProvider, config: TransformerConfig, model: ModelConfig | None
+) -> Callable | ModuleSpec:
+    """What adds a branch to the residual stream."""
+    if model is None or not (model.norm_behind or model.residual_multiplier != 1.0):
+        return get_bias_dropout_add
+    norm = backend.layer_norm(rms_norm=True) if model.norm_behind else None
+    return ModuleSpec(BranchAddition, params={"config": config, "norm": norm, "multiplier": model.residual_multiplier})
 
 
 def get_midus_block_spec(
     plan: UpscalePlan,
     config: TransformerConfig,
     *,
+    model: ModelConfig | None = None,
     transformer_impl: TransformerImpl = "auto",
     memory_backend: str = "auto",
     value_placement: ValuePlacement = "replicated",
@@ -196,6 +241,7 @@ def get_midus_block_spec(
     Args:
         plan: the whole model.
         config: of the model, ``config.num_layers`` equal to ``plan.num_layers``.
+        model: of ``get_midus_layer_spec``.
         transformer_impl: see ``get_backend``; ``backend`` overrides it.
         memory_backend: of ``megatron_midus.ops.head_wise_memory``.
         value_placement: of ``megatron_midus.memory.HeadWiseMemory``.
@@ -210,6 +256,7 @@ def get_midus_block_spec(
         get_midus_layer_spec(
             plan.blocks[index],
             config=config,
+            model=model,
             memory=plan.memory,
             index=index,
             seed=seed,

@@ -146,10 +146,10 @@ def block_activations(
         assert plan.memory is not None
         if not plan.memory.has_attention:
             # The norm's output itself is not kept, but the channels that are this rank's queries.
-            norm = _norm_activations(model, layout, item, trained=trained, needs_input=not starts)
+            norm = _branch_norms(model, layout, item, trained=trained, needs_input=not starts)
             norm += model.hidden_size * item / tensor - trained * model.hidden_size * item / _sequence_share(layout)
             return norm + _memory_activations(model, plan, layout, item)
-    norm = _norm_activations(model, layout, item, trained=trained, needs_input=not starts)
+    norm = _branch_norms(model, layout, item, trained=trained, needs_input=not starts)
     width = model.num_attention_heads * model.kv_channels
     # Queries, keys, values (repeated for every head), output, the log of the sum of each row, the rotary tables.
     attention = (4 * width * item + 4 * model.num_attention_heads) / tensor
@@ -161,7 +161,14 @@ def block_activations(
         return norm + attention + _memory_activations(model, plan, layout, item)
     # Gate and up side by side, silu(gate), the chunk of up that the product needs, and the input of the last matrix.
     mlp = (4 + trained) * model.ffn_hidden_size * item / tensor
-    return norm + attention + _norm_activations(model, layout, item, trained=trained, needs_input=True) + mlp
+    return norm + attention + _branch_norms(model, layout, item, trained=trained, needs_input=True) + mlp
+
+
+def _branch_norms(model: ModelConfig, layout: ParallelLayout, item: int, *, trained: bool, needs_input: bool) -> float:
+    """Of the norms before and behind one branch of a block."""
+    before = _norm_activations(model, layout, item, trained=trained, needs_input=needs_input)
+    behind = _norm_activations(model, layout, item, trained=trained, needs_input=True)
+    return before * model.norm_before + behind * model.norm_behind
 
 
 def _norm_activations(

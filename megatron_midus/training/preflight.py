@@ -71,7 +71,7 @@ def check_run_to_come(
     sizes = resolve_sizes(arguments, processes)
     schedule_lengths(arguments.optimizer, arguments.training, sizes.global_batch_size)
     train = resolve_train(arguments.training.train, plan)
-    architecture = Architecture(model.with_num_layers(plan.num_layers), plan, train, None)
+    architecture = Architecture(plan.applied_to(model), plan, train, None)
     check_model_fits(arguments, architecture, warn)
     parallel = resolve_pipeline(
         arguments.parallel, architecture.model, plan, seq_length=arguments.data.seq_length, train=train

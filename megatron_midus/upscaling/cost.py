@@ -85,10 +85,15 @@ class BlockFlops:
     activations: float
 
 
-def _attended_tokens(model: ModelConfig, seq_length: int) -> float:
+def _attended_tokens(window: int | None, seq_length: int) -> float:
     """Mean number of positions that a token of a causal sequence attends to, its own included."""
-    window = min(model.sliding_window or seq_length, seq_length)
+    window = min(window or seq_length, seq_length)
     return (window * (window + 1) / 2 + (seq_length - window) * window) / seq_length
+
+
+def _window(model: ModelConfig, plan: UpscalePlan, index: int) -> int | None:
+    """Window of the attention of block ``index``."""
+    return model.sliding_window if model.sliding_layers is None else plan.applied_to(model).window(index)
 
 
 def _memory_shapes(model: ModelConfig, plan: UpscalePlan) -> dict[str, tuple[int, ...]]:
@@ -128,7 +133,7 @@ def block_flops(model: ModelConfig, plan: UpscalePlan, index: int, seq_length: i
     if plan.blocks[index].kind == "memory" and not _has_attention(plan, index):
         return BlockFlops(weights=memory_flops(model, plan), activations=0.0)
     query_width = model.num_attention_heads * model.kv_channels
-    activations = 4.0 * query_width * _attended_tokens(model, seq_length)
+    activations = 4.0 * query_width * _attended_tokens(_window(model, plan, index), seq_length)
     qkv = 2.0 * model.hidden_size * (query_width + 2 * model.num_query_groups * model.kv_channels)
     if plan.blocks[index].kind == "memory":
         return BlockFlops(weights=qkv + memory_flops(model, plan), activations=activations)

@@ -40,8 +40,8 @@ def collect_normed_inputs(model: Any, sequences: Sequence[torch.Tensor]) -> dict
     seen: dict[int, list[torch.Tensor]] = {}
     layers = {index: layer for index, layer in enumerate(model.model.layers) if hasattr(layer, "memory")}
     hooks = [
-        layer.input_layernorm.register_forward_hook(
-            lambda module, inputs, output, index=index: seen.setdefault(index, []).append(output[0].detach().float())
+        layer.memory.register_forward_pre_hook(
+            lambda module, inputs, index=index: seen.setdefault(index, []).append(inputs[1][0].detach().float())
         )
         for index, layer in layers.items()
     ]

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_midus.config import MemoryConfig
+from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.errors import UserError
 from megatron_midus.json_files import read_json_object
 
@@ -152,6 +152,16 @@ class UpscalePlan:
     def block_types(self) -> tuple[str, ...]:
         """``"memory"`` or ``"transformer"`` per position."""
         return tuple("memory" if block.kind == "memory" else "transformer" for block in self.blocks)
+
+    def applied_to(self, model: ModelConfig) -> ModelConfig:
+        """The up-scaled model's architecture, from its base's: a block has what differs between layers from its first source."""
+        if model.num_layers == self.num_layers:
+            return model  # it is the up-scaled one, or has the base's layers
+        is_uniform = model.rope_layers is None and model.sliding_layers is None
+        if model.num_layers != self.num_base_layers and not is_uniform:
+            raise UserError(f"the plan is for a base of {self.num_base_layers} layers, this one has {model.num_layers}")
+        sources = [block.source[0] for block in self.blocks]
+        return model.with_layers(sources)
 
     # -- comparison and storage ----------------------------------------------------------------------------------
     def difference(self, other: UpscalePlan) -> str | None:

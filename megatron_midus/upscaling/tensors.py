@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_midus.config import MemoryConfig, ModelConfig
+from megatron_midus.errors import UserError
 from megatron_midus.upscaling.plan import UpscalePlan
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def attention_shapes(model: ModelConfig, prefix: str) -> dict[str, Shape]:
         if model.add_qkv_bias:
             shapes[f"{prefix}.{letter}_proj.bias"] = (width,)
     if model.qk_layernorm:
-        shapes |= {f"{prefix}.{letter}_norm.weight": (model.kv_channels,) for letter in "qk"}
+        sizes = {letter: widths[letter] if model.qk_norm_width else model.kv_channels for letter in "qk"}
+        shapes |= {f"{prefix}.{letter}_norm.weight": (size,) for letter, size in sizes.items()}
     return shapes
 
 
@@ -75,7 +77,9 @@ def expert_name(expert: int, projection: str) -> str:
 
 def is_block_output(suffix: str) -> bool:
     """Whether a tensor of a Transformer block writes to the residual stream: at zero the block adds nothing."""
-    return suffix == ATTENTION_OUTPUT or (suffix.startswith("mlp.") and suffix.endswith("down_proj.weight"))
+    module, _, kind = suffix.rpartition(".")
+    is_output = module == "self_attn.o_proj" or (module.startswith("mlp.") and module.endswith("down_proj"))
+    return is_output and kind in ("weight", "bias")
 
 
 def mlp_shapes(model: ModelConfig) -> dict[str, Shape]:
@@ -90,27 +94,70 @@ def mlp_shapes(model: ModelConfig) -> dict[str, Shape]:
     return {ROUTER: (model.num_moe_experts, hidden), **experts}
 
 
-def transformer_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Tensors of one Transformer block, names without the layer prefix."""
-    hidden = model.hidden_size
+def norm_names(model: ModelConfig) -> dict[str, str | None]:
+    """Canonical names of a Transformer block's norms by their place: before and behind its attention, and its MLP.
+
+    They are those of the families in transformers, in which ``post_attention_layernorm`` stands before the MLP where no norm
+    stands behind the attention.
+    """
+    before, behind = model.norm_before, model.norm_behind
+    before_mlp = "pre_feedforward_layernorm.weight" if behind else POST_ATTENTION_NORM
     return {
-        "input_layernorm.weight": (hidden,),
-        **attention_shapes(model, "self_attn"),
-        ATTENTION_OUTPUT: (hidden, model.num_attention_heads * model.kv_channels),
-        POST_ATTENTION_NORM: (hidden,),
-        **mlp_shapes(model),
+        "before_attention": "input_layernorm.weight" if before else None,
+        "behind_attention": POST_ATTENTION_NORM if behind else None,
+        "before_mlp": before_mlp if before else None,
+        "behind_mlp": "post_feedforward_layernorm.weight" if behind else None,
     }
 
 
+def transformer_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Tensors of one Transformer block, names without the layer prefix."""
+    hidden = model.hidden_size
+    norms = norm_names(model)
+
+    def norm(*places: str) -> dict[str, Shape]:
+        return {name: (hidden,) for name in map(norms.get, places) if name is not None}
+
+    shapes = {
+        **norm("before_attention"),
+        **attention_shapes(model, "self_attn"),
+        ATTENTION_OUTPUT: (hidden, model.num_attention_heads * model.kv_channels),
+        **norm("behind_attention", "before_mlp"),
+        **mlp_shapes(model),
+        **norm("behind_mlp"),
+    }
+    if model.add_output_bias:
+        shapes["self_attn.o_proj.bias"] = (hidden,)
+    if model.add_mlp_bias:
+        sizes = {"gate": model.ffn_hidden_size, "up": model.ffn_hidden_size, "down": hidden}
+        shapes |= {f"mlp.{part}_proj.bias": (size,) for part, size in sizes.items()}
+    return shapes
+
+
 def memory_shapes(model: ModelConfig, memory: MemoryConfig) -> dict[str, Shape]:
-    """Tensors of one Memory block, names without the layer prefix."""
+    """Tensors of one Memory block, names without the layer prefix.
+
+    Raises:
+        ValueError: a query that this model's blocks do not have, or a gate that their norms undo.
+    """
+    if memory.memory_domain_gate and model.norm_behind:
+        raise UserError(
+            f"--memory-domain-gate makes a memory's output smaller, and norm_placement={model.norm_placement} scales it up again; leave it out"
+        )
+    if memory.memory_query == "block" and (model.norm_placement != "pre" or model.residual_multiplier != 1.0):
+        raise UserError(
+            f"memory_query=block asks with what a block hands to its MLP, and norm_placement={model.norm_placement} with "
+            f"residual_multiplier={model.residual_multiplier} makes that something else; choose another --memory-query"
+        )
     parameters = memory.parameter_shapes(
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         kv_channels=model.kv_channels,
     )
+    norms = norm_names(model)
+    own = [name for name in (norms["before_attention"], norms["behind_attention"]) if name is not None]
     return {
-        "input_layernorm.weight": (model.hidden_size,),
+        **{name: (model.hidden_size,) for name in own},
         **(attention_shapes(model, "mem_attn") if memory.has_attention else {}),
         **{f"memory.{name}": shape for name, shape in parameters.items()},
     }

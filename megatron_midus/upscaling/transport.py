@@ -81,7 +81,11 @@ class LayerFusion:
         first, second = (self._read(layer, suffix) for layer in self._layers)
         module = suffix.rpartition(".")[0]
         aligned = first.float()
-        if module in BEHIND_ATTENTION:
+        if module in BEHIND_ATTENTION and suffix.endswith("bias"):
+            weights = [self._read(layer, f"{module}.weight").float() for layer in self._layers]
+            neurons = self._scaled(transport_plan(weights[0] @ self._plan(ATTENTION_OUTPUT), weights[1]))
+            aligned = neurons.T @ aligned
+        elif module in BEHIND_ATTENTION:
             aligned = aligned @ self._plan(ATTENTION_OUTPUT)
             aligned = self._scaled(transport_plan(aligned, second)).T @ aligned
         elif module in ALIGNED:

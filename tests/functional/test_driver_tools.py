@@ -96,7 +96,7 @@ def test_dry_run_reports_and_leaves_everything_as_it_was(layout, upscaled, tmp_p
     assert run.lines == [] and "nothing was trained and nothing written" in run.out
 
     plan = UpscalePlan.load(iteration_directory(upscaled, 0))
-    model = BASE.with_num_layers(3)
+    model = BASE.with_layers([0] * 3)
     which = "all" if "--train all" in flags else "inserted"
     flops = flops_per_token(model, plan, 32, train=which)
     assert f"FLOPs: {flops:.4g} a token, {flops * 4 * 32:.4g} a step of 128 tokens" in run.out

@@ -52,7 +52,7 @@ def _write(directory: Path, base: ModelConfig, plan: UpscalePlan) -> None:
     parallel_state.initialize_model_parallel()
     torch.manual_seed(7)
     tensor_parallel.model_parallel_cuda_manual_seed(7)
-    model = base.with_num_layers(plan.num_layers)
+    model = plan.applied_to(base)
     chunk = build_model(make_transformer_config(model, plan), model=model, plan=plan, sequence_length=32)
     for name, parameter in chunk.named_parameters():
         if name.endswith((".value_bank", ".query_norm")):

@@ -7,7 +7,21 @@ import dataclasses
 from typing import Any
 
 from megatron_midus.config import ModelConfig
-from megatron_midus.conversion.families import llama, midus, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe
+from megatron_midus.conversion.families import (
+    gemma3,
+    granite,
+    llama,
+    midus,
+    mistral,
+    mixtral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from megatron_midus.conversion.families.common import DROPPED, Family, model_config_from, notes_on
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan
@@ -20,6 +34,11 @@ FAMILIES: dict[str, Family] = {
         qwen2.FAMILY,
         qwen3.FAMILY,
         phi3.FAMILY,
+        smollm3.FAMILY,
+        granite.FAMILY,
+        olmo2.FAMILY,
+        olmo3.FAMILY,
+        gemma3.FAMILY,
         qwen3_moe.FAMILY,
         mixtral.FAMILY,
         midus.FAMILY,
@@ -70,10 +89,15 @@ def to_hf_config(source: dict[str, Any], model: ModelConfig, plan: UpscalePlan, 
     config = {name: copy.deepcopy(value) for name, value in source.items() if name not in DROPPED}
     config["num_hidden_layers"] = plan.num_layers
     # Where architectures alone said it, transformers could not load the result.
-    config["model_type"] = config.get("model_type") or family_of(source).name
-    if config.get("layer_types"):
-        # All alike, or from_hf_config had refused; transformers wants one entry per layer.
-        config["layer_types"] = config["layer_types"][:1] * plan.num_layers
+    family = family_of(source)
+    config["model_type"] = config.get("model_type") or family.name
+    # transformers wants one entry per layer: those of the source layers.
+    layers = {"layer_types": config.get("layer_types") or (), **family.layers({**family.defaults, **source})}
+    sources = [block.source[0] for block in plan.blocks]
+    if sources != list(range(plan.num_base_layers)):
+        for name, values in layers.items():
+            if len(values) == plan.num_base_layers:
+                config[name] = [values[layer] for layer in sources]
     named = [key for key in ("dtype", "torch_dtype") if config.get(key)]
     for key in named or ["torch_dtype"]:  # the old name, which transformers 4 and 5 both read
         config[key] = dtype
@@ -183,6 +207,7 @@ def check_model(config: dict[str, Any], model: ModelConfig, plan: UpscalePlan) -
             f"config.json has num_hidden_layers={theirs.num_layers}, midus_plan.json goes from {plan.num_base_layers} "
             f"to {plan.num_layers} layers; they must be of one model"
         )
+    theirs = plan.applied_to(theirs)
     for field in dataclasses.fields(ModelConfig):
         mine, other = getattr(model, field.name), getattr(theirs, field.name)
         if field.name not in ("num_layers", "hf_dtype", "family", "init_method_std") and mine != other:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_midus.config import ModelConfig
-from megatron_midus.config.rope import chosen_rope, ignored_entries, normalise_rope, rotary_percent
+from megatron_midus.config.rope import DEFAULT_ROPE_THETA, chosen_rope, ignored_entries, normalise_rope, rotary_percent
 from megatron_midus.conversion.stored import Rule
 from megatron_midus.errors import UserError
 
@@ -25,6 +25,13 @@ DROPPED = {
     "compression_config": "the weights are in full precision",
     "transformers_weights": "the weights get the usual names",
 }
+# Names of activations in transformers and in ModelConfig.
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+# Any model without features of its own, to compare with.
+LLAMA = ModelConfig(
+    num_layers=1, hidden_size=4, ffn_hidden_size=4, num_attention_heads=1, num_query_groups=1, kv_channels=4,
+    vocab_size=4, max_position_embeddings=4,
+)  # fmt: skip
 _OPTIONAL_SIZES = (
     "num_key_value_heads",
     "head_dim",
@@ -48,6 +55,10 @@ class Family:
         settings: the fields of ``ModelConfig`` that this family computes itself, from the config and its defaults.
         partial_rotary: whether its class leaves channels of a head unrotated where ``partial_rotary_factor`` says so.
         stored: how its tensors lie in its files, where not under canonical names.
+        rope_theta: base of the rotary embedding where ``config.json`` names none.
+        per_layer_rope: whether ``rope_parameters`` may hold one description for each kind of attention.
+        layers: lists of the class's with one entry per layer, from the config and its defaults, that a plain export of
+            another depth must say.
     """
 
     name: str
@@ -57,6 +68,9 @@ class Family:
     settings: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
     partial_rotary: bool = False
     stored: Sequence[Rule] = ()
+    rope_theta: float = DEFAULT_ROPE_THETA
+    per_layer_rope: bool = False
+    layers: Callable[[dict[str, Any]], dict[str, list]] = lambda config: {}
 
 
 def model_config_from(config: dict[str, Any], family: Family) -> ModelConfig:
@@ -67,8 +81,11 @@ def model_config_from(config: dict[str, Any], family: Family) -> ModelConfig:
             raise UserError(f"{family.architecture} with {name}={full[name]} is not supported; only {name}={wanted} is")
     _check_numbers(full)
     heads = full["num_attention_heads"]
-    rotary_base, rope_scaling = read_rope(full)
-    partial = rotary_percent(full)
+    if full.get("rope_theta") is None:
+        full["rope_theta"] = family.rope_theta
+    main = _main_rope(full) if family.per_layer_rope else full
+    rotary_base, rope_scaling = read_rope(main)
+    partial = rotary_percent(main)
     if partial != 1.0 and not family.partial_rotary:
         raise UserError(f"{family.architecture} with partial_rotary_factor={partial} is not supported; only 1 is")
     return ModelConfig(
@@ -115,9 +132,32 @@ def read_rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     return base, None if rope["rope_type"] == "default" else rope
 
 
+def _main_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with the rotary embedding of the layers that do not slide, where it describes two."""
+    parameters = config.get("rope_parameters") or {}
+    if "full_attention" not in parameters and "sliding_attention" not in parameters:
+        return config
+    return {**config, "rope_parameters": parameters.get("full_attention")}
+
+
+def local_rope(config: dict[str, Any], *, theta: float) -> dict[str, Any]:
+    """The field of ``ModelConfig`` for the rotary embedding of sliding layers, ``theta`` where ``config`` does not say it."""
+    rope = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"rope scaling {rope['rope_type']!r} of sliding layers is not supported; only default is")
+    return {"local_rotary_base": float(rope.get("rope_theta") or theta)}
+
+
+def kinds_of_layers(config: dict[str, Any], period: int) -> list[str]:
+    """``layer_types``; where ``config`` has none, all layers slide but for every ``period``-th."""
+    layers = range(config["num_hidden_layers"])
+    made = ["sliding_attention" if (layer + 1) % period else "full_attention" for layer in layers]
+    return list(config.get("layer_types") or made)
+
+
 def notes_on(config: dict[str, Any]) -> list[str]:
     """What of ``config`` is not used, in words, for people to read."""
-    notes = []
+    notes, config = [], _main_rope(config)
     for name, why in DROPPED.items():
         if config.get(name):
             notes.append(f"{name} of config.json is left out of what is written: {why}")
@@ -133,6 +173,26 @@ def notes_on(config: dict[str, Any]) -> list[str]:
 def hf_dtype(config: dict[str, Any]) -> str | None:
     """``dtype`` (transformers 5) or ``torch_dtype`` (4) of a config, ``None`` when it names none."""
     return config.get("dtype") or config.get("torch_dtype")
+
+
+def activation(name: str) -> str:
+    """``ModelConfig.hidden_act`` for a name of transformers."""
+    if name not in ACTIVATIONS:
+        raise UserError(f"hidden_act={name} is not supported; only {', '.join(ACTIVATIONS)} are")
+    return ACTIVATIONS[name]
+
+
+def sliding_settings(config: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
+    """Fields of ``ModelConfig`` for a model whose layers have the attentions ``kinds``."""
+    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise UserError(
+            f"layer_types has {', '.join(unknown)}; only full_attention and sliding_attention are supported"
+        )
+    if "sliding_attention" not in kinds or config.get("sliding_window") is None:
+        return {"sliding_window": None, "local_rotary_base": None}
+    slides = [kind == "sliding_attention" for kind in kinds]
+    return {"sliding_window": config["sliding_window"], "sliding_layers": slides}
 
 
 def check_full_attention(config: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from megatron_midus.config import ModelConfig
-from megatron_midus.conversion.families.common import Family, expert_settings
+from megatron_midus.conversion.families.common import ACTIVATIONS, LLAMA, Family, activation, expert_settings
 from megatron_midus.conversion.stored import FUSED_EXPERTS
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan
@@ -20,21 +20,64 @@ AUTO_MAP = {
 }
 # Entries of the base families that MidusConfig expresses by others, or has no use for.
 _DROPPED = (
+    "attn_logit_softcapping",
+    "cache_implementation",
     "decoder_sparse_step",
+    "embd_pdrop",
+    "final_logit_softcapping",
+    "hidden_activation",
     "layer_types",
     "max_window_layers",
     "mlp_bias",
     "mlp_only_layers",
+    "no_rope_layer_interval",
+    "no_rope_layers",
     "num_local_experts",
     "original_max_position_embeddings",
     "output_router_logits",
     "partial_rotary_factor",
     "pretraining_tp",
+    "query_pre_attn_scalar",
+    "resid_pdrop",
+    "rope_local_base_freq",
     "rope_scaling",
     "rope_theta",
     "router_jitter_noise",
+    "sliding_window_pattern",
+    "use_bidirectional_attention",
     "use_sliding_window",
 )
+# Fields of MidusConfig that stand for one of ModelConfig; written where they differ from what a Llama has.
+_FEATURES = {
+    "qk_norm_width": "qk_norm_width",
+    "mlp_bias": "add_mlp_bias",
+    "norm_placement": "norm_placement",
+    "zero_centered_norm": "zero_centered_norm",
+    "wide_norm": "wide_norm",
+    "wide_rotary": "wide_rotary",
+    "embedding_multiplier": "embedding_multiplier",
+    "round_embedding_multiplier": "round_embedding_multiplier",
+    "attention_multiplier": "attention_scale",
+    "residual_multiplier": "residual_multiplier",
+    "logits_scaling": "logits_divisor",
+    "local_rope_theta": "local_rotary_base",
+}
+_SLIDES = "sliding_attention"
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    kinds = config.get("layer_types")
+    return {
+        **{ours: config[name] for name, ours in _FEATURES.items() if config.get(name) is not None},
+        "add_qkv_bias": bool(config.get("attention_bias", False)),
+        "add_output_bias": bool(config.get("attention_output_bias", False)),
+        "hidden_act": activation(config.get("hidden_act", "silu")),
+        "qk_layernorm": bool(config.get("qk_norm", False)),
+        "sliding_window": config.get("sliding_window"),
+        **_experts(config),
+        "rope_layers": config.get("rope_layers"),
+        "sliding_layers": None if kinds is None else [kind == _SLIDES for kind in kinds],
+    }
 
 
 def _experts(config: dict[str, Any]) -> dict[str, Any]:
@@ -52,14 +95,9 @@ FAMILY = Family(
     name=MODEL_TYPE,
     architecture=ARCHITECTURE,
     defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
-    required={"hidden_act": "silu", "attention_output_bias": False},
+    required={},
     partial_rotary=True,
-    settings=lambda config: {
-        "add_qkv_bias": bool(config.get("attention_bias", False)),
-        "qk_layernorm": bool(config.get("qk_norm", False)),
-        "sliding_window": config.get("sliding_window"),
-        **_experts(config),
-    },
+    settings=_settings,
     stored=FUSED_EXPERTS,
 )
 
@@ -74,10 +112,14 @@ def midus_config(base: dict[str, Any], model: ModelConfig, plan: UpscalePlan) ->
     """
     assert plan.memory is not None
     config = {key: copy.deepcopy(value) for key, value in base.items() if key not in _DROPPED}
+    model = plan.applied_to(model)
     rope = {"rope_type": "default", **(model.rope_scaling or {}), "rope_theta": model.rotary_base}
     if model.rotary_percent != 1.0:
         rope["partial_rotary_factor"] = model.rotary_percent
-    return {
+    features = {name: getattr(model, ours) for name, ours in _FEATURES.items()}
+    usual = {name: getattr(LLAMA, ours) for name, ours in _FEATURES.items()}
+    config = {name: value for name, value in config.items() if name not in features}
+    made = {
         **config,
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
@@ -85,7 +127,7 @@ def midus_config(base: dict[str, Any], model: ModelConfig, plan: UpscalePlan) ->
         "num_hidden_layers": plan.num_layers,
         "num_key_value_heads": model.num_query_groups,
         "head_dim": model.kv_channels,
-        "hidden_act": "silu",
+        "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == model.hidden_act),
         "max_position_embeddings": model.max_position_embeddings,
         "rms_norm_eps": model.norm_epsilon,
         "tie_word_embeddings": model.tie_word_embeddings,
@@ -94,13 +136,21 @@ def midus_config(base: dict[str, Any], model: ModelConfig, plan: UpscalePlan) ->
         "rope_theta": model.rotary_base,
         "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if model.rope_scaling else None,
         "attention_bias": model.add_qkv_bias,
-        "attention_output_bias": False,
+        "attention_output_bias": model.add_output_bias,
         "qk_norm": model.qk_layernorm,
         "sliding_window": model.sliding_window,
         "block_types": list(plan.block_types),
         **_expert_entries(base, model),
         **plan.memory.to_dict(),
+        **{name: value for name, value in features.items() if value != usual[name]},
     }
+    for name in ("rope_layers", "layer_types"):
+        made.pop(name, None)
+    if model.rope_layers is not None:
+        made["rope_layers"] = list(model.rope_layers)
+    if model.sliding_layers is not None:
+        made["layer_types"] = [_SLIDES if slides else "full_attention" for slides in model.sliding_layers]
+    return made
 
 
 def _expert_entries(base: dict[str, Any], model: ModelConfig) -> dict[str, Any]:

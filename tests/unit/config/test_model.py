@@ -53,7 +53,7 @@ def test_unknown_entries_are_named(tmp_path):
 
 def test_values_out_of_range_are_named():
     with pytest.raises(ValueError, match="num_layers=0 must be at least 1"):
-        MODEL.with_num_layers(0)
+        MODEL.with_layers([0] * 0)
     with pytest.raises(ValueError, match="num_attention_heads=6 is not divisible by num_query_groups=4"):
         ModelConfig.from_dict({**MODEL.to_dict(), "num_query_groups": 4})
 

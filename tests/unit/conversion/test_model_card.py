@@ -47,7 +47,7 @@ def test_midus_card():
 
 def test_plain_card():
     plan = make_plan("stack", num_layers=4, num_blocks=4)
-    card = model_card(MODEL.with_num_layers(8), plan, dtype="float32")
+    card = model_card(MODEL.with_layers([0] * 8), plan, dtype="float32")
     assert "midus\n---" not in card and "no custom code" in card and "trust_remote_code" not in card
     assert "not trained since" in card and "same function" not in card and "the base model" in card
     base = total_parameters(MODEL, make_plan("none", num_layers=4))

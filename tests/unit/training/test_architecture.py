@@ -116,7 +116,7 @@ def test_contradictions_name_both_values(flags, words, tmp_path):
 
 def test_a_plan_that_does_not_belong_to_the_model_is_refused(tmp_path):
     directory = iteration_directory(checkpoint(tmp_path, 0), 0)
-    MODEL.with_num_layers(4).save(directory)
+    MODEL.with_layers([0] * 4).save(directory)
     with pytest.raises(ValueError, match="the plan has 3 blocks and model_config.json says num_layers=4"):
         resolve_architecture(arguments(), Source(directory), tokenizer_vocab_size=None)
 
