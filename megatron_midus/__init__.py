@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 # Typed in __init__.pyi.
 __all__ = [
-    "analyze", "average", "background", "chat", "compare", "convert", "doctor", "evaluate", "generate", "plan", "preprocess",
+    "analyze", "average", "background", "chat", "compare", "convert", "doctor", "evaluate", "generate", "merge", "plan", "preprocess",
     "pretrain", "push", "recipe", "serve", "upscale",
 ]  # fmt: skip
 

@@ -8,6 +8,7 @@ from megatron_midus.verbs.convert import convert as convert
 from megatron_midus.verbs.doctor import doctor as doctor
 from megatron_midus.verbs.evaluate import evaluate as evaluate
 from megatron_midus.verbs.generate import generate as generate
+from megatron_midus.verbs.merge import merge as merge
 from megatron_midus.verbs.plan import plan as plan
 from megatron_midus.verbs.preprocess import preprocess as preprocess
 from megatron_midus.verbs.pretrain import pretrain as pretrain

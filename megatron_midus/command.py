@@ -45,6 +45,7 @@ class Entry:
 VERBS = {
     "upscale": Entry("make a pretrained model deeper", "config.upscale:UpscaleConfig", "verbs.upscale"),
     "preprocess": Entry("encode text for training", "config.preprocess:PreprocessConfig", "verbs.preprocess"),
+    "merge": Entry("join the shards of preprocessed text", "config.preprocess:MergeConfig", "verbs.merge"),
     "background": Entry(
         "count the slots that old text reads, for sparse updates",
         "config.background:BackgroundConfig",

@@ -1,4 +1,4 @@
-"""What preprocessing can be told: inputs, tokenizer, filters, outputs."""
+"""What preprocessing, and the joining of its shards, can be told: inputs, tokenizer, filters, outputs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,30 @@ from megatron_midus.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
+class Shard:
+    """One of ``count`` parts of a corpus, the ``index``-th from 0."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
+        shard = cls(int(match[1]), int(match[2])) if match else cls(0, 0)
+        if not shard.index < shard.count:
+            raise UserError(f"--shard {text} is not I/N with I from 0 to N - 1, such as 0/8")
+        return shard
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @property
+    def suffix(self) -> str:
+        """What the names of its outputs have behind the prefix."""
+        return f"_shard{self.index:05d}-of-{self.count:05d}"
+
+
+@dataclasses.dataclass(frozen=True)
 class PreprocessConfig:
     """Preprocessing
 
@@ -18,6 +42,7 @@ class PreprocessConfig:
 
     Examples:
       midus preprocess --input corpus.jsonl --tokenizer-model DIR --output-prefix data/corpus --append-eod --workers 16
+      midus preprocess --input corpus/ ... --output-prefix data/corpus --shard 3/8      (each of 8 jobs; then midus merge)
     """
 
     input: list[str]
@@ -75,6 +100,10 @@ class PreprocessConfig:
     """Leave out documents whose text came before (white space aside), the first stays. Takes about 100 bytes of memory
     a document."""
 
+    shard: str | None = dataclasses.field(default=None, metadata={"metavar": "I/N"})
+    """Encode only the I-th of N parts of the input files, I from 0, into outputs of the prefix
+    P_shardI-of-N. Shards share nothing and may run anywhere, at any time; midus merge makes of them what one run would have."""
+
     commit_seconds: float = 15.0
     """Seconds between the points from which a killed run can resume."""
 
@@ -102,6 +131,17 @@ class PreprocessConfig:
         if not self.commit_seconds >= 0:
             raise UserError(f"commit_seconds={self.commit_seconds} must be 0 or more")
         self.shares()
+        self.shard_of_files()
+
+    def shard_of_files(self) -> Shard | None:
+        """``--shard``; ``None`` without it."""
+        return None if self.shard is None else Shard.parse(self.shard)
+
+    @property
+    def written_prefix(self) -> str:
+        """What the names of the outputs begin with: ``output_prefix``, and the shard's number."""
+        shard = self.shard_of_files()
+        return self.output_prefix + ("" if shard is None else shard.suffix)
 
     def shares(self) -> list[float]:
         """``--split-by-hash`` as numbers, separated by commas or blanks; ``[1.0]`` without it."""
@@ -115,3 +155,23 @@ class PreprocessConfig:
         if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf") or shares[0] == 0:
             raise UserError(f"--split-by-hash {' '.join(words)} is not shares of train, valid and test, such as 98,1,1")
         return shares
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeConfig:
+    """Merging of shards
+
+    Joins what midus preprocess --shard I/N wrote into the datasets that one run over all files would have written, byte for byte.
+
+    Examples:
+      midus merge --output-prefix data/corpus --delete-shards
+    """
+
+    output_prefix: str
+    """P of the shards and of the outputs P_KEY_document.bin, .idx and .json: the --output-prefix that the shards were given."""
+
+    delete_shards: bool = False
+    """Remove the shards once the outputs are whole."""
+
+    overwrite: bool = False
+    """Replace outputs that exist."""

@@ -26,6 +26,7 @@ from megatron_midus.data.encoding import (
     initialize_worker,
 )
 from megatron_midus.data.journal import Journal
+from megatron_midus.data.shards import files_of_shard
 from megatron_midus.data.statistics import PreprocessResult, statistics_path
 from megatron_midus.data.tokenizer import make_tokenizer
 from megatron_midus.data.writer import DatasetWriter, dtype_of
@@ -50,11 +51,13 @@ def preprocess(config: PreprocessConfig, progress: Progress = SILENT) -> Preproc
         ValueError: inputs, tokenizer or outputs that cannot be used, a malformed line, no document at all.
     """
     separator = unescape(config.text_document_separator)
-    files = find_inputs(config.input)
+    files, shard = find_inputs(config.input), config.shard_of_files()
+    if shard is not None:
+        files = files_of_shard(files, shard)
     _check_keys(files, config)
     settings = _encode_settings(config)
     provenance = _provenance(config, settings)
-    directory = Path(config.output_prefix).parent / f".{Path(config.output_prefix).name}.partial"
+    directory = Path(config.written_prefix).parent / f".{Path(config.written_prefix).name}.partial"
     what = {**provenance, "json_keys": config.json_keys, "separator": separator, "inputs": _fingerprints(files)}
     with Journal(directory, what, restart=config.overwrite) as journal:
         writer = DatasetWriter(
@@ -63,7 +66,8 @@ def preprocess(config: PreprocessConfig, progress: Progress = SILENT) -> Preproc
             dtype=settings.dtype,
             shares=config.shares(),
             dedup=config.dedup,
-            malformed_path=f"{config.output_prefix}_malformed.txt",
+            malformed_path=f"{config.written_prefix}_malformed.txt",
+            is_shard=shard is not None,
         )
         if not config.overwrite and not writer.is_complete:
             _check_absent(config)
@@ -125,7 +129,7 @@ def output_prefixes(config: PreprocessConfig) -> list[list[str]]:
     shares = config.shares()
     shares = shares + [0.0] * (len(names) - len(shares))
     return [
-        [f"{config.output_prefix}_{name}{key}_document" for key in config.json_keys] if share > 0 else []
+        [f"{config.written_prefix}_{name}{key}_document" for key in config.json_keys] if share > 0 else []
         for name, share in zip(names, shares)
     ]
 

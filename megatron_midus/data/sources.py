@@ -139,15 +139,25 @@ def check_indexed_dataset(prefix: str, *, vocab_size: int) -> numpy.ndarray:
     Raises:
         ValueError: ``prefix.bin``/``.idx`` are missing, truncated or empty, or hold ids >= ``vocab_size``.
     """
-    _check_files(prefix)
-    lengths, end, dtype = _read_index(prefix + ".idx")
+    lengths, dtype = read_lengths(prefix)
     if not len(lengths) or int(lengths.sum()) == 0:
         raise UserError(f"{prefix} holds no tokens")
+    _check_ids(prefix, dtype, vocab_size)
+    return lengths
+
+
+def read_lengths(prefix: str) -> tuple[numpy.ndarray, Any]:
+    """The tokens of each document, ``[documents]`` int32, and the type of the ids.
+
+    Raises:
+        ValueError: ``prefix.bin``/``.idx`` are missing or truncated.
+    """
+    _check_files(prefix)
+    lengths, end, dtype = _read_index(prefix + ".idx")
     actual = os.path.getsize(prefix + ".bin")
     if actual != end:
         raise UserError(f"{prefix}.bin has {actual} bytes, its index says {end}; it is truncated, make it again")
-    _check_ids(prefix, dtype, vocab_size)
-    return lengths
+    return lengths, dtype
 
 
 def _check_files(prefix: str) -> None:

@@ -23,6 +23,9 @@ from megatron_midus.errors import UserError
 
 _DTYPE_CODES = {"uint16": 8, "int32": 4}
 _DIGEST_BYTES = 16
+# What the merge of shards needs of every document to leave out those that an earlier shard has.
+DOCUMENT = numpy.dtype([("digest", f"V{_DIGEST_BYTES}"), ("bytes", "<i8")])
+DIGESTS_SUFFIX = ".digests"
 _EXAMPLES = 5
 
 
@@ -47,6 +50,7 @@ class DatasetWriter:
         shares: shares of the splits; a record belongs to the one in which the hash of its text falls.
         dedup: leave out records whose digest came before.
         malformed_path: gets the malformed lines, ``file:line: reason``, if there are any.
+        is_shard: of a corpus: a dataset may stay empty, and with ``dedup`` P.digests says what its documents are.
     """
 
     def __init__(
@@ -58,7 +62,9 @@ class DatasetWriter:
         shares: Sequence[float],
         dedup: bool = False,
         malformed_path: str,
+        is_shard: bool = False,
     ) -> None:
+        self.is_shard = is_shard
         self.malformed_path = malformed_path
         self.prefixes = prefixes
         self.journal = journal
@@ -74,7 +80,8 @@ class DatasetWriter:
         if journal.state is not None:
             self._restore(journal.state)
         if not self.is_complete:
-            names = [f"{self._name(prefix)}.{kind}" for prefix in self.result.datasets for kind in ("bin", "lengths")]
+            kinds = ["bin", "lengths", *(["digests"] if dedup and is_shard else [])]
+            names = [f"{self._name(prefix)}.{kind}" for prefix in self.result.datasets for kind in kinds]
             for name in [*names, "malformed.txt", *(["digests"] if dedup else [])]:
                 journal.stream(name)
 
@@ -87,7 +94,7 @@ class DatasetWriter:
         self.journal.stream("malformed.txt").write("".join(f"{line}\n" for line in chunk.malformed).encode())
         splits = self._splits(chunk)
         for key_index, texts in enumerate(chunk.texts):
-            self._add_texts(key_index, texts, splits)
+            self._add_texts(key_index, texts, splits, chunk.digests)
         self.position = position
 
     def commit(self, *, complete: bool = False) -> None:
@@ -112,7 +119,8 @@ class DatasetWriter:
             ValueError: a dataset got no document.
         """
         if not self.is_complete:
-            self._check_filled()
+            if not self.is_shard:
+                self._check_filled()
             for prefix, statistics in self.result.datasets.items():
                 self._write_index(prefix, statistics)
                 text = statistics.to_json(**self.result.skipped.to_json(), **provenance)
@@ -123,7 +131,8 @@ class DatasetWriter:
         for prefix in self.result.datasets:
             if (self.journal.directory / f"{self._name(prefix)}.bin").exists():
                 Path(prefix + ".idx").unlink(missing_ok=True)
-            for suffix in (".bin", ".json", ".idx"):
+            digests = [DIGESTS_SUFFIX] if self.dedup and self.is_shard else []
+            for suffix in (".bin", *digests, ".json", ".idx"):
                 target = str(statistics_path(prefix)) if suffix == ".json" else prefix + suffix
                 targets[self._name(prefix) + suffix] = target
         self.journal.finish(targets)
@@ -151,7 +160,7 @@ class DatasetWriter:
             splits[row] = split_of(digest, self.bounds)
         return splits
 
-    def _add_texts(self, key_index: int, texts: EncodedTexts, splits: numpy.ndarray) -> None:
+    def _add_texts(self, key_index: int, texts: EncodedTexts, splits: numpy.ndarray, digests: Sequence[bytes]) -> None:
         split_of_text = splits[texts.rows]
         for split in numpy.unique(split_of_text[split_of_text >= 0]).tolist():
             chosen = split_of_text == split
@@ -161,6 +170,11 @@ class DatasetWriter:
             name = self._name(prefix)
             self.journal.stream(f"{name}.bin").write(ids.tobytes())
             self.journal.stream(f"{name}.lengths").write(lengths.tobytes())
+            if self.dedup and self.is_shard:
+                documents = numpy.zeros(len(lengths), DOCUMENT)
+                documents["digest"] = [numpy.void(digests[row]) for row in texts.rows[chosen].tolist()]
+                documents["bytes"] = texts.num_bytes[chosen]
+                self.journal.stream(f"{name}{DIGESTS_SUFFIX}").write(documents.tobytes())
             self.result.datasets[prefix].add(
                 documents=len(lengths),
                 tokens=len(ids),

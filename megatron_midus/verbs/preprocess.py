@@ -29,7 +29,17 @@ def command(config: PreprocessConfig) -> int:
 
 
 def print_result(result: PreprocessResult) -> None:
-    """The table at the end."""
+    """The table at the end, and how long it took."""
+    print_datasets(result)
+    done = result.bytes_read - result.bytes_resumed
+    resumed = f" (and {result.bytes_resumed / 1e6:.1f} MB before)" if result.bytes_resumed else ""
+    print(f"{done / 1e6:.1f} MB{resumed} in {result.seconds:.1f} s, {result.megabytes_per_second:.2f} MB/s")
+    for example in result.skipped.malformed_examples:
+        print(f"  malformed: {example}")
+
+
+def print_datasets(result: PreprocessResult) -> None:
+    """A row for each dataset, and what is in none."""
     # Whole numbers and paths, also where the output is a file or a narrow window.
     console = Console(width=max(200, 60 + max(map(len, result.datasets))), soft_wrap=True)
     rows = [
@@ -40,8 +50,3 @@ def print_result(result: PreprocessResult) -> None:
     console.print(terminal_table(header, list(map(text_cells, rows))))
     skipped = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in result.skipped.counts().items())
     print(f"left out: {skipped}")
-    done = result.bytes_read - result.bytes_resumed
-    resumed = f" (and {result.bytes_resumed / 1e6:.1f} MB before)" if result.bytes_resumed else ""
-    print(f"{done / 1e6:.1f} MB{resumed} in {result.seconds:.1f} s, {result.megabytes_per_second:.2f} MB/s")
-    for example in result.skipped.malformed_examples:
-        print(f"  malformed: {example}")

@@ -11,6 +11,9 @@ import pytest
 import yaml
 from test_launch_scripts import EXAMPLES, SCRIPTS, environment, free_port, script
 
+import megatron_midus as midus
+from megatron_midus.progress import SILENT
+
 SRUN = """#!/usr/bin/env bash
 options=() log=/dev/stdout
 while [[ "$1" == --* ]]; do
@@ -160,6 +163,24 @@ def test_starts_at_the_same_time_make_one_environment(tmp_path):
     assert all(output.endswith("entered\n") for output in outputs)
     assert len((tmp_path / "counted").read_text().splitlines()) == 2
     assert sum("Installing" in output for output in outputs) == 1
+
+
+def test_an_array_encodes_a_corpus_in_shards(tmp_path, warm_path):
+    (tmp_path / "corpus").mkdir()
+    for number in range(3):
+        (tmp_path / f"corpus/{number}.jsonl").write_text("".join(f'{{"text": "{n} {number}"}}\n' for n in range(40)))
+    flags = f"--input {tmp_path}/corpus --tokenizer-type NullTokenizer --tokenizer-model 100"
+    variables = {"PATH": warm_path, "MIDUS_VENV": "none", "SLURM_SUBMIT_DIR": str(EXAMPLES.parent), "SHARDS": "2"}
+    for task in ("1", "0"):
+        command = ["bash", EXAMPLES / "slurm/preprocess.sbatch", *flags.split(), "--output-prefix", f"{tmp_path}/many"]
+        more = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "9", "SLURM_CPUS_PER_TASK": "1"}
+        done = subprocess.run(command, env={**os.environ, **variables, **more}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    midus.merge(output_prefix=f"{tmp_path}/many", progress=SILENT)
+    inputs = [str(tmp_path / "corpus")]
+    tokens = {"tokenizer_type": "NullTokenizer", "tokenizer_model": "100"}
+    midus.preprocess(input=inputs, output_prefix=f"{tmp_path}/one", progress=SILENT, **tokens)
+    assert (tmp_path / "many_text_document.bin").read_bytes() == (tmp_path / "one_text_document.bin").read_bytes()
 
 
 def test_other_scripts_refuse_flags_of_training(tmp_path):
