@@ -46,6 +46,19 @@ class ParallelConfig:
     context_parallel_size: int = 1
     """Processes that share a sequence (needs the Transformer Engine backend)."""
 
+    expert_model_parallel_size: int = 1
+    """Processes that share the experts of every block of a mixture; taken from those of data and tensor parallelism."""
+
+    expert_tensor_parallel_size: int | None = None
+    """Processes that share the channels of one expert; absent = --tensor-model-parallel-size."""
+
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "allgather"
+    """How tokens get to the processes of their experts: allgather = all of them to all; alltoall = only where they are sent,
+    cheaper with many processes."""
+
+    moe_grouped_gemm: bool = False
+    """Compute all experts of a process in one kernel (needs Transformer Engine or the package grouped_gemm, on a GPU)."""
+
     sequence_parallel: bool = False
     """Split activations between layers along the sequence over the tensor-parallel processes."""
 
@@ -108,8 +121,14 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.distributed_timeout_minutes <= 0:
             raise UserError(f"distributed_timeout_minutes={self.distributed_timeout_minutes} must be more than 0")
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-            if getattr(self, name) < 1:
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
+        ):
+            if (getattr(self, name) or 1) < 1 or getattr(self, name) == 0:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise UserError(

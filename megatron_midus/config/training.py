@@ -38,6 +38,10 @@ class TrainingConfig:
     When absent, what the plan's policy is made for: all for none, solar and stack, inserted for the
     others. Another value on resume drops the optimizer state, because it belongs to other parameters."""
 
+    moe_aux_loss_coeff: float | None = None
+    """Weight of the load-balancing loss of routers that learn (Megatron's, summed over blocks); absent = what the base's
+    configuration says. Frozen routers have none."""
+
     lora_rank: int | None = None
     """Rank of the adapters of --train lora. Checkpoints and exports hold merged weights."""
 

@@ -196,6 +196,10 @@ def check_arguments(arguments: argparse.Namespace, upscaled: Upscaled) -> None:
             "the flags of megatron_midus are missing; pass extra_args_provider of "
             "megatron_midus.integrations.megatron_lm to pretrain()"
         )
+    if upscaled.model.num_moe_experts is not None:
+        raise UserError(
+            f"{upscaled.directory} has experts, which this integration does not build; train it with midus pretrain"
+        )
     for name, value in architecture_arguments(upscaled.model, upscaled.plan).items():
         given = getattr(arguments, name, None)
         if (tuple(given) if isinstance(given, list) else given) != value:

@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -160,7 +161,7 @@ def freeze(model_chunks: Sequence[torch.nn.Module], plan: UpscalePlan, train: Tr
 
     ``inserted`` trains the blocks that the plan inserted; embedding, final norm and output layer stay as they are.
     ``values`` trains the value banks of its Memory blocks alone. What was measured when up-scaling stays as it is in any
-    case.
+    case. Routers of experts that do not learn lose their load-balancing loss.
 
     Returns:
         Number of trainable elements on this rank, tensor-parallel parts counted as they lie here.
@@ -188,8 +189,17 @@ def freeze(model_chunks: Sequence[torch.nn.Module], plan: UpscalePlan, train: Tr
         for parameter in chunk.parameters():
             if getattr(parameter, "is_measured", False):
                 parameter.requires_grad_(False)
+        for router in routers(chunk):
+            if not router.weight.requires_grad:
+                # Its balance would be a goal for the blocks before it alone, and none of theirs.
+                router.routing_type = "none"
         trainable += sum(p.numel() for p in chunk.parameters() if p.requires_grad)
     return trainable
+
+
+def routers(chunk: torch.nn.Module) -> Iterator[TopKRouter]:
+    """The routers of the mixtures of experts on this rank."""
+    return (module for module in chunk.modules() if isinstance(module, TopKRouter))
 
 
 def _layers(chunk: torch.nn.Module) -> Iterator[TransformerLayer]:

@@ -77,7 +77,9 @@ def make_transformer_config(
     _check_tensor_parallel(model, plan, tensor_model_parallel_size, sequence_parallel)
     _check_pipeline(plan, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size, overrides)
     _check_context_parallel(context_parallel_size)
-    check_expert_parallel(model, expert_model_parallel_size, expert_tensor_parallel_size or tensor_model_parallel_size)
+    check_expert_parallel(
+        model, expert_model_parallel_size, expert_tensor_parallel_size, tensor_parallel=tensor_model_parallel_size
+    )
     _check_overrides(overrides)
     _check_interleaving(virtual_pipeline_model_parallel_size, overrides)
     dtype = torch.bfloat16 if bf16 else torch.float16 if overrides.get("fp16") else torch.float32
@@ -138,6 +140,11 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
 def _experts(model: ModelConfig) -> dict[str, Any]:
     if model.num_moe_experts is None:
         return {}
+    if model.moe_router_topk == 1 and not model.moe_router_pre_softmax:
+        raise UserError(
+            "moe_router_topk=1 with weights that sum to 1 leaves nothing to learn for the router, and Megatron-Core refuses it; "
+            "only moe_router_pre_softmax is supported"
+        )
     return {
         "num_moe_experts": model.num_moe_experts,
         "moe_router_topk": model.moe_router_topk,
@@ -280,14 +287,21 @@ def _check_interleaving(chunks: int | None, overrides: dict[str, Any]) -> None:
             )
 
 
-def check_expert_parallel(model: ModelConfig, experts: int, channels: int) -> None:
+def check_expert_parallel(model: ModelConfig, experts: int, channels: int | None, *, tensor_parallel: int) -> None:
     """Raises ``ValueError`` where experts cannot be shared by ``experts`` ranks, each by ``channels`` ranks."""
     if model.num_moe_experts is None:
         if experts > 1:
             raise UserError(f"expert_model_parallel_size={experts} shares experts, and this model has none; choose 1")
         return
     _check_divides("expert_model_parallel_size", experts, [("num_moe_experts", model.num_moe_experts)])
-    _check_divides("expert_tensor_parallel_size", channels, [("moe_ffn_hidden_size", model.expert_ffn_hidden_size)])
+    size = channels or tensor_parallel
+    _check_divides("expert_tensor_parallel_size", size, [("moe_ffn_hidden_size", model.expert_ffn_hidden_size)])
+    if experts == 1 and size != tensor_parallel:
+        # Megatron-Core sums gradients of experts over ranks of their own only where ranks share the experts.
+        raise UserError(
+            f"expert_tensor_parallel_size={channels} beside tensor_model_parallel_size={tensor_parallel} needs "
+            "expert_model_parallel_size of at least 2; leave it out"
+        )
 
 
 def _check_context_parallel(size: int) -> None:

@@ -63,6 +63,7 @@ def activate_cpu_mapping() -> None:
     _map_cuda_namespace()
     _map_megatron_random(random)
     _map_average()
+    _map_split_sizes()
 
 
 def _cpu_for_cuda(value: Any) -> Any:
@@ -217,3 +218,21 @@ def _map_average() -> None:
         return None
 
     torch.distributed.all_reduce = all_reduce
+
+
+def _map_split_sizes() -> None:
+    """Megatron-Core turns sizes of an exchange into numbers when they come from a GPU; on a CPU they stay tensors."""
+    original = torch.distributed.all_to_all_single
+
+    @functools.wraps(original)
+    def all_to_all_single(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        **options: Any,
+    ) -> Any:
+        sizes = [s.tolist() if isinstance(s, torch.Tensor) else s for s in (output_split_sizes, input_split_sizes)]
+        return original(output, input, *sizes, **options)
+
+    torch.distributed.all_to_all_single = all_to_all_single

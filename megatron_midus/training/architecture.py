@@ -65,8 +65,6 @@ def resolve_architecture(arguments: Arguments, source: Source, *, tokenizer_voca
             f"{source.directory}: the plan has {plan.num_layers} blocks and model_config.json says "
             f"num_layers={model.num_layers}; they do not belong together"
         )
-    if model.num_moe_experts is not None:
-        raise UserError(f"{source.directory} is a mixture of experts, which midus pretrain does not train yet")
     _check_flags(arguments.architecture, model.to_dict(), source.directory)
     _check_flags(arguments.memory, plan.memory.to_dict() if plan.memory else {}, source.directory)
     _check_other_plans(arguments.checkpoint, plan, source.directory)

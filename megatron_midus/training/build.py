@@ -47,6 +47,8 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int, num_layers: i
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=num_virtual_stages(parallel, num_layers),
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
     # As Megatron does: the same on all ranks of a stage, so that tensor-parallel ranks draw the same full matrices.
@@ -67,6 +69,8 @@ def transformer_config(arguments: Arguments, architecture: Architecture, timers:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=num_virtual_stages(parallel, architecture.plan.num_layers),
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         bf16=training.bf16,
         recompute_granularity=parallel.recompute_granularity,
@@ -80,7 +84,19 @@ def transformer_config(arguments: Arguments, architecture: Architecture, timers:
         barrier_with_L1_time=arguments.logging.barrier_with_L1_time,
         pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
         **({"fp16": True} if training.fp16 else {}),
+        **_experts(arguments, architecture),
     )
+
+
+def _experts(arguments: Arguments, architecture: Architecture) -> dict[str, Any]:
+    if architecture.model.num_moe_experts is None:
+        return {}
+    coeff = arguments.training.moe_aux_loss_coeff
+    return {
+        "moe_token_dispatcher_type": arguments.parallel.moe_token_dispatcher_type,
+        "moe_grouped_gemm": arguments.parallel.moe_grouped_gemm,
+        **({} if coeff is None else {"moe_aux_loss_coeff": coeff}),
+    }
 
 
 def transformer_impl(arguments: Arguments) -> TransformerImpl:

@@ -209,6 +209,40 @@ def check_memory_settings(arguments: Arguments, plan: UpscalePlan) -> None:
             )
 
 
+def check_experts(arguments: Arguments, architecture: Architecture, world_size: int) -> None:
+    """Refuses what a mixture of experts cannot do, and its flags where there is none."""
+    parallel, training, model = arguments.parallel, arguments.training, architecture.model
+    if model.num_moe_experts is None:
+        if parallel.moe_grouped_gemm or training.moe_aux_loss_coeff or parallel.expert_model_parallel_size > 1:
+            raise UserError(
+                f"moe_grouped_gemm={parallel.moe_grouped_gemm}, moe_aux_loss_coeff={training.moe_aux_loss_coeff} and "
+                f"expert_model_parallel_size={parallel.expert_model_parallel_size} are settings of experts, and this model "
+                "has none; leave them out"
+            )
+        return
+    if architecture.train == "lora":
+        raise UserError("--train lora has no adapters for experts; choose --train inserted, values or all")
+    tensor = parallel.tensor_model_parallel_size
+    if tensor > 1 and not parallel.sequence_parallel and not training.skip_train:
+        raise UserError(
+            f"tensor_model_parallel_size={tensor} with experts needs --sequence-parallel, as in Megatron-Core; add it"
+        )
+    experts, channels = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size or tensor
+    replica = experts * channels * parallel.pipeline_model_parallel_size
+    if world_size % replica:
+        raise UserError(
+            f"{world_size} processes do not divide into expert_model_parallel_size={experts} * "
+            f"expert_tensor_parallel_size={channels} * pipeline_model_parallel_size="
+            f"{parallel.pipeline_model_parallel_size} = {replica}; start a multiple of {replica}"
+        )
+    if parallel.moe_grouped_gemm and parallel.distributed_backend == "gloo":
+        raise UserError("moe_grouped_gemm needs kernels of a GPU; leave it out with --distributed-backend gloo")
+    if parallel.moe_grouped_gemm and not any(
+        importlib.util.find_spec(package) for package in ("transformer_engine", "grouped_gemm")
+    ):
+        raise UserError("moe_grouped_gemm needs Transformer Engine or grouped_gemm, neither is installed; leave it out")
+
+
 def check_background(arguments: Arguments, architecture: Architecture) -> None:
     """Refuses sparse updates without the counts that they need."""
     slots = arguments.optimizer.memory_update_slots

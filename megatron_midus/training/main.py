@@ -22,6 +22,7 @@ from megatron_midus.training.checkpoint.source import find_start
 from megatron_midus.training.checks import (
     check_background,
     check_environment,
+    check_experts,
     check_memory_settings,
     check_schedule,
     resolve_pipeline,
@@ -85,6 +86,7 @@ def prepare(arguments: Arguments) -> Start:
     arguments = dataclasses.replace(arguments, parallel=parallel)
     check_schedule(arguments, sizes, architecture.plan.num_layers)
     check_memory_settings(arguments, architecture.plan)
+    check_experts(arguments, architecture, sizes.world_size)
     check_background(arguments, architecture)
     _prepare_environment(arguments)
     check_data_contents(arguments, tokenizer)

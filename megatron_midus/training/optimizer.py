@@ -6,6 +6,7 @@ of a checkpoint apart by these, and two that agree in all of them would reload a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,11 +110,14 @@ def optimizer_step(optimizer: MegatronOptimizer, settings: OptimizationConfig) -
     assert isinstance(optimizer, ChainedOptimizer)
     if optimizer.prepare_grads():
         return False, None, None
-    norm = None
+    norms = []
     for part in optimizer.chained_optimizers:
         values, rest = _split_values(part)
-        _clip(part, values, settings.value_clip_grad)
-        norm = _clip(part, rest, settings.clip_grad)
+        _clip(values, settings.value_clip_grad, _norm(part, values))
+        norms.append(_norm(part, rest))
+    norm = math.hypot(*norms)  # experts are a part of their own
+    for part in optimizer.chained_optimizers:
+        _clip(_split_values(part)[1], settings.clip_grad, norm)
     zeros = optimizer.count_zeros() if optimizer.config.log_num_zeros_in_grad else None
     return optimizer.step_with_ready_grads(), norm, zeros
 
@@ -126,18 +130,21 @@ def _split_values(part: MegatronOptimizer) -> tuple[list[torch.Tensor], list[tor
     return values, rest
 
 
-def _clip(part: MegatronOptimizer, parameters: list[torch.Tensor], limit: float) -> float:
-    """Clips the gradients of ``parameters`` by their common norm over all ranks. Collective, also without parameters."""
+def _norm(part: MegatronOptimizer, parameters: list[torch.Tensor]) -> float:
+    """Common norm of the gradients of ``parameters`` over all ranks. Collective, also without parameters."""
     tp_group = getattr(part, "tp_group", None)
     counted = [
         p.grad
         for p in parameters
         if p.grad is not None and param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p, tp_group)
     ]
-    norm = get_grad_norm_fp32(counted, grad_stats_parallel_group=part.get_grad_stats_parallel_group())
+    return get_grad_norm_fp32(counted, grad_stats_parallel_group=part.get_grad_stats_parallel_group())
+
+
+def _clip(parameters: list[torch.Tensor], limit: float, norm: float) -> None:
+    """Clips the gradients of ``parameters``, whose common norm is known."""
     if parameters and limit > 0:
         clip_grad_by_total_norm_fp32(parameters, limit, norm)
-    return norm
 
 
 def build_scheduler(

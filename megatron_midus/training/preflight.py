@@ -17,6 +17,7 @@ from megatron_midus.training.arguments import Arguments, parse_arguments
 from megatron_midus.training.checks import (
     check_background,
     check_environment,
+    check_experts,
     check_memory_settings,
     check_schedule,
     resolve_pipeline,
@@ -78,6 +79,7 @@ def check_run_to_come(
     )
     check_schedule(dataclasses.replace(arguments, parallel=parallel), sizes, plan.num_layers)
     check_memory_settings(arguments, plan)
+    check_experts(arguments, architecture, processes)
     check_background(arguments, architecture)
 
 

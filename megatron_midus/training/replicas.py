@@ -22,19 +22,20 @@ def check_replicas(model_chunks: Sequence[torch.nn.Module], iteration: int) -> N
         ValueError: on all ranks, when a parameter differs from its copy on another data-parallel rank, or one that
             tensor parallelism does not divide (norms, the values of a memory) from its copy on another such rank.
     """
-    hashes = {
-        f"chunk {index}, {name}" if len(model_chunks) > 1 else name: (_hash(parameter), _is_divided(parameter))
+    parameters = {
+        f"chunk {index}, {name}" if len(model_chunks) > 1 else name: parameter
         for index, chunk in enumerate(model_chunks)
         for name, parameter in chunk.named_parameters()
     }
-    different = _different(
-        {name: digest for name, (digest, _) in hashes.items()},
-        parallel_state.get_data_parallel_group(with_context_parallel=True),
-    )
-    different += _different(
-        {name: digest for name, (digest, divided) in hashes.items() if not divided},
-        parallel_state.get_tensor_model_parallel_group(),
-    )
+    hashes = {name: _hash(parameter) for name, parameter in parameters.items()}
+    different = []
+    for group, is_in in (
+        (parallel_state.get_data_parallel_group(with_context_parallel=True), lambda p: not is_of_expert(p)),
+        (parallel_state.get_tensor_model_parallel_group(), lambda p: not _is_divided(p) and not is_of_expert(p)),
+        # Experts have replicas of their own: other ranks of these groups may hold others.
+        (parallel_state.get_expert_data_parallel_group(), is_of_expert),
+    ):
+        different += _different({name: hashes[name] for name, p in parameters.items() if is_in(p)}, group)
     of_all: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(of_all, different)
     found = [f"rank {rank}: {name}" for rank, names in enumerate(of_all) for name in names]
@@ -43,6 +44,11 @@ def check_replicas(model_chunks: Sequence[torch.nn.Module], iteration: int) -> N
             f"after iteration {iteration} weights differ between replicas ({len(found)} in all: "
             f"{'; '.join(found[:4])}); resume from the last checkpoint, and check the devices if it happens again"
         )
+
+
+def is_of_expert(parameter: torch.nn.Parameter) -> bool:
+    """Whether it belongs to an expert, which only some ranks hold."""
+    return not getattr(parameter, "allreduce", True)
 
 
 def _is_divided(parameter: torch.nn.Parameter) -> bool:

@@ -26,6 +26,7 @@ from megatron_midus.data import get_batch
 from megatron_midus.errors import UserError
 from megatron_midus.training.memory.value_updates import ValueUpdates
 from megatron_midus.training.optimizer import optimizer_step
+from megatron_midus.training.replicas import is_of_expert
 
 DataIterator = RerunDataIterator | list[RerunDataIterator | None] | None
 
@@ -276,10 +277,13 @@ def parameter_norm(model_chunks: Sequence[torch.nn.Module]) -> float:
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
     from megatron.core.transformer.module import param_is_not_shared
 
-    squares = torch.zeros(1, dtype=torch.float64, device="cuda")
+    squares, of_experts = torch.zeros(2, 1, dtype=torch.float64, device="cuda")
     for chunk in model_chunks:
         for parameter in chunk.parameters():
-            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
+            if is_of_expert(parameter):
+                of_experts += parameter.detach().double().square().sum()
+            elif param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
                 squares += parameter.detach().double().square().sum()
     torch.distributed.all_reduce(squares, group=parallel_state.get_model_parallel_group())
-    return float(squares.sqrt())
+    torch.distributed.all_reduce(of_experts, group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
+    return float((squares + of_experts).sqrt())

@@ -35,12 +35,35 @@ def describe_run(arguments: Arguments, architecture: Architecture, sizes: RunSiz
         f"batch: {sizes.global_batch_size} samples of {arguments.data.seq_length} tokens "
         f"({max(1, sizes.num_microbatches(micro_batch_size))} micro-batches of {micro_batch_size})",
     ]
+    if model.num_moe_experts is not None:
+        lines += describe_experts(arguments, architecture)
     if parallel.pipeline_model_parallel_layout is not None:
         lines.append(f"pipeline: {parallel.pipeline_model_parallel_layout}")
     lines += [f"note: {note}" for note in plan.notes]
     if missing := missing_engine(arguments.parallel.distributed_backend):
         lines.append(missing)
     return "\n".join(lines)
+
+
+def describe_experts(arguments: Arguments, architecture: Architecture) -> list[str]:
+    """What the experts are and where, and which routers a load-balancing loss moves."""
+    model, plan, parallel = architecture.model, architecture.plan, arguments.parallel
+    mixtures = [i for i, block in enumerate(plan.blocks) if block.kind != "memory"]
+    learning = {"all": mixtures, "inserted": [i for i in mixtures if plan.blocks[i].inserted]}.get(
+        architecture.train, []
+    )
+    coeff = arguments.training.moe_aux_loss_coeff
+    coeff = model.moe_aux_loss_coeff if coeff is None else coeff
+    frozen = len(mixtures) - len(learning)
+    said = [f"{frozen} routers are frozen: no gradient, no load-balancing loss"] if frozen else []
+    if learning:
+        said.append(f"{len(learning)} routers learn, load-balancing loss * {coeff:g}")
+    shared = parallel.expert_model_parallel_size
+    return [
+        f"experts: {model.num_moe_experts} of {model.expert_ffn_hidden_size} channels in each of {len(mixtures)} blocks, "
+        f"{model.moe_router_topk} per token, shared by {shared} {'process' if shared == 1 else 'processes'}",
+        f"routers: {'; '.join(said)}",
+    ]
 
 
 def missing_engine(distributed_backend: str) -> str:

@@ -85,6 +85,16 @@ def plan(config: PlanConfig, progress: Progress) -> LayoutPlan:
 
 
 def _model_and_plan(config: PlanConfig) -> tuple[ModelConfig, UpscalePlan]:
+    model, plan = _read(config)
+    if model.num_moe_experts is not None:
+        raise UserError(
+            f"the planner knows no expert parallelism, and this model has {model.num_moe_experts} experts a block; "
+            "try layouts with midus pretrain --dry-run"
+        )
+    return model, plan
+
+
+def _read(config: PlanConfig) -> tuple[ModelConfig, UpscalePlan]:
     if config.load is not None:
         directory = find_checkpoint(config.load)[0]
         return ModelConfig.load(directory), UpscalePlan.load(directory)

@@ -192,8 +192,11 @@ def _is_vocabulary(key: str) -> bool:
     return "embedding" in key or "output_layer" in key
 
 
-def _part(tensor: ShardedTensor) -> tuple[slice, ...]:
-    return tuple(slice(start, start + size) for start, size in zip(tensor.global_offset, tensor.local_shape))
+def _part(tensor: ShardedTensor) -> tuple[int | slice, ...]:
+    """Where a tensor lies in the whole one; an expert is one row of an axis that it does not have itself."""
+    stacked = tensor.prepend_axis_num
+    sizes = zip(tensor.global_offset[stacked:], tensor.local_shape)
+    return (*tensor.global_offset[:stacked], *(slice(start, start + size) for start, size in sizes))
 
 
 def generator(key: str) -> torch.Generator:

@@ -138,3 +138,77 @@ def test_the_runs_differ_from_each_other(expected: dict[str, torch.Tensor]) -> N
         for second in names[i + 1 :]:
             # The third step's loss: one step later than what the first step of an optimizer does.
             assert abs(expected[first][2, 0] - expected[second][2, 0]) > 1e-4, (first, second)
+
+
+# -- mixtures of experts ---------------------------------------------------------------------------------------------
+EXPERT_LAYOUTS = {
+    "ep2": (2, "--expert-model-parallel-size 2"),
+    "ep2, alltoall, distributed optimizer": (
+        2,
+        "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall --use-distributed-optimizer",
+    ),
+    "tp2 sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "tp2 sp ep2": (
+        2,
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 --expert-tensor-parallel-size 1",
+    ),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "tp2 sp ep2 dp2": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 --use-distributed-optimizer",
+    ),
+    "pp2 ep2": (4, "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"),
+}
+# The load-balancing loss is of a micro-batch, so batches must be cut alike; it is left out of runs where they are not.
+EXPERT_RUNS = {
+    "all": ("experts", "--moe-aux-loss-coeff 0", 10),
+    "balanced": ("experts", "--micro-batch-size 2 --no-calculate-per-token-loss", 4),
+    "frozen base": ("experts", "--train inserted --micro-batch-size 2", 4),
+    "copied blocks": ("experts_copied", "--train inserted --moe-aux-loss-coeff 0", 4),
+    "clipped apart": ("experts", "--moe-aux-loss-coeff 0 --value-clip-grad 0.05 --clip-grad 0.5", 3),
+}
+EXPERT_FAST = ("ep2, alltoall, distributed optimizer", "tp2 sp ep2", "pp2")
+# From one layout to another after three of six steps, with the state of the optimizer.
+EXPERT_CHANGES = [("ep2", "pp2"), ("pp2", "tp2 sp ep2")]
+
+
+def expert_runs(checkpoints: Path) -> dict[str, Run]:
+    return {name: Run(checkpoints / variant, flags, steps) for name, (variant, flags, steps) in EXPERT_RUNS.items()}
+
+
+@pytest.fixture(scope="module")
+def expected_of_experts(checkpoints: Path) -> dict[str, torch.Tensor]:
+    """``[steps, (loss, gradient norm)]`` of one process; of the frozen base without a load-balancing loss."""
+    runs = expert_runs(checkpoints)
+    runs["frozen base"] = Run(checkpoints / "experts", f"{runs['frozen base'].flags} --moe-aux-loss-coeff 0", 4)
+    (curves,) = launch(training_runs.train_runs, 1, runs, "--micro-batch-size 4")
+    return {name: values(curve) for name, curve in curves.items()}
+
+
+def marked(names, fast):
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("layout", marked(EXPERT_LAYOUTS, EXPERT_FAST))
+def test_experts_train_alike_at_every_layout(layout, checkpoints, expected_of_experts):
+    """A load-balancing loss moves the routers that learn and, where the base is frozen, nothing at all."""
+    world_size, flags = EXPERT_LAYOUTS[layout]
+    ranks = launch(training_runs.train_runs, world_size, expert_runs(checkpoints), f"--micro-batch-size 1 {flags}")
+    for name in ranks[0]:
+        for found in [values(rank[name]) for rank in ranks if rank[name][0][1] is not None]:
+            torch.testing.assert_close(
+                found, expected_of_experts[name], rtol=1e-5, atol=0, msg=lambda m, name=name: f"{name}: {m}"
+            )
+    assert abs(expected_of_experts["balanced"][2, 0] - expected_of_experts["all"][2, 0]) > 1e-4
+
+
+@pytest.mark.parametrize("before, after", EXPERT_CHANGES)
+def test_experts_go_on_at_another_layout(before, after, checkpoints, expected_of_experts, tmp_path):
+    flags = EXPERT_RUNS["all"][1]
+    for (world_size, layout), run in (
+        (EXPERT_LAYOUTS[before], Run(checkpoints / "experts", flags, 3, save=tmp_path / "saved")),
+        (EXPERT_LAYOUTS[after], Run(tmp_path / "saved", flags, 6)),
+    ):
+        ranks = launch(training_runs.train_runs, world_size, {"run": run}, f"--micro-batch-size 1 {layout}")
+    (found, *_) = [values(rank["run"]) for rank in ranks if rank["run"][0][1] is not None]
+    torch.testing.assert_close(found, expected_of_experts["all"][3:6], rtol=1e-5, atol=0)

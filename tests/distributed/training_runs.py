@@ -31,7 +31,7 @@ from megatron_midus.training.checkpoint.optimizer_state import stored_groups
 from megatron_midus.training.checkpoint.source import Source, find_source
 from megatron_midus.training.checkpoint.state import Progress, load_training_state, training_state
 from megatron_midus.training.checkpoint.writer import CheckpointWriter
-from megatron_midus.training.checks import check_schedule, resolve_pipeline, resolve_sizes
+from megatron_midus.training.checks import check_experts, check_schedule, resolve_pipeline, resolve_sizes
 from megatron_midus.training.memory.telemetry import MemoryTelemetry
 from megatron_midus.training.memory.value_updates import ValueUpdates
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
@@ -66,6 +66,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"memory_variant": "full"},
     "block": {"memory_variant": "block"},
 }
+# A checkpoint of its own: Memory blocks between mixtures of experts.
+EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24, "moe_aux_loss_coeff": 0.05}
 
 
 class NumberedSamples(torch.utils.data.Dataset):
@@ -88,10 +90,12 @@ class NumberedSamples(torch.utils.data.Dataset):
 
 def write_checkpoints(root: Path) -> None:
     """``root/<variant>``: a checkpoint of iteration 0 of each variant, every weight random, value banks too."""
-    for variant, settings in VARIANTS.items():
-        memory = MemoryConfig(memory_num_keys=9, memory_topk=3, memory_latent_size=8, **settings)
-        plan = make_plan("interleave", num_layers=4, insert_after=(1, 3), memory=memory)
-        model = ModelConfig(**MODEL)
+    for variant, settings in {**VARIANTS, "experts": {}, "experts_copied": None}.items():
+        plan = make_plan("llama_pro", num_layers=4, insert_after=(1, 3))
+        if settings is not None:
+            memory = MemoryConfig(memory_num_keys=9, memory_topk=3, memory_latent_size=8, **settings)
+            plan = make_plan("interleave", num_layers=4, insert_after=(1, 3), memory=memory)
+        model = ModelConfig(**{**MODEL, **(EXPERTS if variant.startswith("experts") else {})})
         arguments = parse_arguments(shlex.split(COMMON))
         _initialize_parallel(arguments, model.num_layers)
         architecture = Architecture(model, plan, "all", None)
@@ -182,6 +186,7 @@ def train(
     )
     arguments = dataclasses.replace(arguments, parallel=parallel)
     check_schedule(arguments, sizes, architecture.plan.num_layers)
+    check_experts(arguments, architecture, sizes.world_size)
     _initialize_parallel(arguments, architecture.plan.num_layers)
     destroy_num_microbatches_calculator()
     init_num_microbatches_calculator(

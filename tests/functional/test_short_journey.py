@@ -12,8 +12,7 @@ from megatron_midus import command
 
 RUN = (
     "--distributed-backend gloo --seq-length 16 --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --lr-decay-style constant "
-    "--num-workers 0 --split 100,0,0 --eval-interval 0 --eval-iters 0 --log-interval 1 --tensor-model-parallel-size 2 "
-    "--sequence-parallel --override-opt_param-scheduler"
+    "--num-workers 0 --split 100,0,0 --eval-interval 0 --eval-iters 0 --log-interval 1 --override-opt_param-scheduler"
 )
 
 
@@ -22,20 +21,26 @@ def tool(name: str, *arguments: object) -> None:
     assert not main([str(argument) for argument in arguments])
 
 
-def test_the_whole_way(tmp_path):
-    base = write_base(tmp_path / "base")
-    memory = ["--memory-num-keys", "8", "--memory-topk", "3", "--memory-latent-size", "6"]
-    tool("upscale", "--hf-model", base, "--save", tmp_path / "up", "--policy", "interleave", "--num-blocks", 2, *memory)
+MEMORY = ["--memory-num-keys", "8", "--memory-topk", "3", "--memory-latent-size", "6"]
+
+
+def write_data(tmp_path) -> None:
     builder = IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=numpy.uint16)
     random = numpy.random.default_rng(3)
     for _ in range(20):
         builder.add_document(random.integers(0, 260, 50), [50])
     builder.finalize(str(tmp_path / "data.idx"))
 
+
+def test_the_whole_way(tmp_path):
+    base = write_base(tmp_path / "base")
+    tool("upscale", "--hf-model", base, "--save", tmp_path / "up", "--policy", "interleave", "--num-blocks", 2, *MEMORY)
+    write_data(tmp_path)
     saved = tmp_path / "run"
     where = f"--data-path {tmp_path / 'data'} --pretrained-checkpoint {tmp_path / 'up'} --load {saved} --save {saved}"
-    first = train(RUN, where, "--train-iters 3", processes=2, timeout=300).check()
-    second = train(RUN, where, "--train-iters 5 --use-distributed-optimizer", processes=2, timeout=300).check()
+    tensor = "--tensor-model-parallel-size 2 --sequence-parallel"
+    first = train(RUN, where, tensor, "--train-iters 3", processes=2, timeout=300).check()
+    second = train(RUN, where, tensor, "--train-iters 5 --use-distributed-optimizer", processes=2, timeout=300).check()
     assert list(first.losses) == [1, 2, 3] and list(second.losses) == [4, 5]
 
     tool("convert", "--load", tmp_path / "up", "--save", tmp_path / "untrained", "--to", "hf")
@@ -45,3 +50,26 @@ def test_the_whole_way(tmp_path):
     torch.testing.assert_close(untrained, before, rtol=0, atol=1e-5)
     assert (trained - before).abs().max() > 0.01
     assert "5 iterations on 320 tokens" in (tmp_path / "trained/README.md").read_text()
+
+
+def test_the_whole_way_of_a_mixture_of_experts(tmp_path, capfd):
+    """Two processes share the experts of a Qwen3-MoE; its export is evaluated and writes text."""
+    base = write_base(tmp_path / "base", "qwen3_moe")
+    capfd.readouterr()
+    tool("upscale", "--hf-model", base, "--save", tmp_path / "up", "--num-blocks", 2, *MEMORY, "--verify")
+    assert "bit-equal yes" in capfd.readouterr().out
+    write_data(tmp_path)
+    where = f"--data-path {tmp_path / 'data'} --pretrained-checkpoint {tmp_path / 'up'} --save {tmp_path / 'run'}"
+    run = train(RUN, where, "--train-iters 3 --expert-model-parallel-size 2", processes=2, timeout=300).check()
+    assert "experts: 6 of 24 channels in each of 5 blocks, 3 per token, shared by 2 processes" in run.out
+    assert "routers: 5 routers are frozen: no gradient, no load-balancing loss" in run.out
+    tool("convert", "--load", tmp_path / "run", "--save", tmp_path / "trained", "--to", "hf", "--verify", "logits")
+    before, after = load_model(base), load_model(tmp_path / "trained")
+    assert (logits_of(after) - logits_of(before)).abs().max() > 0.01
+    # The first Memory block follows block 2: those before it are where they were, and as they were.
+    for number, source in ((0, 0), (1, 1)):
+        for name, tensor in before.model.layers[source].mlp.state_dict().items():
+            assert torch.equal(after.model.layers[number].mlp.state_dict()[name], tensor), name
+    (tmp_path / "text.jsonl").write_text('{"text": "a tiny text about tiny models, tokens and texts"}\n' * 9)
+    tool("evaluate", "--model", base, tmp_path / "trained", "--data", tmp_path / "text.jsonl", "--seq-length", 32)
+    tool("generate", "--model", tmp_path / "trained", "--prompt", "a tiny", "--generate-tokens", 5)

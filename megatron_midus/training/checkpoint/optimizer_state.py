@@ -36,8 +36,13 @@ def optimizer_metadata() -> dict[str, Any]:
 
 def stored_groups(common: dict[str, Any]) -> list[dict[str, Any]]:
     """The parameter groups of a checkpoint's common state, without parameters."""
+    return [group for part in _stored_parts(common) for group in part.get("optimizer", part)["param_groups"]]
+
+
+def _stored_parts(common: dict[str, Any]) -> list[dict[str, Any]]:
+    """One optimizer, or, where experts learn as well, theirs beside the others'."""
     stored = common["optimizer"]
-    return stored.get("optimizer", stored)["param_groups"]
+    return [stored[number] for number in sorted(stored)] if all(isinstance(key, int) for key in stored) else [stored]
 
 
 def load_optimizer_state(
@@ -51,7 +56,11 @@ def load_optimizer_state(
         model_state: the model's sharded state dict.
         optimizer: of the same parameters, in groups of the same ``lr_mult`` and ``wd_mult``.
     """
-    (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        _load_part(directory, common, model_state, part)
+
+
+def _load_part(directory: Path, common: dict[str, Any], model_state: dict[str, Any], part: MegatronOptimizer) -> None:
     wanted = part.sharded_state_dict(model_state, is_loading=True, metadata=optimizer_metadata())
     _find_master_weights(wanted, set(dist_checkpointing.load_tensors_metadata(str(directory))))
     # Under a name of its own, so that nothing of the other kind's common state is merged in.
@@ -62,8 +71,9 @@ def load_optimizer_state(
         loaded["param_state_sharding_type"] = optimizer_metadata()["distrib_optim_sharding_type"]
     else:
         _fill_groups(loaded.get("optimizer", loaded), groups, part)
-    if "grad_scaler" in common["optimizer"]:
-        loaded["grad_scaler"] = common["optimizer"]["grad_scaler"]
+    scaler = _stored_parts(common)[0].get("grad_scaler")
+    if scaler is not None:
+        loaded["grad_scaler"] = scaler
     part.load_state_dict(loaded)
 
 
@@ -84,8 +94,8 @@ def _find_master_weights(wanted: dict[str, Any], stored_keys: set[str]) -> None:
 
 def _groups_with_steps(common: dict[str, Any]) -> list[dict[str, Any]]:
     """The stored groups; an optimizer that counts steps per parameter stored one count for all beside them."""
-    stored = common["optimizer"]
-    step = stored.get("optimizer", stored).get("state", {}).get("common_step")
+    steps = [part.get("optimizer", part).get("state", {}).get("common_step") for part in _stored_parts(common)]
+    step = next((step for step in steps if step is not None), None)
     return [{**group, **({} if step is None else {"step": step})} for group in stored_groups(common)]
 
 
@@ -101,7 +111,11 @@ def _fill_groups(inner: dict[str, Any], groups: list[dict[str, Any]], part: Mega
 
 def _groups_of(part: MegatronOptimizer, common: dict[str, Any]) -> list[dict[str, Any]]:
     """For each group of ``part`` the stored one of the same parameters, marked as Megatron-Core will look for it."""
-    stored = {_identity(group): group for group in _groups_with_steps(common)}
+    # Experts are groups of their own only where ranks share them; with one rank for all they are among the others.
+    stored = {}
+    for group in _groups_with_steps(common):
+        stored[_identity({**group, "is_expert_parallel": not group["is_expert_parallel"]})] = group
+    stored |= {_identity(group): group for group in _groups_with_steps(common)}
     groups = []
     for ours in part.param_groups:
         state = {k: v for k, v in stored[_identity(ours)].items() if k not in param_group_identifier_keys}

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import DictSource, make_model
 
-from megatron_midus.conversion.families import from_hf_config
+from megatron_midus.conversion.families import FAMILIES, from_hf_config
 from megatron_midus.conversion.hf_io import (
     CastTensors,
     SafetensorsReader,
@@ -19,6 +19,7 @@ from megatron_midus.conversion.hf_io import (
     source_hash,
     write_safetensors,
 )
+from megatron_midus.conversion.stored import FUSED_EXPERTS
 from megatron_midus.upscaling import make_plan
 from megatron_midus.upscaling.tensors import model_shapes
 from megatron_midus.weight_files import INDEX_FILE
@@ -76,6 +77,34 @@ def test_reads_what_transformers_shards(tmp_path):
     config = from_hf_config(read_hf_config(tmp_path))
     reader = open_hf_weights(tmp_path, config, model_shapes(config, NONE))
     assert all(torch.equal(reader.read(name), model.state_dict()[name]) for name in reader.names())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_in_every_spelling(tmp_path, family):
+    """One by one as transformers writes them, fused as it holds them, and fused in files of ours: the same tensors."""
+    model = make_model(family)
+    model.save_pretrained(str(tmp_path))
+    config = from_hf_config(read_hf_config(tmp_path))
+    shapes = model_shapes(config, NONE)
+    one_by_one = open_hf_weights(tmp_path, config, shapes)
+    for name, rules in (("held", None), ("ours", FUSED_EXPERTS), ("theirs", FAMILIES[family].stored)):
+        directory = tmp_path / name
+        directory.mkdir()
+        if rules is None:
+            save_file({k: t.contiguous() for k, t in model.state_dict().items()}, directory / "model.safetensors")
+        else:
+            write_safetensors(one_by_one, directory, rules=rules, max_shard_size=30_000, workers=2)
+        reader = open_hf_weights(directory, config, shapes)
+        assert set(reader.names()) == set(shapes)
+        for tensor in shapes:
+            assert torch.equal(reader.read(tensor), one_by_one.read(tensor)), (name, tensor)
+    fused = model.state_dict()["model.layers.3.mlp.experts.gate_up_proj"]
+    width = config.moe_ffn_hidden_size
+    assert torch.equal(one_by_one.read("model.layers.3.mlp.experts.2.gate_proj.weight"), fused[2, :width])
+    assert torch.equal(one_by_one.read("model.layers.3.mlp.experts.2.up_proj.weight"), fused[2, width:])
+    shutil.copy(tmp_path / "config.json", tmp_path / "theirs")
+    again = type(model).from_pretrained(str(tmp_path / "theirs"))
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
 
 
 def test_hash_does_not_see_sharding_and_sees_all_else(tmp_path):

@@ -98,6 +98,7 @@ MODELS = {
     "tied": {"tie_word_embeddings": True},
     "bias": {"add_qkv_bias": True},
     "head norms": {"qk_layernorm": True},
+    "experts": {"num_moe_experts": 3, "moe_ffn_hidden_size": 11},
 }
 MEMORIES = {
     "hive": {},
