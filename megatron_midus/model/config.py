@@ -116,7 +116,8 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "kv_channels": model.kv_channels,
         "normalization": "RMSNorm",
         "layernorm_epsilon": model.norm_epsilon,
-        "qk_layernorm": model.qk_layernorm,
+        # Megatron sums the gradients of these norms over tensor-parallel ranks; one over all heads is split over them.
+        "qk_layernorm": model.qk_layernorm and not model.qk_norm_width,
         "add_bias_linear": False,
         "add_qkv_bias": model.add_qkv_bias,
         "gated_linear_unit": True,

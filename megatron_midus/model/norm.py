@@ -78,9 +78,12 @@ class HeadsNorm(RMSNorm):
     def _mean_square(self, wide: torch.Tensor) -> torch.Tensor:
         if self.tp_group.size() == 1:
             return super()._mean_square(wide)
-        squares = reduce_from_tensor_model_parallel_region(wide.pow(2).sum(-1, keepdim=True), group=self.tp_group)
+        # Flat: Megatron's all-reduce leaves a tensor that is not contiguous as it is, and says nothing; so would be the
+        # gradient, which has the strides of the attention's.
+        squares = reduce_from_tensor_model_parallel_region(wide.pow(2).sum(-1).flatten(), group=self.tp_group)
         # Every rank's channels depend on the sum, so its gradient is summed over the ranks as well.
-        return copy_to_tensor_model_parallel_region(squares, group=self.tp_group) / self.width
+        squares = copy_to_tensor_model_parallel_region(squares, group=self.tp_group)
+        return squares.view(*wide.shape[:-1], 1) / self.width
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The weight as a sharded tensor of its global shape."""

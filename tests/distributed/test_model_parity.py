@@ -48,6 +48,36 @@ SETTINGS = {
             "rotary_base": 500.0,
         }
     ),
+    "norms behind, over all heads, multipliers, biases": Setting(
+        steps=10,
+        memory={"memory_query_norm": "rms"},
+        model={
+            "norm_placement": "post",
+            "qk_layernorm": True,
+            "qk_norm_width": True,
+            "add_qkv_bias": True,
+            "add_output_bias": True,
+            "add_mlp_bias": True,
+            "embedding_multiplier": 3.5,
+            "attention_scale": 0.21,
+            "residual_multiplier": 0.37,
+            "logits_divisor": 2.5,
+        },
+    ),
+    "norms on both sides, layers that differ": Setting(
+        memory={"memory_query_norm": "rms"},
+        model={
+            "norm_placement": "both",
+            "zero_centered_norm": True,
+            "qk_layernorm": True,
+            "hidden_act": "gelu_tanh",
+            "rotary_percent": 0.75,
+            "rope_layers": (True, False, True, True, True, False),
+            "sliding_window": 5,
+            "sliding_layers": (True, True, False, True, False, False),
+            "local_rotary_base": 300.0,
+        },
+    ),
     "frozen base": Setting(train="inserted", distributed_optimizer=True),
     "frozen base, recompute": Setting(train="inserted", config={"recompute_granularity": "full"}),
     "frozen base, late blocks": Setting(train="inserted", insert_after=(2, 3)),
@@ -69,8 +99,9 @@ LAYOUTS = {
     "pp2 tp2 sp": Layout(pp=2, tp=2, sp=True),
     "tp4": Layout(tp=4),  # more ranks than query groups
 }
-CORE = ("hive", "block", "tied, bias, qk norm", "frozen base, late blocks")
-FAST = {"tp2": CORE, "pp2": CORE, "tp2 sp": tuple(SETTINGS)[:10]}
+FEATURES = ("norms behind, over all heads, multipliers, biases", "norms on both sides, layers that differ")
+CORE = ("hive", "block", "tied, bias, qk norm", "frozen base, late blocks", *FEATURES)
+FAST = {"tp2": CORE, "pp2": CORE, "tp2 sp": (*tuple(SETTINGS)[:10], *FEATURES)}
 # Four processes on two cores: what is split over more ranks than there are groups, and what meets a stage's boundary.
 FOUR_RANKS = {
     "tp4": ("hive", "full", "attention full", "concat", "tied, bias, qk norm", "frozen base"),
