@@ -77,7 +77,7 @@ def _typed() -> Iterable[str]:
         import readline  # noqa: F401
     while True:
         try:
-            yield input("> ")
+            yield input(">>> ")
         except EOFError:
             print()
             return

@@ -30,12 +30,20 @@ SETTINGS = {
 MODELS = {
     "hive": {},
     "dressed": {"memory_query_norm": "rms", "memory_query_temperature": True, "memory_output_projection": "linear"},
-    "full": {"memory_variant": "full", "memory_attention": "full", "memory_output_projection": "silu"},
-    "mixed": {"memory_output_projection": "attention", "memory_score_activation": "sigmoid"},
+    "full": {
+        "memory_variant": "full",
+        "memory_attention": "full",
+        "memory_output_projection": "silu",
+        "memory_query": "concat",
+    },
+    "mixed": {
+        "memory_query": "block",
+        "memory_attention": "full",
+        "memory_output_projection": "attention",
+        "memory_score_activation": "sigmoid",
+    },
     "block": {"memory_variant": "block", "memory_num_heads": 8},
     "token": {"memory_query": "token", "memory_attention": "none", "memory_domain_gate": True},
-    "concat": {"memory_query": "concat", "memory_attention": "full", "memory_output_projection": "silu"},
-    "block query": {"memory_query": "block", "memory_attention": "full"},
 }
 RANK, SCALE = 4, 2.0
 

@@ -106,9 +106,9 @@ def test_in_a_terminal(directory):
         encoding="utf8",
     )
     terminal.expect("Ctrl-C stops an answer")
-    terminal.expect("> ")
+    terminal.expect(">>> ")
     terminal.sendline("What is a list?")
-    terminal.expect("> ")
+    terminal.expect(">>> ")
     assert terminal.before.strip()
     terminal.sendintr()
     terminal.expect("/exit ends")

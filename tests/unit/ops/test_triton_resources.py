@@ -49,17 +49,16 @@ def test_committed_table_spills_nothing_but_what_is_stated():
         assert found["shared_bytes"] <= SHARED_LIMIT[name.split()[0]], name
 
 
-def test_kernels_compile_within_the_table():
-    found = kernel_resources("--check", str(TABLE), "--capability", "90", "--shapes", "1b-n512-k16")
+def test_kernels_compile_within_the_table_for_ampere():
+    found = kernel_resources("--check", str(TABLE), "--capability", "80", "--shapes", "1b-n512-k16")
     assert found.returncode == 0, found.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["90", "80"])
-def test_all_kernels_compile_within_the_table(capability):
-    found = kernel_resources("--check", str(TABLE), "--capability", capability)
+def test_all_kernels_compile_within_the_table():
+    found = kernel_resources("--check", str(TABLE), "--capability", "90")
     assert found.returncode == 0, found.stderr
-    names = {name for name in json.loads(TABLE.read_text()) if name.startswith(f"sm_{capability} ")}
+    names = {name for name in json.loads(TABLE.read_text()) if name.startswith("sm_90 ")}
     assert {" ".join(line.split()[:3]) for line in found.stdout.splitlines()} == names
 
 
