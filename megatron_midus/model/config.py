@@ -81,6 +81,10 @@ def make_transformer_config(
         model, expert_model_parallel_size, expert_tensor_parallel_size, tensor_parallel=tensor_model_parallel_size
     )
     _check_overrides(overrides)
+    if overrides.get("num_moe_experts", model.num_moe_experts) != model.num_moe_experts:
+        raise UserError(
+            f"num_moe_experts={overrides['num_moe_experts']} is not that of the model, which has {model.num_moe_experts}; leave it out"
+        )
     _check_interleaving(virtual_pipeline_model_parallel_size, overrides)
     dtype = torch.bfloat16 if bf16 else torch.float16 if overrides.get("fp16") else torch.float32
     parallel = {

@@ -25,7 +25,7 @@ CASES = [
     ({}, {}, {"window_attn_skip_freq": 2}, "depends on layer numbers"),
     ({}, {}, {"no_rope_freq": 4}, "depends on layer numbers"),
     ({}, {}, {"first_last_layers_bf16": True}, "depends on layer numbers"),
-    ({}, {}, {"num_moe_experts": 4}, "num_moe_experts=4 is not supported"),
+    ({}, {}, {"num_moe_experts": 4}, "num_moe_experts=4 is not that of the model, which has None; leave it out"),
     ({}, {}, {"hiden_dropout": 0.1}, "hiden_dropout is not a field of Megatron's TransformerConfig"),
     ({}, {}, {"recompute_method": "uniform"}, "belong to recompute_granularity=full"),
     ({}, {}, {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}, "needs Transformer Engine"),
