@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ from megatron_midus import platform
 from megatron_midus.benchmark.contenders import find_contenders
 from megatron_midus.benchmark.parity import Check, require_parity
 from megatron_midus.benchmark.settings import LayerSettings
-from megatron_midus.benchmark.shapes import Shape
+from megatron_midus.benchmark.shapes import MEMORY_SETTINGS, Shape
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.config.parallel import ParallelConfig
 from megatron_midus.training.build import initialize_model_parallel
@@ -25,8 +24,6 @@ POLICIES = {
     "watched": "interleave",
     "token": "interleave",
 }
-# Settings of Memory blocks beside their sizes.
-MEMORY_SETTINGS: dict[str, dict[str, Any]] = {"token": {"memory_query": "token", "memory_attention": "none"}}
 
 
 def start_process(device: str, seed: int) -> None:

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from megatron_midus.benchmark.models import MEMORY_SETTINGS
 from megatron_midus.benchmark.result import BenchmarkResult, Section, make_rows
 from megatron_midus.benchmark.settings import ServeSettings
-from megatron_midus.benchmark.shapes import Shape, find_shapes
+from megatron_midus.benchmark.shapes import MEMORY_SETTINGS, Shape, find_shapes
 from megatron_midus.errors import UserError
 from megatron_midus.hf import MidusConfig, MidusForCausalLM, register
 from megatron_midus.report.machine import machine_facts

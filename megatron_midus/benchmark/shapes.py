@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from megatron_midus.errors import UserError
 
+# Settings of Memory blocks beside their sizes, by the name of a contender.
+MEMORY_SETTINGS: dict[str, dict[str, Any]] = {"token": {"memory_query": "token", "memory_attention": "none"}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -42,16 +42,11 @@ class ServeConfig:
 
     Examples:
       midus serve midus_hf
-      midus serve midus_hf --port 8080 --name midus-1b --tensor-parallel-size 2 -- --enforce-eager
+      midus serve midus_hf --port 8080 --name midus-1b --tensor-parallel-size 2 --server-flags="--enforce-eager"
     """
 
     model: str = dataclasses.field(metadata={"metavar": "DIR", "positional": True})
     """Hugging Face directory of the model, or org/name[@revision] on the Hugging Face hub."""
-
-    arguments: list[str] = dataclasses.field(
-        default_factory=list, metadata={"metavar": "FLAG", "positional": True, "nargs": "*"}
-    )
-    """More flags of the server itself, behind --."""
 
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 for all of this machine's."""
@@ -73,6 +68,9 @@ class ServeConfig:
 
     tensor_parallel_size: int = 1
     """GPUs that share the model (vLLM)."""
+
+    server_flags: str = dataclasses.field(default="", metadata={"metavar": "'FLAG ...'"})
+    """More flags of the server itself, as a shell would read them; written with =, because they begin with dashes."""
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "port", "max_length", "tensor_parallel_size")

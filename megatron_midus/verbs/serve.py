@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def server_command(config: ServeConfig) -> list[str]:
         )
     is_midus = read_json_object(Path(directory) / "config.json").get("model_type") == "midus"
     words = (_vllm if _engine(config.engine) == "vllm" else _transformers)(config, directory, is_midus)
-    return [*words, *config.arguments]
+    return [*words, *shlex.split(config.server_flags)]
 
 
 def _engine(asked: str) -> str:

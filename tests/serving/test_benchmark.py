@@ -18,6 +18,6 @@ def test_serve(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     (section,) = json.loads((tmp_path / "serve.json").read_text())["sections"]
     rows = {row["name"]: row for row in section["rows"]}
-    assert set(rows) == {"base", "copied", "memory"}
+    assert set(rows) == {"base", "copied", "memory", "token"}
     assert {"copied (prefill)", "base (decode)"} <= set(rows["memory"]["ratios"])
     assert all(rate > 0 for row in rows.values() for rate in row["tokens_per_second"].values())

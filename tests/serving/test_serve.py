@@ -19,7 +19,7 @@ def served(exports, environment, tmp_path):
         port = free.getsockname()[1]
     program = [
         sys.executable, "-m", "megatron_midus", "serve", str(exports("hive")), "--name", "midus",
-        "--port", str(port), "--dtype", "float32", "--max-length", "256", "--", "--enforce-eager",
+        "--port", str(port), "--dtype", "float32", "--max-length", "256", "--server-flags=--enforce-eager",
     ]  # fmt: skip
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(program, env=environment(True), cwd=tmp_path, stdout=log, stderr=log)
