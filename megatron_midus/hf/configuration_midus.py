@@ -282,7 +282,8 @@ class MidusConfig(PretrainedConfig):
         self.residual_multiplier = residual_multiplier
         self.logits_scaling = logits_scaling
         self.rope_layers = rope_layers
-        self.layer_types = layer_types
+        if layer_types is not None:
+            self.layer_types = layer_types  # where there is none, transformers takes the attribute's absence for it
         self.local_rope_theta = local_rope_theta
         self.sliding_window = sliding_window
         self.num_experts = num_experts
@@ -359,11 +360,11 @@ class MidusConfig(PretrainedConfig):
     @property
     def is_mixed(self):
         """Whether some blocks slide and others do not."""
-        return self.layer_types is not None
+        return getattr(self, "layer_types", None) is not None
 
     def slides(self, block):
         """Whether the attention of block ``block`` has a window."""
-        if self.layer_types is None:
+        if not self.is_mixed:
             return self.sliding_window is not None
         return self.layer_types[block] == "sliding_attention"
 
@@ -468,13 +469,14 @@ class MidusConfig(PretrainedConfig):
                 "they must agree"
             )
         for name in ("rope_layers", "layer_types"):
-            layers = getattr(self, name)
+            layers = getattr(self, name, None)
             if layers is not None and len(layers) != self.num_hidden_layers:
                 raise ValueError(f"{name} names {len(layers)} blocks and num_hidden_layers={self.num_hidden_layers}; they must agree")  # fmt: skip
-        unknown = sorted(set(self.layer_types or ()) - set(LAYER_TYPES))
+        kinds = getattr(self, "layer_types", None) or ()
+        unknown = sorted(set(kinds) - set(LAYER_TYPES))
         if unknown:
             raise ValueError(f"layer_types has {unknown}; choose from {list(LAYER_TYPES)}")
-        if self.layer_types and "sliding_attention" in self.layer_types and self.sliding_window is None:
+        if "sliding_attention" in kinds and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention and sliding_window=None; give the window")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
