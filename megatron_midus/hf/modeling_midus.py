@@ -9,6 +9,7 @@ Shapes: B batch, S sequence, T = B * S tokens, H attention heads, M memory heads
 N sub-keys per half (N * N slots), K top-k, L latent, O = hidden size / H.
 """
 
+import functools
 import inspect
 import json
 import math
@@ -912,6 +913,7 @@ class MidusForCausalLM(MidusPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings):
         self.lm_head = new_embeddings
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate reads its signature
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         """As the base class; ``longrope`` computes a cache anew when the sequence outgrows the short factors."""
         rope, cache = self.config.rope_parameters, kwargs.get(CACHE_NAME)
