@@ -411,9 +411,9 @@ class MidusExpertsMLP(nn.Module):
 class MidusBlock(GradientCheckpointingLayer):
     """What Transformer and Memory blocks share: norms before and behind their branches, and how a branch is added."""
 
-    def __init__(self, config, num_norms):
-        super().__init__()
-        self.norms = NORMS[config.norm_placement][:num_norms]
+    def make_norms(self, config, places):
+        """Behind the branches, so that parameters stand in the order of a Llama's."""
+        self.norms = NORMS[config.norm_placement][:places]
         self.multiplier = config.residual_multiplier
         for name in filter(None, self.norms):
             setattr(self, name, make_norm(config, config.hidden_size))
@@ -431,9 +431,10 @@ class MidusDecoderLayer(MidusBlock):
     """A Transformer block."""
 
     def __init__(self, config, layer_idx, block=0):
-        super().__init__(config, num_norms=4)
+        super().__init__()
         self.self_attn = MidusAttention(config, layer_idx, True, block)
         self.mlp = MidusMLP(config) if config.num_experts is None else MidusExpertsMLP(config)
+        self.make_norms(config, 4)
 
     def forward(self, hidden_states, output_attentions=False, **kwargs):
         attended, weights = self.self_attn(self.normed(0, hidden_states), **kwargs)
@@ -627,11 +628,12 @@ class MidusMemoryLayer(MidusBlock):
     """
 
     def __init__(self, config, layer_idx, block=0):
-        super().__init__(config, num_norms=2)
+        super().__init__()
         # Not self_attn: patterns that shard or quantize the attention of a Llama must not match.
         if config.memory_attention != "none":
             self.mem_attn = MidusAttention(config, layer_idx, False, block)
         self.memory = MidusMemory(config)
+        self.make_norms(config, 2)
 
     def forward(self, hidden_states, output_attentions=False, **kwargs):
         normed = self.normed(0, hidden_states)
