@@ -376,7 +376,7 @@ WRONG = [
     (edit_config(num_hidden_layers=4), [], "unexpected tensors model.layers.4"),
     (edit_config(intermediate_size=90), [], r"has shape \[88, 48\]"),
     (edit_config(tie_word_embeddings=True), [], "tie_word_embeddings=true"),
-    (edit_config(attention_bias=True), [], "attention_bias=True"),
+    (edit_config(attention_bias=True), [], r"missing tensors model.layers.0.self_attn.\w_proj.bias"),
     (edit_config(hidden_size=47), [], "hidden_size=47 is not divisible by num_attention_heads=6"),
     (edit_config(head_dim=7), ["--memory-num-keys", "4", "--memory-topk", "2"], "an even number"),
     (None, ["--memory-topk", "65"], "memory_topk=65 is out of range; choose 1 to memory_num_keys=64"),
