@@ -71,3 +71,8 @@ def let_routers_run_without_transformer_engine() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def mlp_submodules(spec: Any) -> Any:
+    """The ``MLPSubmodules`` of a dense MLP's spec, which is a partial of a builder since 0.18."""
+    return spec.submodules if hasattr(spec, "submodules") else spec.keywords["submodules"]

@@ -88,6 +88,21 @@ def with_window(core_attention: type, window: int | None) -> type:
     return type(core_attention.__name__, (core_attention,), {"__init__": __init__})
 
 
+def with_own_norms(attention: type) -> type:
+    """``attention`` whose spec has norms of queries and keys although the model's config says that there are none.
+
+    Megatron-Core refuses that since 0.19. In the model's config they stay unsaid, because Megatron would sum the gradients
+    of these norms over tensor-parallel ranks.
+    """
+
+    def __init__(self: Any, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        config = copy.copy(config)
+        config.qk_layernorm = True
+        attention.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+
+    return type(attention.__name__, (attention,), {"__init__": __init__})
+
+
 def with_bias(linear: type, bias: bool) -> type:
     """A linear layer of Megatron with a bias, or without, whatever the model's config says."""
 

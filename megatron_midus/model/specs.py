@@ -23,10 +23,10 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.errors import UserError
-from megatron_midus.megatron_compat import let_routers_run_without_transformer_engine
+from megatron_midus.megatron_compat import let_routers_run_without_transformer_engine, mlp_submodules
 from megatron_midus.memory import HeadWiseMemory, ValuePlacement
 from megatron_midus.model.attention import SdpaAttention
-from megatron_midus.model.branch import BranchAddition, LayerAttention, Rope, with_bias, with_window
+from megatron_midus.model.branch import BranchAddition, LayerAttention, Rope, with_bias, with_own_norms, with_window
 from megatron_midus.model.layer import AttentionFree, AttentionFreeSubmodules, MemoryAttention, MIDUSMemoryLayer
 from megatron_midus.model.norm import HeadsNorm, RMSNorm
 from megatron_midus.platform import require_transformer_engine, transformer_engine_available
@@ -96,10 +96,11 @@ def get_midus_layer_spec(
         if model is not None and model.add_output_bias:
             output = with_bias(output, True)
         if model is not None and model.add_mlp_bias:
-            mlp.submodules.linear_fc1 = with_bias(mlp.submodules.linear_fc1, True)
-            mlp.submodules.linear_fc2 = with_bias(mlp.submodules.linear_fc2, True)
+            linears = mlp_submodules(mlp)
+            linears.linear_fc1 = with_bias(linears.linear_fc1, True)
+            linears.linear_fc2 = with_bias(linears.linear_fc2, True)
         if model is not None and not model.norm_before and fused:
-            mlp.submodules.linear_fc1 = backend.column_parallel_linear()
+            mlp_submodules(mlp).linear_fc1 = backend.column_parallel_linear()
         attention = _attention_spec(SelfAttention, backend, config, model, index, output, fused=fused)
         return _layer_spec(TransformerLayer, backend, config, model, attention, mlp, fused=fused)
     if memory is None:
@@ -170,6 +171,8 @@ def _attention_spec(
             rope: Rope = local if model.rotates(index) else "none"
             attention = _ROTATING[attention]
             params |= {"rope": rope, "has_local": model.local_rotary_base is not None}
+        if model.qk_layernorm and model.qk_norm_width:
+            attention = with_own_norms(attention)
     return ModuleSpec(
         attention,
         params=params,
