@@ -95,7 +95,8 @@ def test_upstreams_loop_trains_as_our_driver(first, ours):
     assert len(first.losses) == 4 and len(set(first.losses.values())) == 4
     # The last printed digit of a mean of two printed numbers.
     assert_printed_alike(first.losses, as_upstream_prints(ours.losses, range(1, 5)), rel=2e-7)
-    assert (first.losses[1], first.losses[4]) == (ours.losses[1], ours.losses[4])
+    # On some processors the two loops sum in another order: after three updates one unit of the last printed digit.
+    assert first.losses[1] == ours.losses[1]
     norms = [line["grad norm"] for line in ours.lines[:4]]
     assert [line["grad norm"] for line in first.lines] == norms
 
