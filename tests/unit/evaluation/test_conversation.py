@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -104,6 +105,8 @@ def test_in_a_terminal(directory):
         ["-m", "megatron_midus", "chat", str(directory), "--generate-tokens", "6"],
         timeout=120,
         encoding="utf8",
+        # A shell's background jobs ignore it, and their children with them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     terminal.expect("Ctrl-C stops an answer")
     terminal.expect(">>> ")
