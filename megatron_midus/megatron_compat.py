@@ -6,7 +6,7 @@ of a norm), whoever is called takes it, and nothing stands here.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,17 @@ def use_built_dataset_helpers() -> None:
 
     if not (Path(utils.__file__).parent / "Makefile").is_file():
         utils.compile_helpers = lambda: importlib.import_module("megatron.core.datasets.helpers_cpp")
+
+
+def let_upstream_start_without_nvcc() -> None:
+    """Lets ``megatron.training`` of 0.16 start where there is no CUDA toolkit: it asks nvcc for its version before kernels that
+    it does not have any more, and the run ends there. Nothing is replaced where there is a toolkit, or where nobody asks."""
+    from torch.utils import cpp_extension
+
+    if cpp_extension.CUDA_HOME is None and importlib.util.find_spec("megatron.legacy") is not None:
+        from megatron.legacy import fused_kernels
+
+        fused_kernels.load = lambda args: None
 
 
 def let_routers_run_without_transformer_engine() -> None:

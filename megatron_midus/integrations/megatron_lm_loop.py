@@ -22,7 +22,7 @@ from megatron.core.enums import ModelType
 from megatron_midus import platform
 from megatron_midus.data import needs_data
 from megatron_midus.integrations import megatron_lm
-from megatron_midus.megatron_compat import use_built_dataset_helpers
+from megatron_midus.megatron_compat import let_upstream_start_without_nvcc, use_built_dataset_helpers
 from megatron_midus.training.step import BatchShape, make_forward_step
 
 
@@ -32,6 +32,7 @@ def pretrain() -> None:
         pretend_cuda()
     megatron_lm.install_optimizer_overrides()
     use_built_dataset_helpers()
+    let_upstream_start_without_nvcc()
     try:
         _call_pretrain()
     finally:  # upstream leaves by sys.exit where a flag says when to
