@@ -2,7 +2,8 @@
 #   docker build -t megatron-midus .                 GPU: torch, Transformer Engine and apex come with NVIDIA's PyTorch image
 #   docker build --target cpu -t megatron-midus:cpu . CPU: the quickstart and the tests
 # Run:  docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/runs:/runs" megatron-midus torchrun --nproc-per-node 8 pretrain_midus.py --help
-ARG NGC_IMAGE=nvcr.io/nvidia/pytorch:25.09-py3
+# The base that Megatron-LM's own CI builds on (docker/.ngc_version.dev); 25.09-py3 is its long-term one.
+ARG NGC_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
 ARG PYTHON_IMAGE=python:3.11.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS cpu
