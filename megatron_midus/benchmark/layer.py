@@ -21,6 +21,7 @@ from megatron_midus.benchmark.settings import LayerSettings
 from megatron_midus.benchmark.shapes import Shape, find_shapes
 from megatron_midus.benchmark.timing import interleave
 from megatron_midus.benchmark.work import Work
+from megatron_midus.memory import MemoryRuntime
 from megatron_midus.model.builder import build_model, make_transformer_config
 from megatron_midus.report.machine import machine_facts
 from megatron_midus.upscaling.cost import block_flops
@@ -42,8 +43,7 @@ class Block:
             model=model,
             plan=plan,
             sequence_length=shape.seq_length,
-            memory_backend=settings.backend,
-            seed=settings.seed,
+            memory_runtime=MemoryRuntime(seed=settings.seed, backend=settings.backend),
         ).to(device)
         fill_values(gpt)
         self.rotary = gpt.rotary_pos_emb(shape.seq_length).detach()

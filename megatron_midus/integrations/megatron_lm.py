@@ -24,6 +24,7 @@ from megatron_midus.config.fields import field_docs
 from megatron_midus.config.model import MODEL_CONFIG_FILE
 from megatron_midus.config.optimizer import OptimizationConfig
 from megatron_midus.errors import UserError
+from megatron_midus.memory import MemoryRuntime
 from megatron_midus.model.builder import build_model, freeze
 from megatron_midus.model.config import check_transformer_config
 from megatron_midus.model.specs import get_midus_block_spec
@@ -286,8 +287,7 @@ def model_provider(
         sequence_length=arguments.seq_length,
         transformer_impl=arguments.transformer_impl,
         make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
-        memory_backend=arguments.memory_backend,
-        seed=arguments.seed,
+        memory_runtime=MemoryRuntime(seed=arguments.seed, backend=arguments.memory_backend),
         vp_stage=vp_stage,
         model_class=UpscaledGPTModel,
     )
@@ -340,8 +340,7 @@ class _BlockSpec(TransformerBlockSubmodules):
                 upscaled.plan,
                 _transformer_config(arguments, upscaled),
                 transformer_impl=arguments.transformer_impl,
-                memory_backend=arguments.memory_backend,
-                seed=arguments.seed,
+                runtime=MemoryRuntime(seed=arguments.seed, backend=arguments.memory_backend),
             )
         return self._made
 

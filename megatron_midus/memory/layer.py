@@ -6,7 +6,7 @@ memory head's query, O output channels of one head.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from megatron_midus.config.memory import MEASURED, STORED_NAMES
 from megatron_midus.errors import UserError
 from megatron_midus.memory.balance import BalanceLoss
 from megatron_midus.memory.latent import read_latent_bank
+from megatron_midus.memory.runtime import MemoryRuntime, ValuePlacement
 from megatron_midus.ops import (
     Observer,
     balance_loss,
@@ -41,8 +42,6 @@ from megatron_midus.ops import (
     unit_rms,
     weigh_slots,
 )
-
-ValuePlacement = Literal["replicated", "latent"]
 
 
 def partition_axis(name: str, memory: MemoryConfig, value_placement: ValuePlacement = "replicated") -> int | None:
@@ -70,13 +69,7 @@ class HeadWiseMemory(MegatronModule):
         tp_group: ranks over which the heads are split.
         memory: shape and variant.
         layer_index: 0-based position of the block, part of the seed of its initial values.
-        seed: of the initial values. They are slices of one global tensor, so the number of ranks does not change them.
-        backend: of ``megatron_midus.ops.head_wise_memory``.
-        value_placement: where the bank that the heads of hive and block share lies: whole on every rank, or split on
-            its columns. Checkpoints are the same.
-        deterministic: of ``megatron_midus.ops.head_wise_memory``.
-        values_main_grad: where Megatron's data parallelism keeps an fp32 gradient of the values, add to it directly.
-            Values that several ranks replicate keep their own gradient, which is summed over them.
+        runtime: operators, placement of the values, seed.
 
     Parameters and their global shapes are ``MemoryConfig.parameter_shapes``; each carries its name there as
     ``memory_parameter_kind``; ``is_memory_value`` says whether it is the value bank, ``is_measured`` whether training leaves
@@ -103,11 +96,7 @@ class HeadWiseMemory(MegatronModule):
         tp_group: torch.distributed.ProcessGroup,
         memory: MemoryConfig,
         layer_index: int,
-        seed: int = 0,
-        backend: str = "auto",
-        value_placement: ValuePlacement = "replicated",
-        deterministic: bool = True,
-        values_main_grad: bool = False,
+        runtime: MemoryRuntime | None = None,
         init_method: Any = None,
         bias: bool = False,
         input_is_parallel: bool = True,
@@ -121,16 +110,13 @@ class HeadWiseMemory(MegatronModule):
         assert output_size == config.hidden_size and input_is_parallel and not is_expert
         self.memory = memory
         self.layer_index = layer_index
-        self.seed = seed
-        self.backend = backend
-        self.deterministic = deterministic
-        self.values_main_grad = values_main_grad
+        self.runtime = runtime or MemoryRuntime()
         self.tp_group = tp_group
         self.normed: torch.Tensor | None = None
         self.residual: torch.Tensor | None = None
         self.observer: Observer | None = None
         self.balance_loss: BalanceLoss | None = None
-        is_split = value_placement == "latent" and memory.memory_variant != "full" and tp_group.size() > 1
+        is_split = self.runtime.value_placement == "latent" and memory.memory_variant != "full" and tp_group.size() > 1
         self.value_placement: ValuePlacement = "latent" if is_split else "replicated"
         self._check_heads()
         self.num_memory_heads = memory.num_memory_heads(config.num_attention_heads) // tp_group.size()  # M/p
@@ -172,7 +158,7 @@ class HeadWiseMemory(MegatronModule):
                 shape,
                 key_init=self.memory.memory_key_init,
                 query_scale=self.memory.memory_query_scale,
-                seed=self.seed,
+                seed=self.runtime.seed,
                 layer_index=self.layer_index,
                 dtype=config.params_dtype,
             )
@@ -339,8 +325,8 @@ class HeadWiseMemory(MegatronModule):
             topk=self.memory.memory_topk,
             variant=self.memory.memory_variant,
             score_activation=self.memory.memory_score_activation,
-            backend=self.backend,
-            deterministic=self.deterministic,
+            backend=self.runtime.backend,
+            deterministic=self.runtime.deterministic,
             values_main_grad=self._values_main_grad(),
             observer=observer,
         )
@@ -353,7 +339,7 @@ class HeadWiseMemory(MegatronModule):
             self.col_keys,
             topk=self.memory.memory_topk,
             score_activation=self.memory.memory_score_activation,
-            backend=self.backend,
+            backend=self.runtime.backend,
         )
         if observer is not None:
             observer(indices, weights.detach())
@@ -364,7 +350,7 @@ class HeadWiseMemory(MegatronModule):
             sum_heads=self.memory.memory_variant == "block",
             dtype=query.dtype,
             group=self.tp_group,
-            backend=self.backend,
+            backend=self.runtime.backend,
         )
         head_proj = self._parameters.get("head_proj")
         return found if head_proj is None else torch.einsum("thl,hlo->tho", found, head_proj)
@@ -372,7 +358,11 @@ class HeadWiseMemory(MegatronModule):
     def _values_main_grad(self) -> torch.Tensor | None:
         """Megatron's fp32 gradient of the values, when this pass is to add to it."""
         replicated = partition_axis("value_bank", self.memory) is None and self.tp_group.size() > 1
-        if not self.values_main_grad or replicated or not (torch.is_grad_enabled() and self.value_bank.requires_grad):
+        if (
+            not self.runtime.values_main_grad
+            or replicated
+            or not (torch.is_grad_enabled() and self.value_bank.requires_grad)
+        ):
             return None
         main_grad = getattr(self.value_bank, "main_grad", None)
         if main_grad is None or main_grad.dtype != torch.float32:

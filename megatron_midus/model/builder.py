@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_midus.config import ModelConfig, padded_vocab_size
 from megatron_midus.errors import UserError
-from megatron_midus.memory import ValuePlacement
+from megatron_midus.memory import MemoryRuntime
 from megatron_midus.model.config import make_transformer_config
 from megatron_midus.model.layer import layer_index
 from megatron_midus.model.rotary import ScaledRotaryEmbedding, attention_settings
@@ -34,11 +34,7 @@ def build_model(
     sequence_length: int,
     transformer_impl: TransformerImpl = "auto",
     make_vocab_size_divisible_by: int = 1,
-    memory_backend: str = "auto",
-    value_placement: ValuePlacement = "replicated",
-    memory_deterministic: bool = True,
-    memory_values_main_grad: bool = False,
-    seed: int = 0,
+    memory_runtime: MemoryRuntime | None = None,
     vp_stage: int | None = None,
     model_class: type[GPTModel] = GPTModel,
 ) -> GPTModel:
@@ -54,10 +50,7 @@ def build_model(
         sequence_length: longest training sequence, tokens.
         transformer_impl: ``local``, ``transformer_engine`` or ``auto``.
         make_vocab_size_divisible_by: rows of the embedding are padded to a multiple of this times the TP size.
-        memory_backend: of ``megatron_midus.ops.head_wise_memory``.
-        value_placement: ``replicated`` or ``latent``; weights in checkpoints are the same.
-        memory_deterministic, memory_values_main_grad: of ``megatron_midus.memory.HeadWiseMemory``.
-        seed: of the memories' initial values.
+        memory_runtime: of ``megatron_midus.memory.HeadWiseMemory``.
         vp_stage: which chunk, under the interleaved pipeline schedule.
         model_class: a subclass of ``GPTModel`` to build instead.
 
@@ -82,11 +75,7 @@ def build_model(
             config,
             model=model,
             transformer_impl=transformer_impl,
-            memory_backend=memory_backend,
-            value_placement=value_placement,
-            memory_deterministic=memory_deterministic,
-            memory_values_main_grad=memory_values_main_grad,
-            seed=seed,
+            runtime=memory_runtime,
             vp_stage=vp_stage,
         ),
         vocab_size=vocab_size,

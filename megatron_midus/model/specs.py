@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.errors import UserError
 from megatron_midus.megatron_compat import let_routers_run_without_transformer_engine, mlp_submodules
-from megatron_midus.memory import HeadWiseMemory, ValuePlacement
+from megatron_midus.memory import HeadWiseMemory, MemoryRuntime
 from megatron_midus.model.attention import SdpaAttention
 from megatron_midus.model.branch import BranchAddition, LayerAttention, Rope, with_bias, with_own_norms, with_window
 from megatron_midus.model.layer import AttentionFree, AttentionFreeSubmodules, MemoryAttention, MIDUSMemoryLayer
@@ -68,11 +68,7 @@ def get_midus_layer_spec(
     model: ModelConfig | None = None,
     memory: MemoryConfig | None = None,
     index: int = 0,
-    seed: int = 0,
-    memory_backend: str = "auto",
-    value_placement: ValuePlacement = "replicated",
-    memory_deterministic: bool = True,
-    memory_values_main_grad: bool = False,
+    runtime: MemoryRuntime | None = None,
     backend: BackendSpecProvider | None = None,
 ) -> ModuleSpec:
     """The spec of one decoder layer.
@@ -83,10 +79,7 @@ def get_midus_layer_spec(
         model: the up-scaled architecture, for what ``config`` does not say of its blocks; ``None`` = those of a Llama.
         memory: what the memory looks like; needed for kind ``memory``.
         index: 0-based position in the decoder, part of the seed of the memory's initial values.
-        seed: of the memory's initial values.
-        memory_backend: of ``megatron_midus.ops.head_wise_memory``.
-        value_placement: of ``megatron_midus.memory.HeadWiseMemory``.
-        memory_deterministic, memory_values_main_grad: of ``HeadWiseMemory``.
+        runtime: of ``megatron_midus.memory.HeadWiseMemory``.
         backend: which linear layers, norms and attention to use; ``get_backend()`` when absent.
     """
     backend = backend or get_backend()
@@ -105,16 +98,7 @@ def get_midus_layer_spec(
         return _layer_spec(TransformerLayer, backend, config, model, attention, mlp, fused=fused)
     if memory is None:
         raise UserError(f"block {index} is a Memory block; give its memory settings")
-    params = {
-        "memory": memory,
-        "layer_index": index,
-        "seed": seed,
-        "backend": memory_backend,
-        "value_placement": value_placement,
-        "deterministic": memory_deterministic,
-        "values_main_grad": memory_values_main_grad,
-    }
-    module = ModuleSpec(HeadWiseMemory, params=params)
+    module = ModuleSpec(HeadWiseMemory, params={"memory": memory, "layer_index": index, "runtime": runtime})
     if not memory.has_attention:
         attention = ModuleSpec(AttentionFree, submodules=AttentionFreeSubmodules(linear_proj=module))
         return _layer_spec(MIDUSMemoryLayer, backend, config, model, attention, None, fused=False)
@@ -230,11 +214,7 @@ def get_midus_block_spec(
     *,
     model: ModelConfig | None = None,
     transformer_impl: TransformerImpl = "auto",
-    memory_backend: str = "auto",
-    value_placement: ValuePlacement = "replicated",
-    memory_deterministic: bool = True,
-    memory_values_main_grad: bool = False,
-    seed: int = 0,
+    runtime: MemoryRuntime | None = None,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
     backend: BackendSpecProvider | None = None,
@@ -246,10 +226,7 @@ def get_midus_block_spec(
         config: of the model, ``config.num_layers`` equal to ``plan.num_layers``.
         model: of ``get_midus_layer_spec``.
         transformer_impl: see ``get_backend``; ``backend`` overrides it.
-        memory_backend: of ``megatron_midus.ops.head_wise_memory``.
-        value_placement: of ``megatron_midus.memory.HeadWiseMemory``.
-        memory_deterministic, memory_values_main_grad: of ``HeadWiseMemory``.
-        seed: of the memories' initial values.
+        runtime: of ``megatron_midus.memory.HeadWiseMemory``.
         vp_stage: virtual pipeline stage, when there are several on this rank.
         pp_rank: pipeline rank; of this process when absent.
     """
@@ -262,11 +239,7 @@ def get_midus_block_spec(
             model=model,
             memory=plan.memory,
             index=index,
-            seed=seed,
-            memory_backend=memory_backend,
-            value_placement=value_placement,
-            memory_deterministic=memory_deterministic,
-            memory_values_main_grad=memory_values_main_grad,
+            runtime=runtime,
             backend=backend,
         )
         for index in local_layer_indices(config, vp_stage=vp_stage, pp_rank=pp_rank)

@@ -24,7 +24,7 @@ from megatron_midus import data as midus_data
 from megatron_midus.config.data import DataConfig
 from megatron_midus.config.parallel import ParallelConfig
 from megatron_midus.data.tokenizer import Tokenizer
-from megatron_midus.memory import BalanceLoss
+from megatron_midus.memory import BalanceLoss, MemoryRuntime
 from megatron_midus.model.builder import build_model, freeze, let_gradients_through, unwrap
 from megatron_midus.model.checkpoint import load_adapters, load_weights
 from megatron_midus.model.config import make_transformer_config
@@ -119,6 +119,13 @@ def build_model_chunks(
     Weights are loaded before the optimizer copies them, so that its master weights need no second look.
     """
     stages = num_virtual_stages(arguments.parallel, architecture.plan.num_layers)
+    runtime = MemoryRuntime(
+        seed=arguments.training.seed,
+        backend=arguments.parallel.memory_backend,
+        value_placement=value_placement,
+        deterministic=arguments.parallel.memory_deterministic,
+        values_main_grad=arguments.parallel.memory_values_main_grad,
+    )
     chunks: list[torch.nn.Module] = []
     for vp_stage in [None] if stages is None else list(range(stages)):
         chunk = build_model(
@@ -128,11 +135,7 @@ def build_model_chunks(
             sequence_length=arguments.data.seq_length,
             transformer_impl=transformer_impl(arguments),
             make_vocab_size_divisible_by=arguments.compatibility.make_vocab_size_divisible_by,
-            memory_backend=arguments.parallel.memory_backend,
-            value_placement=value_placement,
-            memory_deterministic=arguments.parallel.memory_deterministic,
-            memory_values_main_grad=arguments.parallel.memory_values_main_grad,
-            seed=arguments.training.seed,
+            memory_runtime=runtime,
             vp_stage=vp_stage,
         )
         for parameter in chunk.parameters():

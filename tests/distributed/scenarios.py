@@ -20,6 +20,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.data import get_batch
+from megatron_midus.memory import MemoryRuntime
 from megatron_midus.model.builder import build_model, freeze, make_transformer_config
 from megatron_midus.model.checkpoint import load_weights, save_weights, sharded_state_dict
 from megatron_midus.training.replicas import check_replicas
@@ -127,7 +128,7 @@ def build(setting: Setting, layout: Layout) -> tuple[list[torch.nn.Module], Upsc
             plan=plan,
             sequence_length=SEQUENCE,
             transformer_impl=setting.transformer_impl,
-            value_placement=setting.value_placement,
+            memory_runtime=MemoryRuntime(value_placement=setting.value_placement),
             vp_stage=stage if layout.vpp else None,
         )
         for stage in range(layout.vpp or 1)

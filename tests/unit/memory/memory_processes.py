@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from scenarios import Layout, generator, initialize_parallel, model_config
 
 from megatron_midus.config import MemoryConfig
 from megatron_midus.config.memory import MEASURED
-from megatron_midus.memory import HeadWiseMemory
+from megatron_midus.memory import HeadWiseMemory, MemoryRuntime
 from megatron_midus.model.config import make_transformer_config
 from megatron_midus.ops import initialize_parameter
 from megatron_midus.upscaling import make_plan
@@ -38,8 +39,7 @@ def make_memory(
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         memory=memory,
         layer_index=LAYER,
-        seed=seed,
-        value_placement=placement,
+        runtime=MemoryRuntime(seed=seed, value_placement=placement),
     )
 
 
@@ -261,7 +261,7 @@ def build_error(settings: dict[str, Any], layout: Layout, placement: str = "repl
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             memory=memory,
             layer_index=0,
-            value_placement=placement,
+            runtime=MemoryRuntime(value_placement=placement),
         )
     except ValueError as error:
         return str(error)
@@ -272,7 +272,7 @@ def values_main_grad(settings: dict[str, Any], *, straight: bool) -> torch.Tenso
     """Megatron's fp32 gradient of the bank after two micro-batches, by Triton's kernels run as numpy."""
     os.environ["TRITON_INTERPRET"] = "1"  # triton is not imported yet
     module = make_memory(settings, Layout())
-    module.backend, module.values_main_grad = "triton", straight
+    module.runtime = replace(module.runtime, backend="triton", values_main_grad=straight)
     for name, parameter in module.named_parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator(name)))
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True)
