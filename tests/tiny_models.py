@@ -7,6 +7,13 @@ from pathlib import Path
 import torch
 import transformers
 
+from megatron_midus.conversion.directories import write_hf_directory
+from megatron_midus.conversion.families import from_hf_config
+from megatron_midus.conversion.hf_io import read_hf_config
+from megatron_midus.hf import CODE_FILES
+from megatron_midus.upscaling import UpscalePlan
+from megatron_midus.upscaling.tensors import model_shapes
+
 # Name of the argument of from_pretrained: transformers 4 knows the old one, 5 the new one.
 DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
 VOCAB = 263  # odd, and a little more than the tokenizer has
@@ -148,6 +155,22 @@ def write_base(directory: str | Path, family: str = "llama", *, dtype: torch.dty
     write_tokenizer(directory)
     (directory / "LICENSE").write_text("any use\n")
     (directory / "README.md").write_text("# the base's own card\n")
+    return directory
+
+
+def write_upscaled(directory: str | Path, base: str | Path, plan: UpscalePlan) -> Path:
+    """``base`` up-scaled by ``plan``, as an export. Every tensor is random, so that no term can be wrong unnoticed, and of
+    a size that keeps all blocks in play."""
+    directory, model = Path(directory), from_hf_config(read_hf_config(base))
+    generator = torch.Generator().manual_seed(8)
+    tensors = {}
+    for name, shape in model_shapes(model, plan).items():
+        vector = len(shape) == 1
+        scale = 0.3 if vector or ".memory." in name else shape[-1] ** -0.5
+        shift = 1.0 if vector and "norm" in name else 0.0
+        tensors[name] = torch.randn(shape, generator=generator) * scale + shift
+    directory.mkdir()
+    write_hf_directory(DictSource(tensors), directory, assets=base, model=model, plan=plan, code_files=CODE_FILES)
     return directory
 
 

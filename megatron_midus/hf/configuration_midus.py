@@ -352,6 +352,11 @@ class MidusConfig(PretrainedConfig):
         """Channels of a head that rotate, its first ones."""
         return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
 
+    @property
+    def logit_scale(self):
+        """What vLLM, which computes the logits itself, multiplies them by."""
+        return 1.0 / self.logits_scaling
+
     def to_dict(self):
         """As the base class; with rope_theta and rope_scaling for readers that know the names of transformers 4."""
         return {**super().to_dict(), "rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}

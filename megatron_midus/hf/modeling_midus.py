@@ -10,6 +10,7 @@ N sub-keys per half (N * N slots), K top-k, L latent, O = hidden size / H.
 """
 
 import functools
+import importlib
 import inspect
 import json
 import math
@@ -203,14 +204,19 @@ class MidusRotaryEmbedding(nn.Module):
         self.attention_factor = compute_attention_factor(config, self.rope)
         self.rope_type = self.rope["rope_type"]
         self.longest = config.max_position_embeddings  # that the frequencies are for
-        self.frequencies_on_cpu = compute_inverse_frequencies(config, rope=self.rope)
+        self.follows = self.rope_type in ("dynamic", "longrope")
+        seq_len = None
+        if self.follows and config._attn_implementation == "vllm":
+            # Requests of all lengths share a batch and keep their keys: one set of frequencies, as in vLLM's own models.
+            seq_len, self.follows = longest_request(), False
+        self.frequencies_on_cpu = compute_inverse_frequencies(config, seq_len, self.rope)
         self.frequencies = self.frequencies_on_cpu
 
     @torch.no_grad()
     def forward(self, hidden_states, position_ids):
-        if self.rope_type == "dynamic":
+        if self.follows and self.rope_type == "dynamic":
             self._follow(position_ids.max().cpu() + 1)
-        elif self.rope_type == "longrope":
+        elif self.follows:
             self._use(compute_inverse_frequencies(self.config, position_ids.max().cpu() + 1), self.longest)
         if self.frequencies.device != hidden_states.device:
             self.frequencies = self.frequencies_on_cpu.to(hidden_states.device)
@@ -234,6 +240,19 @@ class MidusRotaryEmbedding(nn.Module):
     def _use(self, frequencies, longest):
         self.frequencies_on_cpu = self.frequencies = frequencies
         self.longest = longest
+
+
+def longest_request():
+    """``[]``, tokens of the longest sequence that the engine of vLLM which is being built takes."""
+    settings = import_vllm("config").get_current_vllm_config()
+    return torch.tensor(settings.model_config.max_model_len, device="cpu")
+
+
+def import_vllm(module):
+    try:
+        return importlib.import_module(f"vllm.{module}")
+    except ImportError as error:
+        raise ImportError("attn_implementation='vllm' is for vLLM alone, which is not installed") from error
 
 
 def rotate_half(x):
@@ -461,10 +480,7 @@ class HeadShare:
         self.rank, self.ranks = 0, 1
         self.axes = {**self.AXES, "value_bank": 0} if config.memory_variant == "full" else self.AXES
         if config._attn_implementation == "vllm":
-            try:
-                from vllm import distributed
-            except ImportError as error:
-                raise ImportError("attn_implementation='vllm' is for vLLM alone, which is not installed") from error
+            distributed = import_vllm("distributed")
             self.rank = distributed.get_tensor_model_parallel_rank()
             self.ranks = distributed.get_tensor_model_parallel_world_size()
             self.reduce = distributed.tensor_model_parallel_all_reduce

@@ -4,15 +4,18 @@ that Megatron saves from there."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import multiprocessing
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import training_runs
 from launcher import launch
 from scenarios import Layout, initialize_parallel
-from tiny_models import FEATURED, VOCAB, DictSource, load_model, write_base
+from tiny_models import FEATURED, VOCAB, load_model, write_base, write_upscaled
+from training_runs import Run
 
 from megatron_midus.checkpoint.layout import iteration_directory
 from megatron_midus.config import MemoryConfig, ModelConfig
@@ -26,6 +29,8 @@ from megatron_midus.upscaling.initialize import UpscaledTensors
 from megatron_midus.upscaling.tensors import model_shapes
 
 SEQUENCE, BATCH, BASE_LAYERS = 20, 3, 5
+# The load-balancing loss of mixtures is of a micro-batch; a rate at which their routers do not change their minds.
+TRAINING = "--moe-aux-loss-coeff 0 --lr 1e-3"
 MEMORY = MemoryConfig(memory_num_keys=12, memory_topk=5, memory_latent_size=7)
 LAYOUTS = {
     "tp1": Layout(),
@@ -65,6 +70,12 @@ MODELS = {
 }
 EXPERTS = tuple(name for name in MODELS if name.startswith(("qwen3_moe", "mixtral")))
 FAMILIES = ("llama", "llama2", "llama3", "smollm", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", *FEATURED)
+# What stands for a family where it trains, and the layouts at which its losses are compared with one process's.
+TRAINED_AT = {
+    "tp2 sp": ("llama hive", "mistral window", "qwen2 bias", "qwen3 head norm", "qwen3_moe", "mixtral", *FEATURED),
+    "pp2": ("granite", "gemma3", "mixtral"),
+    "ep2": ("qwen3_moe", "mixtral"),
+}
 # Saving takes seconds each: a bias, head norms, tied and untied embeddings are among these.
 SAVED = ("llama hive", "qwen2 bias", "qwen3 head norm", "qwen3_moe", "mixtral solar")
 
@@ -143,18 +154,6 @@ def _gather_logits(output: torch.Tensor, non_loss_data: bool = False) -> torch.T
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
-def random_tensors(model: ModelConfig, plan: UpscalePlan) -> dict[str, torch.Tensor]:
-    """Every tensor random, so that no term can be wrong unnoticed; of a size that keeps all blocks in play."""
-    generator = torch.Generator().manual_seed(8)
-    tensors = {}
-    for name, shape in model_shapes(model, plan).items():
-        vector = len(shape) == 1
-        scale = 0.3 if vector or ".memory." in name else shape[-1] ** -0.5
-        shift = 1.0 if vector and "norm" in name else 0.0
-        tensors[name] = torch.randn(shape, generator=generator) * scale + shift
-    return tensors
-
-
 @dataclasses.dataclass
 class Case:
     """One up-scaled model in both formats.
@@ -185,10 +184,7 @@ def make_case(where: Path, family: str, tied: bool, memory: dict | str) -> Case:
     model = from_hf_config(read_hf_config(base))
     policy, settings = (memory, None) if isinstance(memory, str) else ("interleave", dataclasses.replace(MEMORY, **memory))  # fmt: skip
     plan = make_plan(policy, num_layers=BASE_LAYERS, num_blocks=3, memory=settings)
-    hf.mkdir()
-    write_hf_directory(
-        DictSource(random_tensors(model, plan)), hf, assets=base, model=model, plan=plan, code_files=CODE_FILES
-    )
+    write_upscaled(hf, base, plan)
     weights = open_hf_weights(hf, model, model_shapes(model, plan))
     write_megatron_checkpoint(weights, megatron, assets=base, model=model, plan=plan)
     loaded = load_model(hf)
@@ -244,6 +240,40 @@ def check_round_trip(case: Case, saved: str, again: Path) -> None:
         assert torch.equal(before.read(name), after.read(name)), name
     for path in case.hf.iterdir():
         assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+LAYOUT_FLAGS = {
+    "tp2 sp": "--tensor-model-parallel-size 2 --sequence-parallel",
+    "pp2": "--pipeline-model-parallel-size 2",
+    "ep2": "--expert-model-parallel-size 2",
+}
+
+
+@pytest.fixture(scope="module")
+def curves(models):
+    """``curves(layout)``: ``{name: [(iteration, loss, gradient norm)]}`` of every rank; of one process for ``"one"``."""
+
+    def train(layout):
+        names = TRAINED_AT.get(layout, TRAINED_AT["tp2 sp"])
+        runs = {name: Run(models[name].megatron, TRAINING, 4) for name in names}
+        processes = LAYOUTS[layout].world_size if layout in LAYOUTS else 1
+        return launch(training_runs.train_runs, processes, runs, f"--micro-batch-size 2 {LAYOUT_FLAGS.get(layout, '')}")
+
+    return functools.cache(train)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", TRAINED_AT)
+def test_every_family_trains_alike(curves, layout):
+    """Four steps of the driver from a converted checkpoint, everything trained."""
+    (expected,) = curves("one")
+    for rank in curves(layout):
+        for name, curve in rank.items():
+            if curve[0][1] is None:  # not the last stage
+                continue
+            wanted, found = (torch.tensor(x, dtype=torch.float64) for x in (expected[name], curve))
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+            assert abs(wanted[3, 1] - wanted[0, 1]) > 1e-3, f"{name} does not learn"
 
 
 @pytest.mark.parametrize("layout", ["pp2 tp2 sp"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving_models import MODELS, ROOT, SETTINGS, VOCAB, generate, load
+from serving_models import FAMILIES, MODELS, ROOT, SETTINGS, VOCAB, generate, load, write_family
 
 # These tests have an environment of their own, which tests/serving/run.sh makes.
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
@@ -30,6 +30,8 @@ def exports(tmp_path_factory):
     root = tmp_path_factory.mktemp("exports")
 
     def make(name):
+        if name in FAMILIES and not (root / name).exists():
+            write_family(root / name, name)
         if not (root / name).exists():
             torch.manual_seed(3)
             model = MidusForCausalLM(MidusConfig(**{**SETTINGS, **MODELS[name]}))
@@ -51,10 +53,11 @@ def expected(exports, prompts):
     """``expected(name)``: what transformers makes of every prompt, in the form of engine.py's results."""
     found = {}
 
-    def ask(name, change=None):
-        key = (name, change)
+    def ask(name, change=None, chosen=prompts):
+        key = (name, change, len(chosen))
         if key not in found:
-            found[key] = [generate(load(exports(name), change), prompt) for prompt in prompts]
+            model = load(exports(name), change)
+            found[key] = [generate(model, prompt) for prompt in chosen]
         return found[key]
 
     return ask

@@ -45,7 +45,62 @@ MODELS = {
     "block": {"memory_variant": "block", "memory_num_heads": 8},
     "token": {"memory_query": "token", "memory_attention": "none", "memory_domain_gate": True},
 }
+# Families of bases, and whether the plugin serves them here or the export's own code.
+FAMILIES = {
+    "llama": False,
+    "mistral": False,
+    "qwen2": False,
+    "qwen3": True,
+    "phi3": False,
+    "smollm3": False,
+    "olmo2": True,
+    "olmo3": False,
+    "mixtral": False,
+    "granite": True,
+    "gemma3": True,
+    "qwen3_moe": True,
+}
+# What they need beside the sizes that vLLM's attention can have: of some, a head has hidden size / heads channels.
+_WIDE = {"hidden_size": 128, "head_dim": None}
+_CHANGES = {
+    "qwen2": _WIDE,
+    "granite": _WIDE,
+    "olmo2": _WIDE,
+    "olmo3": _WIDE,
+    "phi3": {
+        **_WIDE,
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 5000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1 + 0.02 * channel for channel in range(12)],
+            "long_factor": [1 + 0.4 * channel for channel in range(12)],
+        },
+    },
+}
 RANK, SCALE = 4, 2.0
+
+
+def write_family(directory, family):
+    """An export of a tiny base of ``family`` with Memory blocks between its layers, every tensor random."""
+    from tiny_models import write_base, write_upscaled
+
+    from megatron_midus.config import MemoryConfig
+    from megatron_midus.upscaling import make_plan
+
+    changes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    }
+    changes |= {"vocab_size": VOCAB, "max_position_embeddings": 256, **_CHANGES.get(family, {})}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    base = write_base(directory.with_name(f"{family}_base"), family, **changes)
+    memory = MemoryConfig(memory_num_keys=12, memory_topk=5, memory_latent_size=7, memory_query_norm="rms")
+    return write_upscaled(directory, base, make_plan("interleave", num_layers=3, num_blocks=2, memory=memory))
 
 
 def load(directory, change=None, dtype=torch.float32):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from serving_models import BLOCKS, MODELS, RANK, ROOT, SCALE, SETTINGS, generate, load
+from serving_models import BLOCKS, FAMILIES, MODELS, RANK, ROOT, SCALE, SETTINGS, generate, load
 
 # fp32: the same sums in another order; logits of order 1 to 10
 TOLERANCE = 1e-4
@@ -16,8 +16,8 @@ def job(model, *rounds, adapter=None, **options):
     return {"model": model, "rounds": rounds, "adapter": adapter, "options": options}
 
 
-def check(found, expected):
-    assert len({token for one in expected for token in one["tokens"]}) > 20  # it says something
+def check(found, expected, least=20):
+    assert len({token for one in expected for token in one["tokens"]}) > least  # it says something
     assert [one["tokens"] for one in found] == [one["tokens"] for one in expected]
     for ours, theirs in zip(found, expected):
         assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=TOLERANCE)
@@ -73,6 +73,24 @@ def test_the_plugin_serves_every_export_and_adapters(ask, exports, expected, pro
     check(before, expected("hive"))
     check(adapted, expected("hive", merge_adapter))
     assert [one["tokens"] for one in adapted] != [one["tokens"] for one in hive]
+
+
+@pytest.mark.parametrize("package", [False, True])
+def test_every_family(ask, exports, expected, prompts, package):
+    """Windows, norms, multipliers, partial and scaled rotary embeddings, experts."""
+    names, chosen = (
+        [name for name, by_plugin in FAMILIES.items() if by_plugin == package],
+        [prompts[3], prompts[3][:90]],
+    )
+    mixed = [[prompts[2], prompts[3]], [prompts[2]]]
+    jobs = [
+        job(exports(name), chosen, *(mixed if name == "phi3" else []), trust_remote_code=not package) for name in names
+    ]
+    for name, (found, *others) in zip(names, ask(jobs, package=package)):
+        check(found, expected(name, None, chosen), least=9)
+        if others:  # a rotary embedding that followed the longest sequence of a batch would change the others
+            beside, alone = others
+            check(beside, [*alone, found[0]], least=9)
 
 
 def make_old(export, directory):
