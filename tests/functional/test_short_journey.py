@@ -52,24 +52,38 @@ def test_the_whole_way(tmp_path):
     assert "5 iterations on 320 tokens" in (tmp_path / "trained/README.md").read_text()
 
 
-def test_the_whole_way_of_a_mixture_of_experts(tmp_path, capfd):
-    """Two processes share the experts of a Qwen3-MoE; its export is evaluated and writes text."""
-    base = write_base(tmp_path / "base", "qwen3_moe")
-    capfd.readouterr()
+def whole_way(tmp_path, family: str, layout: str):
+    """Base, up-scaled model, three steps on two ranks, export, evaluation, text: ``(what training printed, base, trained)``."""
+    base = write_base(tmp_path / "base", family)
     tool("upscale", "--hf-model", base, "--save", tmp_path / "up", "--num-blocks", 2, *MEMORY, "--verify")
-    assert "bit-equal yes" in capfd.readouterr().out
     write_data(tmp_path)
     where = f"--data-path {tmp_path / 'data'} --pretrained-checkpoint {tmp_path / 'up'} --save {tmp_path / 'run'}"
-    run = train(RUN, where, "--train-iters 3 --expert-model-parallel-size 2", processes=2, timeout=300).check()
-    assert "experts: 6 of 24 channels in each of 5 blocks, 3 per token, shared by 2 processes" in run.out
-    assert "routers: 5 routers are frozen: no gradient, no load-balancing loss" in run.out
+    run = train(RUN, where, f"--train-iters 3 {layout}", processes=2, timeout=300).check()
     tool("convert", "--load", tmp_path / "run", "--save", tmp_path / "trained", "--to", "hf", "--verify", "logits")
     before, after = load_model(base), load_model(tmp_path / "trained")
     assert (logits_of(after) - logits_of(before)).abs().max() > 0.01
+    (tmp_path / "text.jsonl").write_text('{"text": "a tiny text about tiny models, tokens and texts"}\n' * 9)
+    tool("evaluate", "--model", base, tmp_path / "trained", "--data", tmp_path / "text.jsonl", "--seq-length", 32)
+    tool("generate", "--model", tmp_path / "trained", "--prompt", "a tiny", "--generate-tokens", 5)
+    return run.out, before, after
+
+
+def test_the_whole_way_of_a_mixture_of_experts(tmp_path, capfd):
+    """Two processes share the experts of a Qwen3-MoE."""
+    out, before, after = whole_way(tmp_path, "qwen3_moe", "--expert-model-parallel-size 2")
+    assert "bit-equal yes" in capfd.readouterr().out
+    assert "experts: 6 of 24 channels in each of 5 blocks, 3 per token, shared by 2 processes" in out
+    assert "routers: 5 routers are frozen: no gradient, no load-balancing loss" in out
     # The first Memory block follows block 2: those before it are where they were, and as they were.
     for number, source in ((0, 0), (1, 1)):
         for name, tensor in before.model.layers[source].mlp.state_dict().items():
             assert torch.equal(after.model.layers[number].mlp.state_dict()[name], tensor), name
-    (tmp_path / "text.jsonl").write_text('{"text": "a tiny text about tiny models, tokens and texts"}\n' * 9)
-    tool("evaluate", "--model", base, tmp_path / "trained", "--data", tmp_path / "text.jsonl", "--seq-length", 32)
-    tool("generate", "--model", tmp_path / "trained", "--prompt", "a tiny", "--generate-tokens", 5)
+
+
+def test_the_whole_way_of_gemma_3(tmp_path, capfd):
+    """Norms on both sides of a branch, windows in most layers, two rotary embeddings, on two tensor-parallel ranks."""
+    layout = "--tensor-model-parallel-size 2 --sequence-parallel"
+    _, before, after = whole_way(tmp_path, "gemma3", layout)
+    assert "bit-equal yes" in capfd.readouterr().out
+    kinds = [after.config.layer_types[index] for index, kind in enumerate(after.config.block_types) if kind != "memory"]
+    assert kinds == before.config.layer_types
