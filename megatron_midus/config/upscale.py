@@ -33,7 +33,12 @@ class PolicyConfig:
     """Blocks to insert, spread evenly by the policy."""
 
     insert_after: list[int] | None = dataclasses.field(default=None, metadata={"metavar": "LAYER"})
-    """0-based layers of the base after which a block is inserted, instead of --num-blocks."""
+    """0-based layers of the base after which a block is inserted, instead of --num-blocks. Of a MIDUS model they count all
+    blocks, Memory blocks as well."""
+
+    train_earlier_memory: bool = False
+    """Of a MIDUS model that is up-scaled again: --train inserted will train the Memory blocks that it has already beside the
+    new ones, instead of the new ones alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +74,8 @@ class UpscaleConfig:
     """
 
     hf_model: str = dataclasses.field(metadata={"metavar": "DIR"})
-    """Base model: a directory with config.json, safetensors, tokenizer; or org/name[@revision] on the Hugging Face hub, fetched once."""
+    """Base model: a directory with config.json, safetensors, tokenizer; or org/name[@revision] on the Hugging Face hub, fetched
+    once. An export of a MIDUS model keeps its Memory blocks."""
 
     save: str | None = dataclasses.field(default=None, metadata={"metavar": "DIR"})
     """Output directory; made whole or not at all. Not needed with --dry-run."""

@@ -13,7 +13,6 @@ from megatron_midus.json_files import read_json_object
 from megatron_midus.report.table import markdown_table, text_cells
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.cost import total_parameters, trainable_parameters
-from megatron_midus.upscaling.policies import none
 
 _CITATION = """```bibtex
 @article{kim2025midus,
@@ -89,13 +88,26 @@ def _origin(plan: UpscalePlan, base: str, training: TrainingRecord) -> str:
     )
     identity = " Before training it computes the same function as its base." if plan.is_identity else ""
     source = f" SHA-256 of the base's weights: `{plan.source_hash}`." if plan.source_hash else ""
-    return f"Made of {base} with the policy `{plan.policy}` of megatron-midus and {trained}.{identity}{source}"
+    made = f"Made of {base} with the policy `{plan.policy}` of megatron-midus and {trained}.{identity}{source}"
+    return " ".join([made, *_earlier(plan)])
+
+
+def _earlier(plan: UpscalePlan) -> Iterator[str]:
+    """A sentence for every up-scaling before this one, the last of them first."""
+    while plan.base is not None:
+        name, plan = plan.source_name or "The base", plan.base
+        yield (
+            f"{name} has {plan.num_layers} blocks, made of the {plan.num_base_layers} of {plan.source_name or 'its base'} with the "
+            f"policy `{plan.policy}`."
+        )
 
 
 def _layer_rows(plan: UpscalePlan) -> list[str]:
     rows = [f"- policy: `{plan.policy}`", f"- inserted blocks: {_list(plan.inserted_indices)}"]
     if plan.memory is not None:
         rows.append(f"- Memory blocks: {_list(plan.memory_indices)}")
+        if plan.base is not None:
+            rows.append(f"- of these the base has already: {_list(plan.kept_memory_indices)}")
         rows += [f"- {name}: `{value}`" for name, value in plan.memory.to_dict().items() if value is not None]
     rows += [f"- {note}" for note in plan.notes]
     return [*rows, "", "The whole plan is in `midus_plan.json`; layers count from 0."]
@@ -107,7 +119,7 @@ def _list(indices: tuple[int, ...]) -> str:
 
 def _size_rows(model: ModelConfig, plan: UpscalePlan, dtype: str, training: TrainingRecord) -> list[str]:
     total = total_parameters(model, plan)
-    base = total_parameters(model, none(num_layers=plan.num_base_layers))
+    base = total_parameters(model, plan.base_plan)
     trained = []
     what = {
         "inserted": "the inserted blocks, the base frozen",

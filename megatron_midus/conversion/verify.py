@@ -60,6 +60,9 @@ def load_fp32(directory: str | Path) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         str(directory), config=config, local_files_only=True, **{dtype_argument(): torch.float32}
     )
+    # Mapped files leave tensors where they lie in them, and products of matrices round by how those are aligned.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     return model.eval()
 
 

@@ -49,7 +49,7 @@ class Workload:
 
     def trained(self, plan: UpscalePlan) -> list[bool]:
         """Which blocks learn."""
-        return [self.train == "all" or block.inserted for block in plan.blocks]
+        return [block.learns(self.train) for block in plan.blocks]
 
     def gradient(self, plan: UpscalePlan, layout: ParallelLayout) -> list[Literal["none", "starts", "passes"]]:
         """What the backward pass does in each block: nothing, begins there, or goes through to the one below.

@@ -151,7 +151,9 @@ def build_model_chunks(
     coeff = arguments.memory_telemetry.memory_balance_loss_coeff
     if coeff:
         for layer in memory_layers(chunks):
-            layer.self_attention.linear_proj.balance_loss = BalanceLoss(coeff, get_num_microbatches)
+            # Of a frozen block it would be a goal for the blocks before it alone.
+            if any(parameter.requires_grad for parameter in layer.parameters()):
+                layer.self_attention.linear_proj.balance_loss = BalanceLoss(coeff, get_num_microbatches)
     return chunks
 
 

@@ -191,9 +191,9 @@ def check_memory_settings(arguments: Arguments, plan: UpscalePlan) -> None:
                 "--train lora trains no memory values; leave --memory-update-slots and --value-optimizer out"
             )
         interval = arguments.memory_telemetry.memory_revive_interval
-        if interval and arguments.training.train == "values":
+        if interval and arguments.training.train in ("values", "lora"):
             raise UserError(
-                f"memory_revive_interval={interval} moves keys, which --train values freezes; leave one out"
+                f"memory_revive_interval={interval} moves keys, which --train {arguments.training.train} freezes; leave one out"
             )
         return
     for group, name in (

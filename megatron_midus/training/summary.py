@@ -80,12 +80,13 @@ def describe_blocks(architecture: Architecture) -> str:
     """``6 base, 3 memory after 1, 3, 5`` …: kinds, counts and where the inserted ones are."""
     plan = architecture.plan
     inserted = plan.inserted_indices
-    kept = plan.num_layers - len(inserted)
+    memories = sum(not plan.blocks[i].inserted for i in plan.kept_memory_indices)
+    kept = f"{plan.num_layers - len(inserted)} base" + (f" ({memories} of them memory)" if memories else "")
     if not inserted:
-        return f"{kept} base"
+        return kept
     kinds = sorted({plan.blocks[i].kind for i in inserted} - {"keep"}) or ["trained"]
     positions = ", ".join(map(str, inserted))
-    return f"{kept} base, {len(inserted)} {'/'.join(kinds)} at {positions}"
+    return f"{kept}, {len(inserted)} {'/'.join(kinds)} at {positions}"
 
 
 def describe_groups(optimizer: MegatronOptimizer) -> str:

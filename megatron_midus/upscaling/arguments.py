@@ -9,17 +9,21 @@ from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.config.memory import PRESETS
 from megatron_midus.config.upscale import PolicyConfig
 from megatron_midus.errors import UserError
+from megatron_midus.upscaling.growth import grow, grown_memory
 from megatron_midus.upscaling.plan import UpscalePlan
 from megatron_midus.upscaling.policies import canonical_policy, make_plan
 
 
-def plan_from_config(blocks: PolicyConfig, memory: Mapping[str, Any], model: ModelConfig) -> UpscalePlan:
+def plan_from_config(
+    blocks: PolicyConfig, memory: Mapping[str, Any], model: ModelConfig, base: UpscalePlan | None = None
+) -> UpscalePlan:
     """The plan for a model.
 
     Args:
         blocks: policy, number and place.
         memory: fields of ``MemoryConfig`` that were given.
         model: the base.
+        base: its plan, where it is a MIDUS model.
 
     Raises:
         UserError: settings that do not fit the model or the policy.
@@ -30,13 +34,23 @@ def plan_from_config(blocks: PolicyConfig, memory: Mapping[str, Any], model: Mod
             f"policy {policy} aligns the channels of one MLP and has no rule for {model.num_moe_experts} experts; "
             "choose interleave, llama_pro or average"
         )
-    plan = make_plan(
-        policy,
-        num_layers=model.num_layers,
-        num_blocks=blocks.num_blocks,
-        insert_after=blocks.insert_after,
-        memory=_memory_config(policy, memory, blocks.preset),
-    )
+    where: dict[str, Any] = {"num_blocks": blocks.num_blocks, "insert_after": blocks.insert_after}
+    if base is not None and base.memory is not None:
+        stored = base.memory
+        if policy != "interleave":
+            _memory_config(policy, memory, blocks.preset)
+        return grow(
+            policy,
+            base,
+            memory=grown_memory(stored, memory, blocks.preset),
+            train_earlier_memory=blocks.train_earlier_memory,
+            **where,
+        )
+    if blocks.train_earlier_memory:
+        raise UserError(
+            "--train-earlier-memory is about the Memory blocks of a MIDUS model, and this one has none; leave it out"
+        )
+    plan = make_plan(policy, num_layers=model.num_layers, memory=_memory_config(policy, memory, blocks.preset), **where)
     if plan.memory is not None:
         plan.memory.check_model(
             hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads, kv_channels=model.kv_channels

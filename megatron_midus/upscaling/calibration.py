@@ -81,10 +81,10 @@ def collect_queries(model: Any, sequences: Sequence[torch.Tensor]) -> dict[int, 
 
 
 def keys_from_queries(queries: dict[int, torch.Tensor], plan: UpscalePlan) -> dict[str, torch.Tensor]:
-    """Canonical name -> sub-keys ``[M, n, D/2]`` for every Memory block of the plan."""
+    """Canonical name -> sub-keys ``[M, n, D/2]`` for every new Memory block of the plan."""
     assert plan.memory is not None
     keys = {}
-    for index in plan.memory_indices:
+    for index in plan.new_memory_indices:
         rows, cols = calibrated_keys(
             queries[index],
             num_keys=plan.memory.memory_num_keys,

@@ -8,7 +8,7 @@ from typing import Literal
 
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.memory import MEASURED
-from megatron_midus.upscaling.plan import Block, UpscalePlan
+from megatron_midus.upscaling.plan import UpscalePlan
 from megatron_midus.upscaling.tensors import block_shapes, memory_shapes, model_shapes
 
 Train = Literal["inserted", "all", "lora", "values"]
@@ -45,7 +45,8 @@ def trainable_parameters(model: ModelConfig, plan: UpscalePlan, train: Train, *,
         return _lora_parameters(model, plan, lora_rank)
     if train == "values":
         return len(plan.memory_indices) * math.prod(_memory_shapes(model, plan)["value_bank"])
-    measured = len(plan.memory_indices) * _measured_parameters(model, plan)
+    learning = sum(block.learns(train) for block in plan.blocks if block.kind == "memory")
+    measured = learning * _measured_parameters(model, plan)
     if train == "all":
         return total_parameters(model, plan) - measured
     counts = block_parameters(model, plan)
@@ -170,15 +171,14 @@ def flops_per_token(
         blocks = [block_flops(model, plan, index, seq_length) for index in range(plan.num_layers)]
         total += sum(block.weights + 2.0 * block.activations for block in blocks)
         return total + 2.0 * model.hidden_size * model.vocab_size + 6.0 * _lora_parameters(model, plan, lora_rank)
-    if not plan.inserted_indices:
+    learning = [index for index, block in enumerate(plan.blocks) if block.learns(train)]
+    if not learning:
         return total
-    for index in range(plan.inserted_indices[0], plan.num_layers):
+    for index in range(learning[0], plan.num_layers):
         block = block_flops(model, plan, index, seq_length)
         total += block.weights + 2.0 * block.activations
-        if plan.blocks[index].inserted and train == "inserted":
-            total += block.weights
-        elif plan.blocks[index].kind == "memory":
-            total += _value_flops(model, plan)
+        if index in learning:
+            total += block.weights if train == "inserted" else _value_flops(model, plan)
     return total + 2.0 * model.hidden_size * model.vocab_size
 
 
@@ -234,7 +234,7 @@ def cost_of(model: ModelConfig, plan: UpscalePlan, *, seq_length: int, dtype: st
         seq_length: tokens of a sequence, for the attention's share of the FLOPs.
         dtype: ``float32``, ``bfloat16`` or ``float16``: of weights and key/value cache.
     """
-    base = dataclasses.replace(plan, blocks=_base_blocks(plan), memory=None)
+    base = plan.base_plan
     parameters = total_parameters(model, plan)
     return Cost(
         seq_length=seq_length,
@@ -253,8 +253,3 @@ def cost_of(model: ModelConfig, plan: UpscalePlan, *, seq_length: int, dtype: st
         training_bytes_inserted=training_bytes(model, plan, dtype, train="inserted"),
         training_bytes_all=training_bytes(model, plan, dtype, train="all"),
     )
-
-
-def _base_blocks(plan: UpscalePlan) -> tuple[Block, ...]:
-    """The blocks of the base alone."""
-    return tuple(Block.keep(index) for index in range(plan.num_base_layers))

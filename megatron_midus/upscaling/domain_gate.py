@@ -109,10 +109,10 @@ def _accuracy(rows: torch.Tensor, label: float, weight: torch.Tensor, bias: torc
 def gate_tensors(
     new: dict[int, torch.Tensor], old: dict[int, torch.Tensor], plan: UpscalePlan
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Canonical name -> tensor of every Memory block's gate, and the gates' accuracies in the order of the blocks."""
+    """Canonical name -> tensor of every new Memory block's gate, and the gates' accuracies in the order of the blocks."""
     tensors: dict[str, torch.Tensor] = {}
     accuracies = []
-    for index in plan.memory_indices:
+    for index in plan.new_memory_indices:
         gate = fit_domain_gate(new[index], old[index])
         tensors[layer_name(index, "memory.domain_gate")] = gate.weight
         tensors[layer_name(index, "memory.domain_gate_bias")] = gate.bias

@@ -86,8 +86,8 @@ class UpscaledTensors:
         index, suffix = split_name(name)
         if index is None:
             return self._base.dtype(name)
-        source = self._plan.blocks[index].source[0]
-        return self._base.dtype(layer_name(source, _base_suffix(suffix)))
+        block = self._plan.blocks[index]
+        return self._base.dtype(layer_name(block.source[0], suffix if block.is_kept else _base_suffix(suffix)))
 
     def read(self, name: str) -> torch.Tensor:
         index, suffix = split_name(name)
@@ -109,7 +109,7 @@ class UpscaledTensors:
             return torch.stack([tensor.float() for tensor in sources]).mean(dim=0).to(sources[0].dtype)
         if block.init != "exact" and is_block_output(suffix):
             return torch.zeros_like(sources[0])
-        return sources[0] if block.kind == "keep" else sources[0].clone()
+        return sources[0] if block.is_kept else sources[0].clone()
 
     def _fusion(self, index: int) -> LayerFusion:
         """Of one block at a time: tensors are asked for block by block, and a transport plan is large."""

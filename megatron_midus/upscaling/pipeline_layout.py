@@ -65,7 +65,7 @@ def estimate_costs(
             whole backward pass; ``lora`` spares all blocks their weight gradients.
         device: what computes.
     """
-    trained = [train == "all" or block.inserted for block in plan.blocks]
+    trained = [block.learns(train) for block in plan.blocks]
     first = 0 if train == "lora" else trained.index(True) if any(trained) else len(trained)
     blocks = tuple(
         _seconds(

@@ -14,7 +14,11 @@ from megatron_midus.json_files import read_json_object
 PLAN_FILE = "midus_plan.json"
 # 2: exports name the value bank memory.value_bank; in those of 1 it is memory.values. Nothing else changed.
 SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, SCHEMA_VERSION)
+# A plan whose base is a MIDUS model holds the plan of that one, which versions that read 2 do not know.
+NESTED_SCHEMA_VERSION = 3
+READABLE_VERSIONS = (1, SCHEMA_VERSION, NESTED_SCHEMA_VERSION)
+# Settings of Memory blocks about their start alone: those inserted later may have others.
+STARTS = ("memory_key_init", "memory_query_scale")
 
 BlockKind = Literal["keep", "copy", "blend", "memory"]
 BlockInit = Literal["exact", "zero_output", "mean", "transport", "transport_literal", "memory"]
@@ -24,7 +28,7 @@ INITS: dict[str, tuple[str, ...]] = {
     "keep": ("exact",),
     "copy": ("exact", "zero_output"),
     "blend": ("mean", "transport", "transport_literal"),
-    "memory": ("memory",),
+    "memory": ("memory", "exact"),
 }
 
 
@@ -34,13 +38,14 @@ class Block:
 
     Attributes:
         kind: ``keep`` = the base layer itself, ``copy`` = a copy of a base layer, ``blend`` = made from two base
-            layers, ``memory`` = a Memory block whose norm and attention are copied from a base layer.
-        source: 0-based index of the base layer; two indices for ``blend``.
+            layers, ``memory`` = a Memory block: a new one, whose norm and attention are copied from a base layer, or one that
+            the base has already.
+        source: 0-based index of the base's block; two indices for ``blend``.
         init: how its tensors are filled: ``exact`` copy, ``zero_output`` (copy with attention and MLP output
             projections zeroed), ``mean`` of two layers, ``transport`` (mean after alignment by optimal transport, outputs
-            zeroed; ``transport_literal`` as the paper's program scales it), ``memory``.
-        inserted: whether ``--train inserted`` trains the block: what was added to the base, and the layers of the base
-            that ``control`` chose.
+            zeroed; ``transport_literal`` as the paper's program scales it), ``memory`` (a new one).
+        inserted: whether ``--train inserted`` trains the block: what was added to the base, the layers of the base
+            that ``control`` chose, and its Memory blocks with ``--train-earlier-memory``.
     """
 
     kind: BlockKind
@@ -68,11 +73,24 @@ class Block:
     def memory(cls, source: int) -> Block:
         return cls("memory", (source,), "memory", True)
 
+    @classmethod
+    def keep_memory(cls, source: int, *, inserted: bool = False) -> Block:
+        return cls("memory", (source,), "exact", inserted)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is a block of the base itself, a Memory block of a MIDUS model included."""
+        return self.kind == "keep" or (self.kind == "memory" and self.init == "exact")
+
+    def learns(self, train: str) -> bool:
+        """Whether ``--train all``, ``inserted`` or ``values`` changes any of its weights."""
+        return train == "all" or (self.kind == "memory" if train == "values" else self.inserted)
+
     def describe(self) -> str:
         """``memory(3)``, ``keep(0)``, ``copy(5, zero_output)`` …"""
         source = ", ".join(map(str, self.source))
         how = "" if self.init == INITS[self.kind][0] else f", {self.init}"
-        return f"{self.kind}({source}{how}{', trained' if self.kind == 'keep' and self.inserted else ''})"
+        return f"{self.kind}({source}{how}{', trained' if self.is_kept and self.inserted else ''})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +106,7 @@ class UpscalePlan:
         source_name: name of the source model, for the model card.
         seed: seed of the tensors that were newly initialised.
         notes: what the policy had to round, in words.
+        base: the plan of the base, where that is a MIDUS model: its Memory blocks are kept, as ``memory`` filled ``exact``.
     """
 
     num_base_layers: int
@@ -99,6 +118,7 @@ class UpscalePlan:
     seed: int = 0
     notes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
+    base: UpscalePlan | None = None
 
     def __post_init__(self) -> None:
         for index, block in enumerate(self.blocks):
@@ -119,6 +139,23 @@ class UpscalePlan:
                 )
         if self.memory_indices and self.memory is None:
             raise UserError(f"blocks {list(self.memory_indices)} are Memory blocks but the plan has no memory settings")
+        self._check_base()
+
+    def _check_base(self) -> None:
+        """The blocks that are kept must be what they are in the base, and new memories of the shape of its own."""
+        base = self.base_plan
+        if base.num_layers != self.num_base_layers:
+            raise UserError(
+                f"the base has {base.num_layers} blocks in its own plan, and {self.num_base_layers} in this"
+            )
+        for index, block in enumerate(self.blocks):
+            kind = base.block_types[block.source[0]]
+            if block.is_kept and kind != self.block_types[index]:
+                raise UserError(f"block {index}: {block.describe()} of a base whose block {block.source[0]} is {kind}")
+        if self.memory is not None and base.memory is not None:
+            for name, value in self.memory.to_dict().items():
+                if name not in STARTS and value != getattr(base.memory, name):
+                    raise UserError(f"{name} is {value}, and {getattr(base.memory, name)} in the base; they must agree")
 
     # -- what a model built from this plan looks like ------------------------------------------------------------
     @property
@@ -139,13 +176,32 @@ class UpscalePlan:
     @property
     def added_indices(self) -> tuple[int, ...]:
         """0-based positions of the blocks that the base does not have."""
-        return tuple(i for i, block in enumerate(self.blocks) if block.inserted and block.kind != "keep")
+        return tuple(i for i, block in enumerate(self.blocks) if not block.is_kept)
+
+    @property
+    def new_memory_indices(self) -> tuple[int, ...]:
+        """0-based positions of the Memory blocks that the base does not have."""
+        return tuple(i for i in self.added_indices if self.blocks[i].kind == "memory")
+
+    @property
+    def kept_memory_indices(self) -> tuple[int, ...]:
+        """0-based positions of the Memory blocks that the base, a MIDUS model, has already."""
+        return tuple(i for i in self.memory_indices if self.blocks[i].is_kept)
+
+    @property
+    def base_plan(self) -> UpscalePlan:
+        """The base as it is: its own plan, or one that keeps all layers of an ordinary model."""
+        if self.base is not None:
+            return self.base
+        # Of a plan whose blocks are the base's own it would be the plan of the plan of the plan …
+        kept = tuple(Block.keep(layer) for layer in range(self.num_base_layers))
+        return self if self.blocks == kept else UpscalePlan(num_base_layers=self.num_base_layers, blocks=kept)
 
     @property
     def is_identity(self) -> bool:
         """Whether the up-scaled model computes the base's function before any training."""
-        kept = [block.source[0] for block in self.blocks if block.kind == "keep"]
-        added = [block for block in self.blocks if block.kind != "keep"]
+        kept = [block.source[0] for block in self.blocks if block.is_kept]
+        added = [block for block in self.blocks if not block.is_kept]
         return kept == list(range(self.num_base_layers)) and all(b.init not in ("exact", "mean") for b in added)
 
     @property
@@ -184,6 +240,9 @@ class UpscalePlan:
 
     def to_dict(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
+        del values["base"]
+        if self.base is not None:
+            values |= {"schema_version": NESTED_SCHEMA_VERSION, "base": self.base.to_dict()}
         values["blocks"] = [{**block, "source": list(block["source"])} for block in values["blocks"]]
         values["notes"] = list(self.notes)
         return values
@@ -199,8 +258,9 @@ class UpscalePlan:
         try:
             blocks = tuple(Block(**{**block, "source": tuple(block["source"])}) for block in values["blocks"])
             memory = MemoryConfig(**values["memory"]) if values.get("memory") else None
-            rest = {k: v for k, v in values.items() if k not in ("blocks", "memory", "notes", "schema_version")}
-            return cls(blocks=blocks, memory=memory, notes=tuple(values.get("notes", ())), **rest)
+            base = cls.from_dict(values["base"]) if values.get("base") else None
+            rest = {k: v for k, v in values.items() if k not in ("blocks", "memory", "notes", "schema_version", "base")}
+            return cls(blocks=blocks, memory=memory, notes=tuple(values.get("notes", ())), base=base, **rest)
         except (TypeError, KeyError, AttributeError) as error:
             raise UserError(f"the plan does not have the expected entries: {error}") from None
 

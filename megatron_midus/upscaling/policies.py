@@ -37,7 +37,7 @@ def insertion_points(*, num_layers: int, num_blocks: int) -> tuple[tuple[int, ..
 
 def _insert(num_layers: int, after: Sequence[int], new_block: Callable[[int], Block], **plan: object) -> UpscalePlan:
     """A plan that keeps every base layer and puts ``new_block(i)`` behind each layer ``i`` of ``after``."""
-    _check_points(num_layers, after)
+    check_points(num_layers, after)
     chosen = set(after)
     blocks: list[Block] = []
     for index in range(num_layers):
@@ -47,7 +47,8 @@ def _insert(num_layers: int, after: Sequence[int], new_block: Callable[[int], Bl
     return UpscalePlan(num_base_layers=num_layers, blocks=tuple(blocks), **plan)  # type: ignore[arg-type]
 
 
-def _check_points(num_layers: int, after: Sequence[int]) -> None:
+def check_points(num_layers: int, after: Sequence[int]) -> None:
+    """Raises ``ValueError`` for places that do not exist, or that are named twice."""
     for index in after:
         if not 0 <= index < num_layers:
             raise UserError(f"cannot insert after layer {index}; the base has layers 0 to {num_layers - 1}")
@@ -104,7 +105,7 @@ def control(
 ) -> UpscalePlan:
     """No block is added; the layers behind which others would insert one are trained instead, the rest is frozen."""
     points, notes = _points(num_layers, num_blocks, insert_after, "control")
-    _check_points(num_layers, points)
+    check_points(num_layers, points)
     blocks = tuple(Block.control(i) if i in points else Block.keep(i) for i in range(num_layers))
     return UpscalePlan(num_base_layers=num_layers, blocks=blocks, policy="control", notes=notes)
 

@@ -99,6 +99,11 @@ def _make_runs(config: CompareConfig, output: Path) -> Runs:
     experiment = whole.select(config.arms, config.seeds)
     driver = build_parser()
     base = from_hf_config(read_hf_config(whole.base))
+    if base.family == "midus":
+        raise UserError(
+            f"{whole.base} is a MIDUS model; arms are compared as ways to up-scale one ordinary base. Up-scale it again with "
+            "midus upscale"
+        )
     arms = resolve(whole, base, driver)
     chosen = {arm.name for arm in experiment.arms}
     # The order of the data is that of the whole file, whichever arms run now.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 from megatron_midus.checkpoint.checksums import CHECKSUMS_FILE, check_checkpoint
 from megatron_midus.checkpoint.layout import ASSETS_DIRECTORY, find_checkpoint, iteration_directory
@@ -28,13 +27,12 @@ from megatron_midus.conversion.streaming import resolve_workers
 from megatron_midus.conversion.tokenizer import check_tokenizer
 from megatron_midus.errors import UserError
 from megatron_midus.files import check_output_directory, staged_directory
-from megatron_midus.hub import fetched_model, short_name
+from megatron_midus.hub import fetched_model
 from megatron_midus.progress import Progress
-from megatron_midus.upscaling import PLAN_FILE, UpscalePlan
+from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.initialize import parse_dtype
-from megatron_midus.upscaling.policies import none
 from megatron_midus.upscaling.tensors import EMBEDDING, TensorSource, model_shapes
-from megatron_midus.verbs.exports import check_export_loads, code_files, print_notes
+from megatron_midus.verbs.exports import check_export_loads, code_files, print_notes, read_plan
 from megatron_midus.verbs.verb import verb
 
 
@@ -122,17 +120,6 @@ def _to_hf(config: ConvertConfig, progress: Progress) -> Converted:
 
 
 # -- Hugging Face to Megatron ----------------------------------------------------------------------------------------
-def read_plan(directory: str, model: ModelConfig, config: dict[str, Any]) -> UpscalePlan:
-    """The plan of a Hugging Face directory; ``none`` for a model that was never up-scaled."""
-    if (Path(directory) / PLAN_FILE).is_file():
-        return UpscalePlan.load(directory)
-    name = short_name(directory)
-    if model.family == "midus":
-        print(f"{directory} has no {PLAN_FILE}; its blocks are taken from block_types in config.json", file=sys.stderr)
-        return UpscalePlan.from_hf_config(config, source_name=name)
-    return dataclasses.replace(none(num_layers=model.num_layers), source_name=name)
-
-
 def _to_megatron(config: ConvertConfig, progress: Progress) -> Converted:
     config = dataclasses.replace(config, load=fetched_model(config.load))
     hf_config = read_hf_config(config.load)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_midus.config import ModelConfig
-from megatron_midus.conversion.families import notes_on
-from megatron_midus.upscaling import UpscalePlan
+from megatron_midus.conversion.families import check_plan, notes_on
+from megatron_midus.hub import short_name
+from megatron_midus.upscaling import PLAN_FILE, UpscalePlan
+from megatron_midus.upscaling.policies import none
 
 
 def code_files(plan: UpscalePlan) -> tuple[Path, ...]:
@@ -34,3 +37,23 @@ def check_export_loads(directory: Path, model: ModelConfig, plan: UpscalePlan) -
 
     register()
     check_loads(directory, model_shapes(model, plan))
+
+
+def read_plan(directory: str, model: ModelConfig, config: dict[str, Any]) -> UpscalePlan:
+    """The plan of a Hugging Face directory; ``none`` for a model that was never up-scaled."""
+    if (Path(directory) / PLAN_FILE).is_file():
+        return UpscalePlan.load(directory)
+    name = short_name(directory)
+    if model.family == "midus":
+        print(f"{directory} has no {PLAN_FILE}; its blocks are taken from block_types in config.json", file=sys.stderr)
+        return UpscalePlan.from_hf_config(config, source_name=name)
+    return dataclasses.replace(none(num_layers=model.num_layers), source_name=name)
+
+
+def base_plan_of(directory: str, model: ModelConfig, config: dict[str, Any]) -> UpscalePlan | None:
+    """The plan of a base that is a MIDUS model; ``None`` of any other, all of whose layers count as the base's."""
+    if model.family != "midus":
+        return None
+    plan = read_plan(directory, model, config)
+    check_plan(config, plan)
+    return plan

@@ -24,6 +24,7 @@ from megatron_midus.progress import Progress
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.arguments import plan_from_config
 from megatron_midus.upscaling.cost import flops_per_token, total_parameters, trainable_parameters
+from megatron_midus.verbs.exports import base_plan_of
 from megatron_midus.verbs.verb import verb
 
 
@@ -99,8 +100,11 @@ def _read(config: PlanConfig) -> tuple[ModelConfig, UpscalePlan]:
         directory = find_checkpoint(config.load)[0]
         return ModelConfig.load(directory), UpscalePlan.load(directory)
     assert config.hf_model is not None
-    model = from_hf_config(read_hf_config(fetched_model(config.hf_model)))
-    return model, plan_from_config(config.blocks, config.memory, model)
+    directory = fetched_model(config.hf_model)
+    hf_config = read_hf_config(directory)
+    model = from_hf_config(hf_config)
+    base = base_plan_of(directory, model, hf_config)
+    return model, plan_from_config(config.blocks, config.memory, model, base)
 
 
 def _hardware(config: PlanConfig) -> Hardware:

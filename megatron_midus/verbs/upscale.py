@@ -19,7 +19,7 @@ from megatron_midus.progress import Bars, Progress
 from megatron_midus.report.table import Cell, terminal_table, text_cells
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.cost import Cost, block_flops, block_parameters, cost_of
-from megatron_midus.verbs.exports import check_export_loads, code_files, print_notes
+from megatron_midus.verbs.exports import base_plan_of, check_export_loads, code_files, print_notes
 from megatron_midus.verbs.verb import verb
 
 
@@ -64,7 +64,6 @@ class _Work:
         from megatron_midus.conversion.hf_io import dtype_name, open_hf_weights, parse_size, read_hf_config
         from megatron_midus.conversion.streaming import resolve_workers
         from megatron_midus.conversion.tokenizer import check_tokenizer
-        from megatron_midus.upscaling.policies import none
         from megatron_midus.upscaling.tensors import EMBEDDING, model_shapes
 
         config = dataclasses.replace(config, hf_model=fetched_model(config.hf_model))
@@ -75,9 +74,9 @@ class _Work:
         self.hf_config = read_hf_config(config.hf_model)
         model = from_hf_config(self.hf_config)
         print_notes(self.hf_config)
-        self.plan = plan_of(config, model)
+        self.plan = plan_of(config, model, self.hf_config)
         check_tokenizer(config.hf_model, model.vocab_size)
-        self.base_shapes = model_shapes(model, none(num_layers=model.num_layers))
+        self.base_shapes = model_shapes(model, self.plan.base_plan)
         self.base = open_hf_weights(config.hf_model, model, self.base_shapes)
         self.dtype = dtype_name(self.base.dtype(EMBEDDING)) if config.dtype == "keep" else config.dtype
         self.model = dataclasses.replace(model, hf_dtype=self.dtype)
@@ -126,7 +125,8 @@ class _Work:
 
         make = functools.partial(UpscaledTensors, self.base, self.model, self.plan, dtype=self.config.dtype)
         memory = self.plan.memory
-        if memory is None or not (memory.memory_key_init == "calibrated" or memory.memory_domain_gate):
+        measures = memory is not None and (memory.memory_key_init == "calibrated" or memory.memory_domain_gate)
+        if not (measures and self.plan.new_memory_indices):
             return make()
         return make(calibrated=self._measure(make()))
 
@@ -141,7 +141,7 @@ class _Work:
         from megatron_midus.upscaling.domain_gate import collect_normed_inputs, gate_tensors
 
         assert self.plan.memory is not None
-        # The values are zero, so this is the base: every memory sees what the base would hand it.
+        # The new values are zero, so this is the base: every memory sees what the base would hand it.
         model = MidusForCausalLM(MidusConfig(**self.result_config)).float().eval()
         parameters, stored = dict(model.named_parameters()), StoredTensors(source, FAMILIES["midus"].stored)
         with torch.no_grad():
@@ -252,14 +252,14 @@ def check_paths(config: UpscaleConfig) -> None:
     check_output_directory(config.save, overwrite=config.overwrite)
 
 
-def plan_of(config: UpscaleConfig, model: ModelConfig) -> UpscalePlan:
+def plan_of(config: UpscaleConfig, model: ModelConfig, hf_config: dict[str, Any]) -> UpscalePlan:
     """The plan that the settings ask for, with its origin."""
     from megatron_midus.conversion.megatron_io import check_parallel_sizes
     from megatron_midus.upscaling.arguments import plan_from_config
 
-    if model.family == "midus":
-        raise UserError(f"{config.hf_model} is a MIDUS model already; up-scale its base instead")
-    plan = plan_from_config(config.blocks, config.memory, model)
+    plan = plan_from_config(config.blocks, config.memory, model, base_plan_of(config.hf_model, model, hf_config))
+    if not config.dry_run:
+        _check_texts(config, plan)
     check_parallel_sizes(
         model,
         plan,
@@ -267,6 +267,23 @@ def plan_of(config: UpscaleConfig, model: ModelConfig) -> UpscalePlan:
         pipeline_parallel_size=config.target.target_pipeline_parallel_size,
     )
     return dataclasses.replace(plan, seed=config.seed, source_name=short_name(config.hf_model))
+
+
+def _check_texts(config: UpscaleConfig, plan: UpscalePlan) -> None:
+    """New blocks of a MIDUS model may need texts because its own were made with some; no flag says so then."""
+    memory = plan.memory
+    if memory is None or plan.base is None or not plan.new_memory_indices:
+        return
+    if memory.memory_domain_gate and None in (config.calibration_data, config.background_data):
+        raise UserError(
+            f"the Memory blocks of {config.hf_model} have domain gates, and new ones need theirs; give --memory-domain-gate, "
+            "--calibration-data FILE, a text of the new domain, and --background-data FILE, a text of the old"
+        )
+    if memory.memory_key_init == "calibrated" and config.calibration_data is None:
+        raise UserError(
+            f"the sub-keys of {config.hf_model} were calibrated; give --memory-key-init calibrated and --calibration-data FILE "
+            "for those of the new blocks, or --memory-key-init uniform"
+        )
 
 
 # -- what is printed -------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_commands_end_as_they_do_elsewhere(shell, text, code, output):
 
 def test_upscaling(run_page, root):
     printed = run_page("docs/upscaling.md")
-    assert printed.count("bit-equal yes") == 2
+    assert printed.count("bit-equal yes") == 3
     assert "8 -> 12 layers, policy solar" in printed
     plan = json.loads((root / "runs/upscaled/iter_0000000/midus_plan.json").read_text())
     assert [block["kind"] for block in plan["blocks"]].count("memory") == 2

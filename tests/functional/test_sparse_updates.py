@@ -126,6 +126,10 @@ def test_values_alone_by_sgd(upscaled, tmp_path):
             "--memory-update-slots 0 --train values --memory-log-interval 2 --memory-revive-interval 2",
             "memory_revive_interval=2 moves keys, which --train values freezes",
         ),
+        (
+            "--memory-update-slots 0 --train lora --lora-rank 2 --memory-log-interval 2 --memory-revive-interval 2",
+            "memory_revive_interval=2 moves keys, which --train lora freezes",
+        ),
         ("--memory-update-slots -1", "memory_update_slots=-1 must not be negative"),
     ],
 )

@@ -431,12 +431,6 @@ def test_wrong_outputs(tmp_path, base):
         upscale.main(["--hf-model", str(base), "--num-blocks", "2"])
 
 
-def test_a_midus_model_is_not_a_base(tmp_path, base):
-    run(base, tmp_path / "midus", "--save-format", "hf", "--num-blocks", 2, *MEMORY)
-    with pytest.raises(ValueError, match="is a MIDUS model already"):
-        run(tmp_path / "midus", tmp_path / "again", "--num-blocks", 2, *MEMORY)
-
-
 def test_as_a_command(tmp_path, base):
     def command(*arguments):
         return subprocess.run([sys.executable, TOOLS / "upscale.py", *map(str, arguments)], capture_output=True, text=True)  # fmt: skip

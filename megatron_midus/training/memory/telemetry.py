@@ -109,7 +109,7 @@ class MemoryTelemetry:
     def _revive(self, iteration: int) -> None:
         self.synchronise_parameters()
         moved = revive_dead_subkeys(
-            [counter.memory for counter in self._counters],
+            [counter.memory for counter in self._counters if counter.memory.row_keys.requires_grad],
             self.usage,
             self.optimizer,
             dead_threshold=self.config.memory_dead_threshold,
@@ -183,8 +183,12 @@ class MemoryReport:
 
 
 def mean_figures(blocks: list[BlockFigures]) -> dict[str, float]:
-    """Means over the blocks of the model, which all have the same shape."""
-    return {name: sum(block.scalars[name] for block in blocks) / len(blocks) for name in blocks[0].scalars}
+    """Means over the blocks of the model, which all have the same shape; frozen ones may lack figures of learning."""
+    found: dict[str, list[float]] = {}
+    for block in blocks:
+        for name, value in block.scalars.items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _line(iteration: int, means: dict[str, float]) -> str:
