@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_midus.errors import UserError
+from megatron_midus.evaluation.processes import ALONE, Processes
 from megatron_midus.progress import SILENT, Progress
 
 _IGNORED = -100
@@ -110,6 +111,7 @@ def measure_perplexity(
     batch_size: int = 8,
     progress: Progress = SILENT,
     title: str = "perplexity",
+    processes: Processes = ALONE,
 ) -> Perplexity:
     """Measures the loss of ``model`` on every token of ``documents``.
 
@@ -124,6 +126,7 @@ def measure_perplexity(
         add_bos: start every document with the tokenizer's beginning-of-sequence token, which is read, not predicted.
         batch_size: windows in one call.
         progress: shows how many tokens have been read, under ``title``.
+        processes: share the batches, which are those of one process.
 
     Raises:
         ValueError: no document, a setting out of range, or a loss that is not finite.
@@ -137,23 +140,24 @@ def measure_perplexity(
     device = next(model.parameters()).device
     # The first call of a model allocates and selects kernels; the shortest window takes that out of the timing.
     _batch_nats(model, windows[-1:], device)
-    nats, tokens, tokens_read, seconds = 0.0, 0, 0, 0.0
-    total = sum(window.stop - window.start for window in windows)
+    batches = processes.own([windows[start : start + batch_size] for start in range(0, len(windows), batch_size)])
+    found, seconds = [], 0.0
+    total = sum(window.stop - window.start for batch in batches for window in batch)
     with progress(title, total=total, unit="token") as advance:
-        for start in range(0, len(windows), batch_size):
-            batch = windows[start : start + batch_size]
+        for batch in batches:
             began = time.perf_counter()
-            batch_nats, predicted = _batch_nats(model, batch, device)
+            found.append(_batch_nats(model, batch, device))
             seconds += time.perf_counter() - began
-            if not math.isfinite(batch_nats):
-                raise UserError("the loss is not finite; the weights hold NaN or infinity, or overflow in this dtype")
-            nats += batch_nats
-            tokens += predicted
-            read = sum(window.stop - window.start for window in batch)
-            tokens_read += read
-            advance(read)
+            advance(sum(window.stop - window.start for window in batch))
+    # In the order of one process, so that the sum is the same to the last bit.
+    losses, counts = zip(*processes.all_of(found))
+    nats = sum(losses)
+    if not math.isfinite(nats):
+        raise UserError("the loss is not finite; the weights hold NaN or infinity, or overflow in this dtype")
     num_bytes = sum(len(text.encode()) for text in documents)
-    return Perplexity(len(documents), num_bytes, tokens, nats, seconds, tokens_read)
+    tokens_read = sum(window.stop - window.start for window in windows)
+    seconds = max(processes.all_of([seconds]))
+    return Perplexity(len(documents), num_bytes, sum(counts), nats, seconds, tokens_read)
 
 
 def limit_documents(documents: Iterable[str], tokenizer: Tokenizer, max_tokens: int) -> list[str]:

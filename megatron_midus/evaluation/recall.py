@@ -15,6 +15,7 @@ import torch
 
 from megatron_midus.errors import UserError
 from megatron_midus.evaluation.perplexity import Tokenizer
+from megatron_midus.evaluation.processes import ALONE, Processes
 from megatron_midus.evaluation.scores import Score, mean_influences, root_sum_of_squares
 from megatron_midus.progress import SILENT, Progress
 
@@ -69,6 +70,7 @@ def measure_recall(
     batch_size: int = 8,
     progress: Progress = SILENT,
     title: str = "recall",
+    processes: Processes = ALONE,
 ) -> list[Score]:
     """``recall``, the share of answers that greedy decoding writes, and ``log_likelihood``, the mean of the answers' in nats.
 
@@ -78,20 +80,23 @@ def measure_recall(
         task: name in the scores.
         batch_size: questions in one call.
         progress: shows how many have been answered, under ``title``.
+        processes: share the batches, which are those of one process.
 
     Raises:
         UserError: a likelihood that is not finite.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(questions)), key=lambda index: -len(questions[index].ids))
-    recalled, log_likelihoods = [0.0] * len(questions), [0.0] * len(questions)
-    with progress(title, total=len(questions), unit="question") as advance:
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            answers = _answer(model, [questions[index] for index in indices], device)
-            for index, (is_recalled, log_likelihood) in zip(indices, answers):
-                recalled[index], log_likelihoods[index] = float(is_recalled), log_likelihood
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    own, found = processes.own(batches), []
+    with progress(title, total=sum(map(len, own)), unit="question") as advance:
+        for indices in own:
+            found.append(_answer(model, [questions[index] for index in indices], device))
             advance(len(indices))
+    recalled, log_likelihoods = [0.0] * len(questions), [0.0] * len(questions)
+    for indices, answers in zip(batches, processes.all_of(found)):
+        for index, (is_recalled, log_likelihood) in zip(indices, answers):
+            recalled[index], log_likelihoods[index] = float(is_recalled), log_likelihood
     if not all(map(math.isfinite, log_likelihoods)):
         raise UserError("a likelihood is not finite; the model overflows in this dtype, give --dtype float32")
     return [_mean(task, "recall", recalled), _mean(task, "log_likelihood", log_likelihoods)]

@@ -13,7 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_midus.errors import UserError
+from megatron_midus.evaluation.processes import ALONE, Processes
 from megatron_midus.evaluation.scores import Score, influences_of, root_sum_of_squares
 from megatron_midus.evaluation.task_data import (
     LOCAL_TASKS,
@@ -114,6 +117,7 @@ def run_tasks(
     batch_size: int = 8,
     limit: int | None = None,
     add_bos: bool = False,
+    processes: Processes = ALONE,
 ) -> TaskResults:
     """Measures ``model`` on ``tasks`` without examples in the prompt.
 
@@ -126,6 +130,8 @@ def run_tasks(
         batch_size: requests in one call of the model.
         limit: only the first items of each task, for a trial.
         add_bos: start every request with the beginning-of-sequence token; otherwise as the tokenizer does by default.
+        processes: share the items of every task; batches then hold other items than those of one process, so likelihoods
+            differ by rounding.
 
     Raises:
         ValueError: a setting out of range, an answer longer than ``max_length``, or a likelihood that is NaN.
@@ -138,8 +144,21 @@ def run_tasks(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
+    class SharedLM(HFLM):
+        """What lm-eval asks of a model whose processes it did not start itself."""
+
+        def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+            return torch.tensor(processes.all_of([tensor.item()]))
+
+        def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+            shares = processes.all_of([obj])
+            return shares if processes.rank == dst else None
+
+        def barrier(self) -> None:
+            torch.distributed.barrier()
+
     with _count_truncations() as counter:
-        wrapped = HFLM(
+        wrapped = SharedLM(
             pretrained=model,
             backend="causal",
             tokenizer=tokenizer,
@@ -147,6 +166,7 @@ def run_tasks(
             batch_size=batch_size,
             add_bos_token=True if add_bos else None,
         )
+        wrapped._rank, wrapped._world_size = processes.rank, processes.size
         try:
             output = lm_eval.simple_evaluate(
                 model=wrapped, tasks=list(tasks), num_fewshot=0, limit=limit, task_manager=manager, log_samples=True
@@ -158,8 +178,13 @@ def run_tasks(
             raise UserError(
                 f"an answer is longer than max_length={max_length} tokens and cannot be scored; give a larger one"
             ) from error
-    _check_likelihoods(output)
-    return collect(output, num_truncated=counter.count)
+    truncated = sum(processes.all_of([counter.count]))
+
+    def checked() -> TaskResults:
+        _check_likelihoods(output)
+        return collect(output, num_truncated=truncated)
+
+    return processes.from_first(checked)
 
 
 def _check_likelihoods(output: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,12 +22,14 @@ from megatron_midus.evaluation.loading import check_context, choose_device, load
 from megatron_midus.evaluation.output import print_result, result_to_dict, result_to_markdown
 from megatron_midus.evaluation.parameters import check_safetensors, count_parameters
 from megatron_midus.evaluation.perplexity import limit_documents, measure_perplexity
+from megatron_midus.evaluation.processes import Processes, joined
 from megatron_midus.evaluation.recall import Question, encode_questions, measure_recall
 from megatron_midus.evaluation.result import EvaluationResult, ModelFigures, model_names, short_names
 from megatron_midus.evaluation.zero_shot import with_scores
 from megatron_midus.files import check_output_file, write_text_atomically
 from megatron_midus.hub import fetched_model
-from megatron_midus.progress import Progress
+from megatron_midus.progress import SILENT, Progress
+from megatron_midus.training.main import as_rank
 from megatron_midus.verbs.verb import verb
 
 
@@ -37,7 +40,12 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> EvaluationResult:
     Raises:
         UserError: nothing to measure, a model or text that cannot be read, a tokenizer that does not fit its model.
     """
-    config = _checked(config)
+    with joined() as processes:
+        return _evaluate(config, progress if processes.rank == 0 else SILENT, processes)
+
+
+def _evaluate(config: EvaluateConfig, progress: Progress, processes: Processes) -> EvaluationResult:
+    config = _checked(config, processes)
     data, facts = _read_data(config), _read_facts(config)
     tokenizers = [HuggingFaceTokenizer(directory) for directory in config.model]
     if config.windows.max_tokens is not None:
@@ -46,13 +54,15 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> EvaluationResult:
     result = EvaluationResult(models=[], settings=_settings(config))
     with _requested_tasks(config) as manager:
         for directory, name, tokenizer in zip(config.model, model_names(config.model), tokenizers):
-            work = _OneModel(config, directory, name, tokenizer, progress)
+            work = _OneModel(config, directory, name, tokenizer, progress, processes)
             result.models.append(work.measure(data, manager, facts))
             result.notes += work.notes
             del work
             gc.collect()
     if config.timing.latency:
         _measure_latencies(config, result, progress)
+    if processes.rank:
+        return result
     if config.json:
         write_text_atomically(config.json, json.dumps(result_to_dict(result), indent=2) + "\n")
     if config.markdown:
@@ -60,7 +70,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> EvaluationResult:
     return result
 
 
-def _checked(config: EvaluateConfig) -> EvaluateConfig:
+def _checked(config: EvaluateConfig, processes: Processes) -> EvaluateConfig:
     """Says whatever is wrong with the inputs before the first model is loaded, and settles defaults."""
     from megatron_midus.evaluation.zero_shot import default_max_length
 
@@ -75,7 +85,9 @@ def _checked(config: EvaluateConfig) -> EvaluateConfig:
         raise UserError("--task-data and --task-limit belong to --tasks; name the tasks")
     for output in filter(None, (config.json, config.markdown)):
         check_output_file(output)
-    runtime = dataclasses.replace(config.runtime, device=str(choose_device(config.runtime.device)))
+    if config.timing.latency and processes.size > 1:
+        raise UserError(f"--latency times one process and there are {processes.size}; measure it in a run of its own")
+    runtime = dataclasses.replace(config.runtime, device=str(choose_device(processes.device(config.runtime.device))))
     config = dataclasses.replace(config, model=[fetched_model(name) for name in config.model])
     configs = [read_config(directory) for directory in config.model]
     for directory in config.model:
@@ -111,9 +123,15 @@ class _OneModel:
     """Loads one model and measures it; the model goes with this object."""
 
     def __init__(
-        self, config: EvaluateConfig, directory: str, name: str, tokenizer: HuggingFaceTokenizer, progress: Progress
+        self,
+        config: EvaluateConfig,
+        directory: str,
+        name: str,
+        tokenizer: HuggingFaceTokenizer,
+        progress: Progress,
+        processes: Processes,
     ) -> None:
-        self.config, self.tokenizer, self.progress = config, tokenizer, progress
+        self.config, self.tokenizer, self.progress, self.processes = config, tokenizer, progress, processes
         runtime = config.runtime
         self.model = load_model(
             directory, dtype=runtime.dtype, device=runtime.device, trust_remote_code=runtime.trust_remote_code
@@ -140,7 +158,7 @@ class _OneModel:
             self._measure_tasks(tasks)
         for name, questions in facts.items():
             self._measure_facts(name, questions)
-        for prompt in self.config.generate:
+        for prompt in self.config.generate if self.processes.rank == 0 else []:
             self.figures.generations[prompt] = self._continue(prompt)
         return self.figures
 
@@ -157,13 +175,15 @@ class _OneModel:
             batch_size=self.config.runtime.batch_size,
             progress=self.progress,
             title=f"{self.figures.name} on {name}",
+            processes=self.processes,
         )
 
     def _measure_tasks(self, manager: Any) -> None:
         from megatron_midus.evaluation.zero_shot import run_tasks
 
         tasks = self.config.zero_shot
-        print(f"{self.figures.name}: zero-shot tasks", flush=True)
+        if self.processes.rank == 0:
+            print(f"{self.figures.name}: zero-shot tasks", flush=True)
         self.figures.tasks = run_tasks(
             self.model,
             load_hf_tokenizer(self.figures.directory),
@@ -173,6 +193,7 @@ class _OneModel:
             max_length=tasks.max_length,
             limit=tasks.task_limit,
             add_bos=self.config.add_bos,
+            processes=self.processes,
         )
 
     def _measure_facts(self, name: str, questions: list[Question]) -> None:
@@ -187,6 +208,7 @@ class _OneModel:
             batch_size=self.config.runtime.batch_size,
             progress=self.progress,
             title=f"{figures.name} on {name}",
+            processes=self.processes,
         )
         figures.tasks = with_scores(figures.tasks, scores)
 
@@ -282,5 +304,12 @@ def command(config: EvaluateConfig) -> int:
     if config.zero_shot.save_task_data:
         print("\n".join(save_data(config)))
     else:
-        print_result(evaluate(config))
+        as_rank(lambda: _told(config))
+    return 0
+
+
+def _told(config: EvaluateConfig) -> int:
+    result = evaluate(config)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print_result(result)
     return 0

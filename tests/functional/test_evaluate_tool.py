@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -348,3 +349,49 @@ def test_as_a_program(base, data, tmp_path):
     done = subprocess.run([*command, str(tmp_path / "none.txt")], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.strip() == f"error: input {tmp_path / 'none.txt'} does not exist"
+
+
+def test_two_processes_say_what_one_says(base, midus, data, tmp_path, capfd):
+    """torchrun: texts and facts to the last bit, tasks to rounding; the result is told once."""
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"prompt": f"a tiny text {number}", "answer": " about tiny models"[: 6 + number]} for number in range(11)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "--model",
+        base,
+        midus,
+        "--data",
+        data / "prose.txt",
+        data / "lines.jsonl",
+        "--seq-length",
+        24,
+        "--batch-size",
+        4,
+        "--facts",
+        questions,
+    ]
+    words += ["--tasks", "piqa,wikitext,mmlu_anatomy", "--task-data", TASK_DATA, "--task-limit", 7, "--max-length", 64]
+    words = [str(word) for word in words]
+    assert not evaluate.main([*words, "--json", str(tmp_path / "one.json")])
+    told = capfd.readouterr().out
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "megatron_midus", "evaluate", *words, "--json", str(tmp_path / "two.json")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("prose.txt") == told.count("prose.txt") > 0
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    for alone, shared in zip(one["models"], two["models"]):
+        for name, figures in alone["results"].items():
+            for key in ("loss", "nats", "tokens", "bytes", "tokens_read"):
+                assert shared["results"][name][key] == figures[key], (name, key)
+        for task, scores in alone["tasks"].items():
+            for metric, score in scores.items():
+                found = shared["tasks"][task][metric]
+                assert found["value"] == pytest.approx(score["value"], rel=1e-5) and found["items"] == score["items"]
+                if task == "questions.jsonl":
+                    assert found == score
