@@ -18,15 +18,17 @@ class TrainingRecord:
         iteration: training iterations.
         tokens: training tokens; ``None`` where nobody counted.
         train: what was trained, ``inserted``, ``values`` or ``all``; ``None`` where nobody wrote it down.
+        sft: whether the training was on conversations.
     """
 
     iteration: int = 0
     tokens: int | None = None
     train: str | None = None
+    sft: bool = False
 
     def common_state(self) -> dict[str, Any]:
         """What ``read_training_record`` reads it from, for a checkpoint of weights alone."""
-        state = {"consumed_train_tokens": self.tokens, "train": self.train}
+        state = {"consumed_train_tokens": self.tokens, "train": self.train, "sft": self.sft or None}
         known = {name: value for name, value in state.items() if value is not None}
         return {"iteration": self.iteration, **({"training_state": known} if known else {})}
 
@@ -40,7 +42,7 @@ def read_training_record(directory: str | Path, iteration: int) -> TrainingRecor
     with corruption_named(path if path.is_file() else Path(directory)):
         common = read_common_state(directory)
         state = common.get("training_state") or _upstream_state(common.get("args"))
-        return TrainingRecord(iteration, state.get("consumed_train_tokens"), state.get("train"))
+        return TrainingRecord(iteration, state.get("consumed_train_tokens"), state.get("train"), bool(state.get("sft")))
 
 
 def _upstream_state(arguments: Any) -> dict[str, Any]:

@@ -61,6 +61,19 @@ class DataConfig:
     eod_mask_loss: bool = False
     """Leave out the loss of the prediction that follows an end-of-document token."""
 
+    sft: bool = False
+    """Supervised fine-tuning: the data are conversations that midus preprocess --sft made. Whole ones are packed into samples and do not
+    see each other, and only what the assistant says has a loss. Turns --reset-attention-mask and --reset-position-ids on, and
+    --calculate-per-token-loss, because micro-batches have unequal numbers of such tokens."""
+
+    chat_template: str | None = None
+    """With --sft, the file that was given to midus preprocess as --chat-template. Checkpoints and exports have it from then on, instead
+    of the tokenizer's own."""
+
+    sft_long_conversations: Literal["refuse", "truncate", "drop"] = "refuse"
+    """Conversations of more than --seq-length + 1 tokens: refuse = end with their number; truncate = cut off the end, and drop
+    those without a loss before it; drop = leave them out."""
+
     num_workers: int = 2
     """Processes that read samples ahead of training, on every data-parallel rank; 0 = read in the training process."""
 
@@ -82,6 +95,24 @@ class DataConfig:
         if self.num_workers < 0:
             raise UserError(f"num_workers={self.num_workers} must be 0 or more")
         self.split_fractions()
+        self._check_sft()
+
+    def _check_sft(self) -> None:
+        if not self.sft:
+            if self.chat_template is not None:
+                raise UserError(f"--chat-template {self.chat_template} is of --sft; add it or leave both out")
+            if self.sft_long_conversations != "refuse":
+                raise UserError(
+                    f"--sft-long-conversations {self.sft_long_conversations} is of --sft; add it or leave both out"
+                )
+            return
+        for name in ("mock_data", "eod_mask_loss"):
+            if getattr(self, name):
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} does not go with --sft, whose data say which tokens have a loss; leave it out")
+        # What it means; all that reads these settings needs no other.
+        object.__setattr__(self, "reset_attention_mask", True)
+        object.__setattr__(self, "reset_position_ids", True)
 
     @property
     def has_data(self) -> bool:

@@ -67,6 +67,13 @@ class PreprocessConfig:
     prepend_bos: bool = False
     """Start every document with the tokenizer's beginning-of-sequence token."""
 
+    sft: bool = False
+    """The inputs are conversations (messages, prompt and completion, ShareGPT or Alpaca; .jsonl or .parquet), rendered by the
+    tokenizer's chat template. Makes P_sft_document and, with what the assistant says, P_sft_loss_document, for --sft of pretraining."""
+
+    chat_template: str | None = None
+    """File of a chat template to use instead of the tokenizer's own."""
+
     split_special_tokens: bool = False
     """Encode special tokens that are spelled out in a text as plain characters, not as the tokens themselves."""
 
@@ -121,6 +128,7 @@ class PreprocessConfig:
         for key in self.json_keys:
             if not re.fullmatch(r"[^/\0]+", key):
                 raise UserError(f"--json-keys {key!r} cannot be part of a file name")
+        self._check_sft()
         for kind in ("bytes", "tokens"):
             low, high = getattr(self, f"min_document_{kind}"), getattr(self, f"max_document_{kind}")
             if (low is not None and low < 0) or (high is not None and high < max(1, low or 0)):
@@ -132,6 +140,31 @@ class PreprocessConfig:
             raise UserError(f"commit_seconds={self.commit_seconds} must be 0 or more")
         self.shares()
         self.shard_of_files()
+
+    def _check_sft(self) -> None:
+        if not self.sft:
+            if self.chat_template is not None:
+                raise UserError(f"--chat-template {self.chat_template} is of --sft; add it")
+            return
+        if self.tokenizer_type != "HuggingFaceTokenizer":
+            raise UserError(
+                f"--sft needs a chat template, which {self.tokenizer_type} has not; give a HuggingFaceTokenizer"
+            )
+        for name, is_given in (
+            ("json_keys", self.json_keys != [TEXT_KEY]),
+            ("prepend_bos", self.prepend_bos),
+            ("split_special_tokens", self.split_special_tokens),
+        ):
+            if is_given:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(
+                    f"{flag} does not go with --sft, where the chat template says what stands where; leave it out"
+                )
+
+    @property
+    def dataset_names(self) -> list[str]:
+        """The names of the datasets of a split: keys, or the ids and the loss mask of conversations."""
+        return ["sft", "sft_loss"] if self.sft else self.json_keys
 
     def shard_of_files(self) -> Shard | None:
         """``--shard``; ``None`` without it."""

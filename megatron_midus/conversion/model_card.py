@@ -83,8 +83,9 @@ def model_card(
 
 def _origin(plan: UpscalePlan, base: str, training: TrainingRecord) -> str:
     tokens = f" on {training.tokens:,} tokens" if training.tokens else ""
+    how = "fine-tuned on conversations" if training.sft else "trained"
     trained = (
-        f"trained for {training.iteration:,} iterations{tokens} since" if training.iteration else "not trained since"
+        f"{how} for {training.iteration:,} iterations{tokens} since" if training.iteration else "not trained since"
     )
     identity = " Before training it computes the same function as its base." if plan.is_identity else ""
     source = f" SHA-256 of the base's weights: `{plan.source_hash}`." if plan.source_hash else ""

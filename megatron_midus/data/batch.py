@@ -46,6 +46,7 @@ def get_batch(
     cp_group: dist.ProcessGroup | None = None,
     reset_attention_mask: bool = False,
     eod: int | None = None,
+    documents_by_position: bool = False,
 ) -> Batch:
     """The next micro-batch as this rank needs it. A collective over ``tp_group``.
 
@@ -57,8 +58,10 @@ def get_batch(
         device: where the tensors are wanted.
         tp_group: tensor-parallel group; ``None`` = no tensor parallelism.
         cp_group: context-parallel group; each rank keeps two of ``2 * cp`` chunks of the sequence.
-        reset_attention_mask: also return the mask that separates the documents; needs ``eod``.
+        reset_attention_mask: also return the mask that separates the documents; needs ``eod`` or ``documents_by_position``.
         eod: id of the end-of-document token.
+        documents_by_position: a document begins where the position is 0, whatever tokens there are: the turns of a conversation
+            may end with the end-of-document token.
 
     Returns:
         Tokens and positions on the first stage, labels and loss mask on the last, ``None`` for the rest.
@@ -71,7 +74,7 @@ def get_batch(
         raise UserError(
             f"seq_length={seq_length} is not divisible by 2 * context_parallel_size={2 * cp_size}; choose a multiple"
         )
-    if reset_attention_mask and eod is None:
+    if reset_attention_mask and eod is None and not documents_by_position:
         raise UserError("reset_attention_mask needs the id of the end-of-document token")
     if not needs_data(
         is_first_stage=is_first_stage, is_last_stage=is_last_stage, reset_attention_mask=reset_attention_mask
@@ -81,7 +84,12 @@ def get_batch(
     packed = _read_and_broadcast(iterator, (len(_PACKED), micro_batch_size, seq_length), device, tp_group)
     batch: dict[str, Any] = dict(zip(_PACKED, packed))
     batch["loss_mask"] = batch["loss_mask"].float()
-    batch["attention_mask"] = document_mask(batch["tokens"], eod) if reset_attention_mask else None
+    batch["attention_mask"] = None
+    if reset_attention_mask:
+        by_position = documents_by_position
+        batch["attention_mask"] = (
+            position_mask(batch["position_ids"]) if by_position else document_mask(batch["tokens"], eod)
+        )
     if not is_first_stage:
         batch["tokens"] = batch["position_ids"] = None
     if not is_last_stage:
@@ -140,8 +148,17 @@ def document_mask(tokens: torch.Tensor, eod: int) -> torch.Tensor:
         ``[b, 1, s, s]`` bool, True where the query (third axis) may **not** attend to the key (fourth axis).
     """
     is_eod = tokens == eod
-    document = is_eod.cumsum(dim=1) - is_eod.long()  # [b, s]: end-of-document tokens before this position
+    return _separate(is_eod.cumsum(dim=1) - is_eod.long())  # end-of-document tokens before this position
+
+
+def position_mask(position_ids: torch.Tensor) -> torch.Tensor:
+    """Like :func:`document_mask`, of documents that begin where ``position_ids`` ``[b, s]`` are 0."""
+    return _separate((position_ids == 0).cumsum(dim=1))
+
+
+def _separate(document: torch.Tensor) -> torch.Tensor:
+    """``document``: ``[b, s]``, the number of the document of each place."""
     other_document = document[:, :, None] != document[:, None, :]
-    length = tokens.shape[1]
-    future = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(diagonal=1)
+    length = document.shape[1]
+    future = torch.ones(length, length, dtype=torch.bool, device=document.device).triu(diagonal=1)
     return (other_document | future)[:, None]

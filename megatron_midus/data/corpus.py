@@ -53,23 +53,27 @@ class RawDocument:
 
     def parse(self, keys: Sequence[str]) -> list[str]:
         """The texts under ``keys``; raises :class:`MalformedDocument`."""
-        text = _decode(self.content, self.where)
         if not self.is_json:
+            text = _decode(self.content, self.where)
             return [text for _ in keys]
-        return [_text_of(value, key, self.where) for key, value in zip(keys, self._values(text, keys))]
-
-    def _values(self, text: str, keys: Sequence[str]) -> list[object]:
-        try:
-            record = parse_json(text, self.where)
-        except UserError as error:
-            raise MalformedDocument(str(error)) from None
-        if not isinstance(record, dict):
-            raise MalformedDocument(f"{self.where}: a {type(record).__name__}, not a JSON object")
+        record = self.parse_object()
         for key in keys:
             if key not in record:
                 there = ", ".join(map(repr, list(record)[:8])) or "none"
                 raise MalformedDocument(f"{self.where}: no key {key!r}; keys there: {there}")
-        return [record[key] for key in keys]
+        return [_text_of(record[key], key, self.where) for key in keys]
+
+    def parse_object(self) -> dict[str, Any]:
+        """The JSON object of the line; raises :class:`MalformedDocument`."""
+        try:
+            record = parse_json(_decode(self.content, self.where), self.where)
+        except MalformedDocument:
+            raise
+        except UserError as error:
+            raise MalformedDocument(str(error)) from None
+        if not isinstance(record, dict):
+            raise MalformedDocument(f"{self.where}: a {type(record).__name__}, not a JSON object")
+        return record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,8 @@ class RowDocument:
     """1-based."""
     values: tuple[object, ...]
     """What the columns hold; strings as UTF-8 bytes."""
+    columns: tuple[str, ...] = ()
+    """Their names."""
 
     @property
     def where(self) -> str:
@@ -95,6 +101,13 @@ class RowDocument:
         """The texts of the columns ``keys``, which are those that were read; raises :class:`MalformedDocument`."""
         values = (_decode(v, f"{self.where}: {k!r}") if isinstance(v, bytes) else v for k, v in zip(keys, self.values))
         return [_text_of(value, key, self.where) for key, value in zip(keys, values)]
+
+    def parse_object(self) -> dict[str, Any]:
+        """The columns by name; raises :class:`MalformedDocument`."""
+        return {
+            key: _decode(value, f"{self.where}: {key!r}") if isinstance(value, bytes) else value
+            for key, value in zip(self.columns, self.values)
+        }
 
 
 Record = RawDocument | RowDocument
@@ -268,6 +281,12 @@ def open_parquet(path: Path, keys: Sequence[str]) -> Any:
     return file
 
 
+def columns_of(path: Path) -> list[str]:
+    """The names of the columns of a .parquet file."""
+    with open_parquet(path, []) as file:
+        return list(file.schema_arrow.names)
+
+
 def _read_rows(path: Path, keys: Sequence[str], start: int) -> Iterator[RowDocument]:
     """Holds one row group at a time; groups before ``start`` are not read."""
     row = 0
@@ -284,7 +303,7 @@ def _read_rows(path: Path, keys: Sequence[str], start: int) -> Iterator[RowDocum
                     for values in zip(*(_cells(batch.column(key)) for key in keys)):
                         row += 1
                         if row > start:
-                            yield RowDocument(str(path), row, values)
+                            yield RowDocument(str(path), row, values, tuple(keys))
             # ValueError, OverflowError: a column of another type, whose values Python has no equal of.
             except (ArrowException, OSError, ValueError, OverflowError) as error:
                 raise UserError(f"{path} is damaged after row {row}: {str(error).strip()}") from None

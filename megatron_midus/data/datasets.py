@@ -19,6 +19,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.utils import log_single_rank
 
 from megatron_midus.config.data import DataConfig
+from megatron_midus.data.sft_dataset import SFTDataset, SFTDatasetConfig
 from megatron_midus.data.sources import SPLITS, Blend, Sources, check_data, read_head
 from megatron_midus.data.tokenizer import Tokenizer
 from megatron_midus.errors import UserError
@@ -87,7 +88,7 @@ def _build_split(
         if core_config.split_matrix[index] is None:
             return None
     sizes = [size if i == index else 0 for i in range(len(SPLITS))]
-    cls = MockGPTDataset if config.mock_data else GPTDataset
+    cls = MockGPTDataset if config.mock_data else SFTDataset if config.sft else GPTDataset
     return BlendedMegatronDatasetBuilder(cls, sizes, is_built_on_rank, core_config).build()[index]
 
 
@@ -105,7 +106,8 @@ def _gpt_dataset_config(
 ) -> GPTDatasetConfig:
     is_divided = bool(config.data_path)
     per_split = None if is_divided or config.mock_data else [source if i == index else None for i in range(len(SPLITS))]
-    return GPTDatasetConfig(
+    kind = functools.partial(SFTDatasetConfig, sft_long_conversations=config.sft_long_conversations)
+    return (kind if config.sft else GPTDatasetConfig)(
         random_seed=seed,
         sequence_length=config.seq_length,
         blend=source if is_divided else None,

@@ -12,6 +12,8 @@ from multiprocessing.connection import wait
 
 import numpy
 
+from megatron_midus.data.chat_template import ChatTemplate
+from megatron_midus.data.conversations import read_conversation
 from megatron_midus.data.corpus import MalformedDocument, Record
 from megatron_midus.data.tokenizer import Tokenizer
 from megatron_midus.errors import UserError
@@ -53,6 +55,8 @@ class EncodeSettings:
     skip_bad_lines: bool
     with_digests: bool
     lengths: LengthFilter = LengthFilter()
+    chat: ChatTemplate | None = None
+    """Records are conversations; two datasets are made of them, the ids and the loss mask."""
 
 
 @dataclasses.dataclass
@@ -89,6 +93,8 @@ def encode_chunk(records: Sequence[Record], settings: EncodeSettings) -> Encoded
     Raises:
         MalformedDocument: a record is no document and ``skip_bad_lines`` is off; the first one of the chunk.
     """
+    if settings.chat is not None:
+        return _encode_conversations(records, settings, settings.chat)
     malformed: list[str] = []
     rows: list[list[str]] = []
     for record in records:
@@ -102,6 +108,41 @@ def encode_chunk(records: Sequence[Record], settings: EncodeSettings) -> Encoded
         texts=[_encode_texts([row[i] for row in rows], settings) for i in range(len(settings.keys))],
         digests=[_record_digest(row) for row in rows] if settings.with_digests else [],
         num_records=len(rows),
+        num_bytes_read=sum(record.size for record in records),
+        malformed=malformed,
+    )
+
+
+def _encode_conversations(records: Sequence[Record], settings: EncodeSettings, chat: ChatTemplate) -> EncodedChunk:
+    malformed: list[str] = []
+    left_out: dict[int, str] = {}
+    flat: tuple[list[int], list[int]] = ([], [])  # ids and loss mask
+    kept: list[tuple[int, int, int]] = []  # row, tokens, bytes
+    digests: list[bytes] = []
+    for record in records:
+        try:
+            ids, learnt, text = chat.encode(read_conversation(record.parse_object(), record.where), record.where)
+        except MalformedDocument as error:
+            if not settings.skip_bad_lines:
+                raise
+            malformed.append(str(error))
+            continue
+        row, size = len(digests), len(text.encode())
+        digests.append(text_digest(text))
+        reason = settings.lengths.of_bytes(size) or settings.lengths.of_tokens(len(ids))
+        if reason is not None:
+            left_out[row] = reason
+            continue
+        flat[0].extend(ids)
+        flat[1].extend(learnt)
+        kept.append((row, len(ids), size))
+    rows, lengths, num_bytes = numpy.array(kept, dtype=numpy.int64).reshape(-1, 3).T
+    return EncodedChunk(
+        texts=[
+            EncodedTexts(_narrow(ids, settings), rows, lengths.astype(numpy.int32), num_bytes, left_out) for ids in flat
+        ],
+        digests=digests if settings.with_digests else [],
+        num_records=len(digests),
         num_bytes_read=sum(record.size for record in records),
         malformed=malformed,
     )

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_midus.config.preprocess import PreprocessConfig
-from megatron_midus.data.corpus import TEXT_KEY, Record, find_inputs, open_parquet, read_raw, unescape
+from megatron_midus.data import conversations
+from megatron_midus.data.chat_template import ChatTemplate
+from megatron_midus.data.corpus import TEXT_KEY, Record, columns_of, find_inputs, open_parquet, read_raw, unescape
 from megatron_midus.data.encoding import (
     EncodedChunk,
     EncodeSettings,
@@ -31,6 +33,7 @@ from megatron_midus.data.statistics import PreprocessResult, statistics_path
 from megatron_midus.data.tokenizer import make_tokenizer
 from megatron_midus.data.writer import DatasetWriter, dtype_of
 from megatron_midus.errors import UserError
+from megatron_midus.hub import local_model
 from megatron_midus.progress import SILENT, Progress
 
 SPLITS = ("train", "valid", "test")
@@ -58,7 +61,7 @@ def preprocess(config: PreprocessConfig, progress: Progress = SILENT) -> Preproc
     settings = _encode_settings(config)
     provenance = _provenance(config, settings)
     directory = Path(config.written_prefix).parent / f".{Path(config.written_prefix).name}.partial"
-    what = {**provenance, "json_keys": config.json_keys, "separator": separator, "inputs": _fingerprints(files)}
+    what = {**provenance, "json_keys": config.dataset_names, "separator": separator, "inputs": _fingerprints(files)}
     with Journal(directory, what, restart=config.overwrite) as journal:
         writer = DatasetWriter(
             output_prefixes(config),
@@ -91,7 +94,7 @@ def _encode_settings(config: PreprocessConfig) -> EncodeSettings:
         raise UserError(f"--prepend-bos: the tokenizer {config.tokenizer_model} has no beginning-of-sequence token")
     return EncodeSettings(
         tokenizer=tokenizer,
-        keys=tuple(config.json_keys),
+        keys=conversations.KEYS if config.sft else tuple(config.json_keys),
         dtype=dtype_of(tokenizer.vocab_size),
         append_eod=config.append_eod,
         prepend_bos=config.prepend_bos,
@@ -103,6 +106,15 @@ def _encode_settings(config: PreprocessConfig) -> EncodeSettings:
             config.min_document_tokens,
             config.max_document_tokens,
         ),
+        chat=_chat_template(config),
+    )
+
+
+def _chat_template(config: PreprocessConfig) -> ChatTemplate | None:
+    if not config.sft:
+        return None
+    return ChatTemplate(
+        local_model(config.tokenizer_model), template=config.chat_template, append_eod=config.append_eod
     )
 
 
@@ -129,7 +141,7 @@ def output_prefixes(config: PreprocessConfig) -> list[list[str]]:
     shares = config.shares()
     shares = shares + [0.0] * (len(names) - len(shares))
     return [
-        [f"{config.written_prefix}_{name}{key}_document" for key in config.json_keys] if share > 0 else []
+        [f"{config.written_prefix}_{name}{key}_document" for key in config.dataset_names] if share > 0 else []
         for name, share in zip(names, shares)
     ]
 
@@ -158,18 +170,32 @@ def _provenance(config: PreprocessConfig, settings: EncodeSettings) -> dict[str,
         "split_by_hash": config.shares() if config.split_by_hash else None,
         "dedup": config.dedup,
         "document_lengths": dataclasses.asdict(settings.lengths),
+        **({} if settings.chat is None else {"sft": True, "chat_template_sha256": settings.chat.digest}),
     }
 
 
 def _check_keys(files: list[Path], config: PreprocessConfig) -> None:
     """Plain text has no keys, and every parquet file must have the columns: told before hours of work."""
     for file in files:
-        if file.suffix == ".parquet":
+        if config.sft:
+            _check_conversations(file)
+        elif file.suffix == ".parquet":
             open_parquet(file, config.json_keys).close()
         elif ".jsonl" not in file.name and config.json_keys != [TEXT_KEY]:
             raise UserError(
                 f"{file} is plain text and has no keys; --json-keys {' '.join(config.json_keys)} needs .jsonl or .parquet"
             )
+
+
+def _check_conversations(file: Path) -> None:
+    if file.suffix == ".parquet":
+        if not set(columns_of(file)) & set(conversations.KEYS):
+            shown = ", ".join(map(repr, columns_of(file)[:8])) or "none"
+            raise UserError(
+                f"{file}: no column of a conversation ({', '.join(conversations.KEYS)}); columns there: {shown}"
+            )
+    elif ".jsonl" not in file.name:
+        raise UserError(f"{file} is plain text and holds no conversations; --sft needs .jsonl or .parquet")
 
 
 def _records_from(
@@ -180,9 +206,17 @@ def _records_from(
     for index in range(first, len(files)):
         start = done if index == first else 0
         for number, record in enumerate(
-            read_raw(files[index], keys=keys, separator=separator, start=start), start=start + 1
+            read_raw(files[index], keys=_keys_of(files[index], keys), separator=separator, start=start), start=start + 1
         ):
             yield record, (index, number)
+
+
+def _keys_of(file: Path, keys: Sequence[str]) -> Sequence[str]:
+    """The columns to read: those of conversations are not in every file."""
+    if tuple(keys) != conversations.KEYS or file.suffix != ".parquet":
+        return keys
+    there = columns_of(file)
+    return [key for key in keys if key in there]
 
 
 def _chunks(records: Iterable[tuple[Record, tuple[int, int]]]) -> Iterator[tuple[list[Record], tuple[int, int]]]:

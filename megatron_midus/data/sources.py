@@ -16,6 +16,7 @@ from typing import Any
 import numpy
 
 from megatron_midus.config.data import DEFAULT_SPLIT, DataConfig
+from megatron_midus.data.chat_template import template_digest, template_of_run
 from megatron_midus.data.statistics import statistics_path
 from megatron_midus.data.tokenizer import Tokenizer
 from megatron_midus.errors import UserError
@@ -72,6 +73,8 @@ def check_data_files(config: DataConfig, sizes: Sequence[int | None]) -> None:
     """
     for prefix in _prefixes(blends(config, sizes)):
         _check_files(prefix)
+        if config.sft:
+            _check_loss_files(prefix)
 
 
 def check_data(config: DataConfig, tokenizer: Tokenizer, sizes: Sequence[int | None], warn: Warn) -> Sources:
@@ -92,6 +95,11 @@ def check_data(config: DataConfig, tokenizer: Tokenizer, sizes: Sequence[int | N
     tokens = {}
     for prefix in _prefixes(found):
         lengths = check_indexed_dataset(prefix, vocab_size=tokenizer.vocab_size)
+        if config.sft:
+            lengths = _check_conversations(prefix, lengths, config)
+            _check_template(prefix, template_of_run(config, tokenizer))
+        elif (_read_statistics(prefix) or {}).get("sft"):
+            raise UserError(f"{prefix} holds conversations of midus preprocess --sft; train on them with --sft")
         tokens[prefix] = _tokens_per_split(lengths, config)
         _compare_tokenizers(prefix, tokenizer, warn)
     if config.data_path:
@@ -198,6 +206,48 @@ def _check_index_file(path: str) -> None:
         if version == 1 and code in _DTYPES and os.path.getsize(path) >= needed:
             return
     raise UserError(f"{path} is damaged or cut off; make it again")
+
+
+def loss_prefix(prefix: str) -> str:
+    """``P_sft_document`` -> ``P_sft_loss_document``: where 1 stands for each token that the assistant says."""
+    return prefix.removesuffix("_document") + "_loss_document"
+
+
+def _check_loss_files(prefix: str) -> None:
+    if not _exists(loss_prefix(prefix)):
+        raise UserError(
+            f"{prefix} has no loss mask {loss_prefix(prefix)}.bin beside it, so it holds no conversations; make them with "
+            "midus preprocess --sft"
+        )
+
+
+def _check_conversations(prefix: str, lengths: numpy.ndarray, config: DataConfig) -> numpy.ndarray:
+    """``lengths`` with 0 for conversations that are left out because they are too long."""
+    _check_loss_files(prefix)
+    if not numpy.array_equal(check_indexed_dataset(loss_prefix(prefix), vocab_size=2), lengths):
+        raise UserError(f"{prefix} and its loss mask are of different conversations; make both again")
+    # A place for every token that is predicted.
+    is_long = lengths > config.seq_length + 1
+    if config.sft_long_conversations == "refuse" and is_long.any():
+        raise UserError(
+            f"{int(is_long.sum())} of {len(lengths)} conversations of {prefix} are longer than --seq-length {config.seq_length}, the "
+            f"longest has {int(lengths.max())} tokens; give --seq-length {int(lengths.max()) - 1}, or --sft-long-conversations "
+            "truncate or drop"
+        )
+    return numpy.where(is_long, 0, lengths) if config.sft_long_conversations == "drop" else lengths
+
+
+def _check_template(prefix: str, template: str | None) -> None:
+    """The model answers through the template that its export has, so that has to be the one it learnt with."""
+    if template is None:
+        raise UserError(
+            f"the tokenizer has no chat template, and {prefix} was made with one; give its file with --chat-template"
+        )
+    digest = template_digest(template)
+    if (_read_statistics(prefix) or {}).get("chat_template_sha256", digest) != digest:
+        raise UserError(
+            f"{prefix} was made with another chat template than this run's; give --chat-template FILE with the one of midus preprocess"
+        )
 
 
 def _exists(prefix: str) -> bool:

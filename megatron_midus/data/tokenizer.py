@@ -70,6 +70,7 @@ class HuggingFaceTokenizer:
         vocabulary = hf_tokenizer.get_vocab()
         # Not len(tokenizer): vocabularies with holes have ids beyond their size.
         self.vocab_size = max(len(hf_tokenizer), 1 + max(vocabulary.values(), default=0))
+        self.chat_template = chat_template_of(hf_tokenizer)
         self.split_special_tokens = split_special_tokens
         # The Rust tokenizer alone pickles in a fraction of the time, and its workers need no transformers.
         self._fast = hf_tokenizer.backend_tokenizer if getattr(hf_tokenizer, "is_fast", False) else None
@@ -101,6 +102,12 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         backend = self._fast if self._fast is not None else self._slow
         return backend.decode(list(ids), skip_special_tokens=False)
+
+
+def chat_template_of(hf_tokenizer: Any) -> str | None:
+    """The text of the chat template; of several, the default."""
+    template = hf_tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
 
 
 class SentencePieceTokenizer:

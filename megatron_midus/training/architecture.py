@@ -14,6 +14,7 @@ from megatron_midus.checkpoint.layout import (
 )
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.checkpoint import CheckpointConfig
+from megatron_midus.data.chat_template import template_of_run
 from megatron_midus.data.tokenizer import Tokenizer, build_tokenizer, check_tokenizer_fits
 from megatron_midus.errors import UserError
 from megatron_midus.hub import local_model
@@ -37,6 +38,7 @@ class Architecture:
         assets: directory of Hugging Face files, or file of a SentencePiece model, that travels into every checkpoint.
         assets_left_out: files of that directory that do not, because they describe another model.
         background: file of midus background, which travels into every checkpoint as well.
+        chat_template: that of fine-tuning, which checkpoints have instead of the tokenizer's own.
     """
 
     model: ModelConfig
@@ -45,6 +47,7 @@ class Architecture:
     assets: Path | None
     assets_left_out: tuple[str, ...] = ()
     background: Path | None = None
+    chat_template: str | None = None
 
 
 def resolve_architecture(arguments: Arguments, source: Source, *, tokenizer_vocab_size: int | None) -> Architecture:
@@ -173,4 +176,6 @@ def resolve_model(arguments: Arguments, source: Source) -> tuple[Tokenizer, Arch
             assets_left_out=("config.json", "generation_config.json"),
         )
     check_tokenizer_fits(tokenizer, architecture.model.vocab_size)
+    if data.sft:
+        architecture = dataclasses.replace(architecture, chat_template=template_of_run(data, tokenizer))
     return tokenizer, architecture

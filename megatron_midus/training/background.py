@@ -64,7 +64,13 @@ def _count(start: Start, num_batches: int) -> Counts:
     chunks = _build_frozen_model(start)
     found = memories(chunks)
     reads = SlotReads(found)
-    shape = BatchShape(training.micro_batch_size, data.seq_length, data.reset_attention_mask, start.tokenizer.eod)
+    shape = BatchShape(
+        training.micro_batch_size,
+        data.seq_length,
+        data.reset_attention_mask,
+        start.tokenizer.eod,
+        documents_by_position=data.sft,
+    )
     forward_step = make_forward_step(shape, check_loss=False)
     datasets = build.build_datasets(
         data, start.tokenizer, num_samples=(num_batches * sizes.global_batch_size, 0, 0), seed=training.seed

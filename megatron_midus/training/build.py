@@ -77,7 +77,7 @@ def transformer_config(arguments: Arguments, architecture: Architecture, timers:
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
         deterministic=parallel.deterministic_mode,
-        calculate_per_token_loss=training.calculate_per_token_loss,
+        calculate_per_token_loss=training.calculate_per_token_loss or arguments.data.sft,
         hidden_dropout=training.hidden_dropout,
         attention_dropout=training.attention_dropout,
         timers=timers,

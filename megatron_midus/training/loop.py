@@ -111,6 +111,7 @@ class Trainer:
             arguments.data.seq_length,
             arguments.data.reset_attention_mask,
             start.tokenizer.eod,
+            documents_by_position=arguments.data.sft,
         )
         self.forward_step = make_forward_step(self.shape, check_loss=training.check_for_nan_in_loss_and_grad)
         self.writer: CheckpointWriter | None = None
@@ -359,6 +360,7 @@ class Trainer:
             self.learner.scheduler if checkpoint.save_optim else None,
             self.progress,
             train=self.architecture.train,
+            sft=self.arguments.data.sft,
             with_rng=checkpoint.save_rng,
             memory_usage=self.memory_telemetry.state() if self.memory_telemetry is not None else None,
             flags=schedule_flags(self.arguments.optimizer, self.arguments.training, self.sizes.global_batch_size),

@@ -21,6 +21,7 @@ from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_
 from megatron.core.timers import Timers
 
 from megatron_midus import platform
+from megatron_midus.data import sft_dataset
 from megatron_midus.files import write_text_atomically
 from megatron_midus.training import build
 from megatron_midus.training.architecture import Architecture, resolve_model
@@ -153,6 +154,8 @@ def _build_trainer(start: Start, signal: TerminationSignal) -> Trainer:
     datasets = build.build_datasets(
         arguments.data, start.tokenizer, num_samples=_num_samples(arguments, sizes, progress), seed=training.seed
     )
+    if arguments.data.sft and datasets[0] is not None:
+        print_rank_0(sft_dataset.describe(datasets[0], global_batch_size=sizes.global_batch_size))
     telemetry = Telemetry(
         arguments.logging,
         train_iters=train_iters,

@@ -43,6 +43,7 @@ class BatchShape:
     seq_length: int
     reset_attention_mask: bool
     eod: int | None
+    documents_by_position: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,7 @@ def make_forward_step(shape: BatchShape, *, check_loss: bool) -> Callable[..., t
             cp_group=parallel_state.get_context_parallel_group(),
             reset_attention_mask=shape.reset_attention_mask,
             eod=shape.eod,
+            documents_by_position=shape.documents_by_position,
         )
         output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
         return output, functools.partial(loss_function, batch["loss_mask"], check_loss)

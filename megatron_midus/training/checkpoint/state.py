@@ -62,6 +62,7 @@ def training_state(
     progress: Progress,
     *,
     train: str,
+    sft: bool = False,
     with_rng: bool,
     memory_usage: dict[str, Any] | None = None,
     flags: dict[str, Any] | None = None,
@@ -73,6 +74,7 @@ def training_state(
         optimizer, scheduler: ``None`` = leave them out.
         progress: where the run is.
         train: the resolved ``--train``, because optimizer state of other parameters cannot be resumed.
+        sft: whether the run fine-tunes on conversations.
         with_rng: include the random number states.
         memory_usage: of ``MemoryTelemetry.state``.
         flags: of ``schedule_flags``.
@@ -84,6 +86,7 @@ def training_state(
         _TRAINING_STATE: {
             **dataclasses.asdict(progress),
             "train": train,
+            **({"sft": True} if sft else {}),
             "has_optimizer": optimizer is not None,
             "has_rng": with_rng,
         },

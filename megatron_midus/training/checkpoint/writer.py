@@ -154,7 +154,7 @@ class CheckpointWriter:
             staging, target = self._staging_directory(iteration), iteration_directory(self.root, iteration)
             self.architecture.plan.save(staging)
             self.architecture.model.save(staging)
-            self._copy_assets(staging / ASSETS_DIRECTORY)
+            self._write_assets(staging / ASSETS_DIRECTORY)
             if self._background is not None:
                 shutil.copyfile(self._background, staging / BACKGROUND_FILE)
             write_checksums(staging, {name: value for each in everyones for name, value in each.items()})
@@ -190,6 +190,14 @@ class CheckpointWriter:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def _write_assets(self, target: Path) -> None:
+        self._copy_assets(target)
+        template = self.architecture.chat_template
+        if template is not None:
+            # It goes before one in tokenizer_config.json.
+            target.mkdir(exist_ok=True)
+            (target / "chat_template.jinja").write_text(template, encoding="utf-8")
 
     def _copy_assets(self, target: Path) -> None:
         if self._assets is None:
