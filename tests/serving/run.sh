@@ -3,6 +3,7 @@
 # Makes (once) an environment of its own: vLLM pins other versions than the rest of the tests.
 #
 # MIDUS_VLLM_VENV    where it lies (default: .venv-vllm in the repository)
+# MIDUS_TEST_WORKERS processes that share the tests (default: 2, for 2 cores)
 # MIDUS_VLLM_PYTHON  interpreter to make it with (default: python3.11)
 # torch 2.13.0+cpu has to be found: PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL may say where.
 set -euo pipefail
@@ -45,4 +46,4 @@ cp -r setup.py README.md pyproject.toml pretrain_midus.py megatron_midus "$place
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=""
 export MIDUS_INSTALLED="$place/installed" PYTHONPATH="$PWD"
-"$venv/bin/python" -m pytest -q --durations=10 -p no:cacheprovider "${@:-tests/serving}"
+"$venv/bin/python" -m pytest -q -n "${MIDUS_TEST_WORKERS:-2}" --dist loadgroup --durations=10 -p no:cacheprovider "${@:-tests/serving}"

@@ -11,6 +11,9 @@ import pytest
 from serving_models import ROOT, load
 from transformers import AutoTokenizer
 
+# One worker starts the server, for all of them.
+pytestmark = pytest.mark.xdist_group("server")
+
 
 @pytest.fixture(scope="module")
 def model(exports, tmp_path_factory):
