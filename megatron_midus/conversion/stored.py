@@ -53,6 +53,7 @@ def stored_layout(shapes: Mapping[str, Shape], rules: Sequence[Rule]) -> dict[st
     rule_of = {part: rule for rule in rules for part in rule.parts}
     parts: dict[str, list[str]] = {}
     stacked: set[str] = set()
+    orders: dict[str, tuple[int, int]] = {}  # as the rule lists them, one expert after the other
     for name in shapes:
         layer, suffix = split_name(name)
         expert = _EXPERT.fullmatch(suffix)
@@ -63,8 +64,11 @@ def stored_layout(shapes: Mapping[str, Shape], rules: Sequence[Rule]) -> dict[st
             continue
         stored = layer_name(layer, rule.name.replace("*", expert.group(2)) if expert else rule.name)
         parts.setdefault(stored, []).append(name)
+        orders[name] = (int(expert.group(2)) if expert else 0, rule.parts.index(pattern))
         if expert and "*" not in rule.name:
             stacked.add(stored)
+    for held in parts.values():
+        held.sort(key=lambda name: orders.get(name, (0, 0)))
     return {name: Stored(_shape(shapes, held, name in stacked), tuple(held)) for name, held in parts.items()}
 
 

@@ -1,4 +1,4 @@
-"""``midus doctor``: versions, GPU, memory backend, disk, and what is missing with how to get it."""
+"""``midus doctor``: versions, GPU, memory backend, disk, and what is missing with how to get it; or a family of models."""
 
 from __future__ import annotations
 
@@ -58,10 +58,17 @@ class Finding:
 
 @verb(DoctorConfig)
 def doctor(config: DoctorConfig, progress: Progress) -> list[Finding]:
-    """Looks at this machine. Loads torch, and nothing onto a GPU."""
+    """Looks at this machine, or at a family of models. Loads torch, and nothing onto a GPU.
+
+    Raises:
+        UserError: a family that is not known, or that has other tensors than its file says.
+    """
     if config.json:
         check_output_file(config.json)
-    findings = [*_software(), *_packages(), *_hardware(), _disk(config.directory)]
+    if config.family is not None:
+        findings = list(_family(config.family))
+    else:
+        findings = [*_software(), *_packages(), *_hardware(), _disk(config.directory)]
     if config.json:
         write_text_atomically(config.json, json.dumps([dataclasses.asdict(f) for f in findings], indent=1) + "\n")
     return findings
@@ -133,13 +140,28 @@ def _disk(directory: str) -> Finding:
     return Finding("free disk", f"{free:,.0f} GiB at {path}", "ok" if is_enough else "problem", remedy)
 
 
+def _family(directory: str) -> Iterator[Finding]:
+    from megatron_midus.verbs.family import check_family
+
+    report = check_family(directory)
+    yield Finding(report.architecture, f"weights: {report.weights}")
+    for name, difference in report.differences.items():
+        if difference is None:
+            value = f"{report.modules[name]} modules agree with transformers, to {report.largest[name]:.1e} of sigma"
+            yield Finding(name, value)
+        else:
+            yield Finding(name, difference.describe(), "problem")
+
+
 def command(config: DoctorConfig) -> int:
-    """``midus doctor``: exit code 1 when something that is needed is missing."""
+    """``midus doctor``: exit code 1 when something that is needed is missing, or a family differs."""
     findings = doctor(config)
     marks = {"ok": "ok", "absent": "-", "problem": "PROBLEM"}
     for finding in findings:
         remedy = f"; {finding.remedy}" if finding.remedy else ""
         print(f"{marks[finding.state]:<8} {finding.name:<19} {finding.value}{remedy}")
     problems = [finding.name for finding in findings if finding.state == "problem"]
+    if config.family is not None:
+        return 1 if problems else 0
     print(f"problems: {', '.join(problems)}" if problems else "everything that the verbs need is installed")
     return 1 if problems else 0
