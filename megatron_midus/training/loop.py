@@ -25,6 +25,7 @@ from megatron_midus.training.messages import print_rank_0, rank, warn_rank_0
 from megatron_midus.training.optimizer import learning_rates
 from megatron_midus.training.profiler import StepProfiler
 from megatron_midus.training.replicas import check_replicas
+from megatron_midus.training.router_losses import router_losses
 from megatron_midus.training.schedule import schedule_flags
 from megatron_midus.training.signals import TerminationSignal
 from megatron_midus.training.start import Start
@@ -128,6 +129,7 @@ class Trainer:
         self._start = time.monotonic()
         self._gathers_ahead = arguments.parallel.overlap_param_gather
         self.memory_telemetry = self._watch_memories()
+        self.router_losses = router_losses(arguments, architecture)
 
     def _watch_memories(self) -> MemoryTelemetry | None:
         settings = self.arguments.memory_telemetry
@@ -285,6 +287,8 @@ class Trainer:
         logging = self.arguments.logging
         learning_rate, value_learning_rate = learning_rates(optimizer)
         due = progress.iteration % logging.log_interval == 0
+        if self.router_losses is not None:
+            self.router_losses.count_step()
         self.telemetry.step(
             StepReport(
                 iteration=progress.iteration,
@@ -298,6 +302,7 @@ class Trainer:
                 loss_scale=optimizer.get_loss_scale().item() if self.arguments.training.fp16 else None,
                 num_zeros=result.num_zeros,
                 params_norm=parameter_norm(self.learner.model_chunks) if logging.log_params_norm and due else None,
+                load_balancing_loss=self.router_losses.take(progress.iteration) if self.router_losses and due else None,
             )
         )
         if self.memory_telemetry is not None:

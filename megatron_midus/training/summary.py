@@ -47,11 +47,8 @@ def describe_run(arguments: Arguments, architecture: Architecture, sizes: RunSiz
 
 def describe_experts(arguments: Arguments, architecture: Architecture) -> list[str]:
     """What the experts are and where, and which routers a load-balancing loss moves."""
-    model, plan, parallel = architecture.model, architecture.plan, arguments.parallel
-    mixtures = [i for i, block in enumerate(plan.blocks) if block.kind != "memory"]
-    learning = {"all": mixtures, "inserted": [i for i in mixtures if plan.blocks[i].inserted]}.get(
-        architecture.train, []
-    )
+    model, parallel = architecture.model, arguments.parallel
+    mixtures, learning = learning_mixtures(architecture)
     coeff = arguments.training.moe_aux_loss_coeff
     coeff = model.moe_aux_loss_coeff if coeff is None else coeff
     frozen = len(mixtures) - len(learning)
@@ -64,6 +61,14 @@ def describe_experts(arguments: Arguments, architecture: Architecture) -> list[s
         f"{model.moe_router_topk} per token, shared by {shared} {'process' if shared == 1 else 'processes'}",
         f"routers: {'; '.join(said)}",
     ]
+
+
+def learning_mixtures(architecture: Architecture) -> tuple[list[int], list[int]]:
+    """0-based positions of the mixtures of experts, and of those whose router learns."""
+    blocks = architecture.plan.blocks
+    mixtures = [index for index, block in enumerate(blocks) if block.kind != "memory"]
+    inserted = [index for index in mixtures if blocks[index].inserted]
+    return mixtures, {"all": mixtures, "inserted": inserted}.get(architecture.train, [])
 
 
 def missing_engine(distributed_backend: str) -> str:

@@ -29,6 +29,7 @@ class StepReport:
         skipped: whether the optimizer left the step out (float16 overflow).
         grad_norm: global L2 norm of the gradient before clipping.
         learning_rate, value_learning_rate: of the next step, as Megatron logs it.
+        load_balancing_loss: mean of the routers that learn since the last report, 1 = balanced; ``None`` where there is none.
     """
 
     iteration: int
@@ -42,6 +43,7 @@ class StepReport:
     loss_scale: float | None
     num_zeros: int | None
     params_norm: float | None = None
+    load_balancing_loss: float | None = None
 
 
 class Telemetry:
@@ -125,6 +127,8 @@ class Telemetry:
         scalars = {"iteration-time": seconds, "throughput": throughput, "tokens-per-second": tokens_per_second}
         if self.config.log_memory_to_tensorboard:
             scalars["peak-memory-bytes"] = peak_memory_bytes()
+        if report.load_balancing_loss is not None:
+            scalars["load_balancing_loss"] = report.load_balancing_loss
         self._write(scalars, report.iteration)
         self._reset_interval()
 
@@ -150,6 +154,8 @@ class Telemetry:
             fields.append(f"num zeros: {report.num_zeros}")
         if report.params_norm is not None:
             fields.append(f"params norm: {report.params_norm:.3f}")
+        if report.load_balancing_loss is not None:
+            fields.append(f"load_balancing_loss: {report.load_balancing_loss:.6E}")
         fields.append(f"number of skipped iterations: {self._skipped_steps:3d}")
         fields.append(f"number of nan iterations: {self._nan_steps:3d}")
         fields.append(f"tokens per second: {tokens_per_second:.0f}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy
+import pytest
 import torch
 from driver import train
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -78,6 +81,25 @@ def test_the_whole_way_of_a_mixture_of_experts(tmp_path, capfd):
     for number, source in ((0, 0), (1, 1)):
         for name, tensor in before.model.layers[source].mlp.state_dict().items():
             assert torch.equal(after.model.layers[number].mlp.state_dict()[name], tensor), name
+
+
+def test_the_log_has_the_load_balancing_loss(tmp_path):
+    """Where routers learn: the mean since the last line, whichever pipeline stage has them."""
+    base = write_base(tmp_path / "base", "qwen3_moe")
+    tool("upscale", "--hf-model", base, "--save", tmp_path / "up", "--num-blocks", 1, *MEMORY)
+    write_data(tmp_path)
+    words = f"--data-path {tmp_path / 'data'} --pretrained-checkpoint {tmp_path / 'up'} --train-iters 2 --train all "
+    words += "--moe-aux-loss-coeff 0.01 --no-calculate-per-token-loss"
+
+    def logged(run):
+        return [float(number) for number in re.findall(r"\| load_balancing_loss: (\S+)", run.check().out)]
+
+    alone = logged(train(RUN, words, timeout=300))
+    staged = logged(train(RUN, words, "--log-interval 2 --pipeline-model-parallel-size 2", processes=2, timeout=300))
+    assert len(alone) == 2 and alone[0] != alone[1] and all(1 < number < 2 for number in alone)
+    assert staged == pytest.approx([sum(alone) / 2], rel=1e-5)
+    frozen = train(RUN, words.replace("--train all", "--train inserted"), timeout=300)
+    assert logged(frozen) == []
 
 
 def test_the_whole_way_of_gemma_3(tmp_path, capfd):
