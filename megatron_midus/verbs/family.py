@@ -290,11 +290,25 @@ def _recording(model: torch.nn.Module, states: dict[str, torch.Tensor]) -> Itera
                     with_kwargs=True,
                 )
             )
+    several: set[str] = set()
+    for name, module in model.named_modules():
+        if name.endswith("rotary_emb"):
+            hooks.append(
+                module.register_forward_hook(lambda m, i, output, name=name: _compare(states, name, output, several))
+            )
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+        for name in several:
+            del states[name]
+
+
+def _compare(states: dict[str, torch.Tensor], name: str, output: Any, several: set[str]) -> None:
+    """Notes an embedding that gives blocks different angles: which it gives first is as Python orders a set."""
+    if name in states and not torch.equal(states[name], output[0].float()):
+        several.add(name)
 
 
 def _keep(states: dict[str, torch.Tensor], name: str, output: Any) -> None:
