@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_midus.data.corpus import MalformedDocument
+from megatron_midus.data.corpus import MalformedDocument, check_encodable
 
 Message = dict[str, str]
 
@@ -142,10 +142,7 @@ def _text(value: object, name: str, where: str) -> str:
         raise MalformedDocument(f"{where}: the content of {name} is {_kind(value)}, not a string")
     if not value.strip():
         raise MalformedDocument(f"{where}: {name} is empty; a turn needs text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise MalformedDocument(f"{where}: {name} contains half of a surrogate pair") from None
+    check_encodable(value, name, where)
     return value
 
 

@@ -123,12 +123,16 @@ def _decode(content: bytes, where: str) -> str:
 def _text_of(value: object, key: str, where: str) -> str:
     if not isinstance(value, str):
         raise MalformedDocument(f"{where}: {key!r} is {type(value).__name__}, not a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        # "\ud800" alone is valid JSON and no text.
-        raise MalformedDocument(f"{where}: {key!r} contains half of a surrogate pair") from None
+    check_encodable(value, repr(key), where)
     return value
+
+
+def check_encodable(text: str, name: str, where: str) -> None:
+    """Raises :class:`MalformedDocument` for half of a surrogate pair: ``"\\ud800"`` alone is valid JSON and no text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise MalformedDocument(f"{where}: {name} contains half of a surrogate pair") from None
 
 
 def find_inputs(inputs: Sequence[str]) -> list[Path]:

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import sentencepiece
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -78,3 +79,14 @@ def jsonl(tmp_path, texts):
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="module")
+def process_group():
+    """Megatron-Core's blends ask for the rank."""
+    if torch.distributed.is_initialized():
+        yield
+        return
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

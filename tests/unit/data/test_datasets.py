@@ -8,7 +8,6 @@ from pathlib import Path
 import data_processes
 import numpy
 import pytest
-import torch
 from launcher import launch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -17,19 +16,10 @@ from megatron_midus.data import build_train_valid_test_datasets
 from megatron_midus.data.sources import parse_blend
 from megatron_midus.data.tokenizer import NullTokenizer
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 TOKENIZER = NullTokenizer(1000)
 EOD = TOKENIZER.eod
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    """Megatron-Core's blends ask for the rank."""
-    if torch.distributed.is_initialized():
-        yield
-        return
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

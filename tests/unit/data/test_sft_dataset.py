@@ -13,21 +13,12 @@ from megatron_midus.data.statistics import DatasetStatistics
 from megatron_midus.data.tokenizer import NullTokenizer
 from megatron_midus.data.writer import write_index
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 TOKENIZER = NullTokenizer(1000)
 TOKENIZER.chat_template = "a"  # type: ignore[attr-defined]
 RANDOM = numpy.random.RandomState(0)
 LENGTHS = RANDOM.randint(3, 18, 50).tolist()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    """Megatron-Core's blends ask for the rank."""
-    if torch.distributed.is_initialized():
-        yield
-        return
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def write(path, lengths, *, seed=1):
