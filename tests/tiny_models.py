@@ -47,10 +47,12 @@ _FAMILIES = {
     "granite": {"embedding_multiplier": 3.5, "attention_multiplier": 0.21, "residual_multiplier": 0.37, "logits_scaling": 2.5, "attention_bias": True},
     "olmo2": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     "olmo3": {"sliding_window": 6, "layer_types": [*["sliding_attention"] * 3, "full_attention", "sliding_attention"], "rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}, "sliding_attention": {"rope_type": "default", "rope_theta": 700.0}}, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    # bounds that most scores and many logits feel
+    "gemma2": {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 10, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0},
     "gemma3": {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 10, "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"], "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 5000.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 700.0}}},
 }  # fmt: skip
 # Families whose blocks do not compute what a Llama's do.
-FEATURED = ("phi3", "smollm3", "biased", "granite", "olmo2", "olmo3", "gemma3")
+FEATURED = ("phi3", "smollm3", "biased", "granite", "olmo2", "olmo3", "gemma2", "gemma3")
 _CLASSES = {
     "mistral": "Mistral",
     "qwen2": "Qwen2",
@@ -63,6 +65,7 @@ _CLASSES = {
     "granite": "Granite",
     "olmo2": "Olmo2",
     "olmo3": "Olmo3",
+    "gemma2": "Gemma2",
 }
 
 

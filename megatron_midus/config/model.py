@@ -94,10 +94,14 @@ class ModelConfig:
     """Whether that factor is rounded to the dtype of the weights first."""
     attention_scale: float | None = dataclasses.field(default=None, metadata={"flag": False})
     """Factor on attention scores; None = 1 / sqrt(kv_channels)."""
+    attention_softcap: float | None = dataclasses.field(default=None, metadata={"flag": False})
+    """Bound c of attention scores x, which become c * tanh(x / c); None = none."""
     residual_multiplier: float = dataclasses.field(default=1.0, metadata={"flag": False})
     """Factor on what a branch of a block adds to the residual stream."""
     logits_divisor: float = dataclasses.field(default=1.0, metadata={"flag": False})
     """What the output layer's result is divided by."""
+    logits_softcap: float | None = dataclasses.field(default=None, metadata={"flag": False})
+    """Bound c of the output layer's result x, which becomes c * tanh(x / c) before it is divided; None = none."""
     rope_layers: tuple[bool, ...] | None = dataclasses.field(default=None, metadata={"flag": False})
     """Per layer whether queries and keys rotate; None = in all."""
     sliding_layers: tuple[bool, ...] | None = dataclasses.field(default=None, metadata={"flag": False})

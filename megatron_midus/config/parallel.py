@@ -95,7 +95,7 @@ class ParallelConfig:
 
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation: local = plain torch; transformer_engine; auto = Transformer Engine on a GPU when it is
-    installed and no --reset-attention-mask was given, local otherwise."""
+    installed, no --reset-attention-mask was given and the model caps no attention scores (Gemma 2), local otherwise."""
 
     memory_backend: Literal["auto", "reference", "torch", "numba", "triton"] = "auto"
     """Implementation of the head-wise memory look-up: reference = plain torch, the definition; torch = the fast path for

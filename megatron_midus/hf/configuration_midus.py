@@ -122,15 +122,17 @@ class MidusConfig(PretrainedConfig):
         qk_norm: whether queries and keys are RMS-normalised per head before they are rotated (Qwen3).
         qk_norm_width: whether ``qk_norm`` has one norm over all heads instead (OLMo 2).
         mlp_bias: whether the matrices of the MLP have biases.
-        norm_placement: ``pre``, ``post`` (a norm behind each branch, none before it: OLMo 2) or ``both`` (Gemma 3).
+        norm_placement: ``pre``, ``post`` (a norm behind each branch, none before it: OLMo 2) or ``both`` (Gemma 2, 3).
         zero_centered_norm: whether norms multiply by ``1 + weight`` (Gemma).
         wide_norm: whether norms are rounded to 16 bits after the weight is applied (OLMo).
         wide_rotary: whether queries and keys turn in fp32 and are rounded afterwards (OLMo).
         embedding_multiplier: factor on the embedding's output (Granite, Gemma).
         round_embedding_multiplier: whether it is rounded to the weights' dtype first, and a part of the embedding (Gemma).
         attention_multiplier: factor on attention scores; 1 / sqrt(head_dim) when absent.
+        attn_logit_softcapping: bound c of attention scores x, which become c * tanh(x / c) (Gemma 2); ``None`` = none.
         residual_multiplier: factor on what a branch of a block adds (Granite).
         logits_scaling: what logits are divided by (Granite).
+        final_logit_softcapping: bound of logits, in the same way, before they are divided (Gemma 2); ``None`` = none.
         rope_layers: per block whether queries and keys rotate (SmolLM3); all when absent.
         layer_types: per block ``full_attention`` or ``sliding_attention``; all slide when absent and ``sliding_window`` is given.
         local_rope_theta: theta of the sliding blocks, whose rotary embedding is not scaled (Gemma 3); as the others when absent.
@@ -218,8 +220,10 @@ class MidusConfig(PretrainedConfig):
         embedding_multiplier=1.0,
         round_embedding_multiplier=False,
         attention_multiplier=None,
+        attn_logit_softcapping=None,
         residual_multiplier=1.0,
         logits_scaling=1.0,
+        final_logit_softcapping=None,
         rope_layers=None,
         layer_types=None,
         local_rope_theta=None,
@@ -279,8 +283,10 @@ class MidusConfig(PretrainedConfig):
         self.embedding_multiplier = embedding_multiplier
         self.round_embedding_multiplier = round_embedding_multiplier
         self.attention_multiplier = attention_multiplier
+        self.attn_logit_softcapping = attn_logit_softcapping
         self.residual_multiplier = residual_multiplier
         self.logits_scaling = logits_scaling
+        self.final_logit_softcapping = final_logit_softcapping
         self.rope_layers = rope_layers
         if layer_types is not None:
             self.layer_types = layer_types  # where there is none, transformers takes the attribute's absence for it
@@ -460,6 +466,9 @@ class MidusConfig(PretrainedConfig):
             raise ValueError(
                 f"partial_rotary_factor leaves {channels} channels of {self.head_dim} to rotate; give more"
             )
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if getattr(self, name) is not None and not is_positive(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number above 0, or None for no bound")
         for name in LISTS:
             if name in self.rope_parameters and len(self.rope_parameters[name]) != channels // 2:
                 raise ValueError(f"{name} has {len(self.rope_parameters[name])} entries; give {channels // 2}, one for each pair of rotating channels")  # fmt: skip

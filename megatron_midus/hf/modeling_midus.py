@@ -278,11 +278,16 @@ def repeat_kv(states, groups):
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def soft_cap(x, bound):
+    """``bound * tanh(x / bound)``; ``x`` itself without a bound."""
+    return x if bound is None else torch.tanh(x / bound) * bound
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
     """Attention in the open; the only implementation that returns its weights."""
     key = repeat_kv(key, module.num_key_value_groups)
     value = repeat_kv(value, module.num_key_value_groups)
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling  # [B, H, S, S_kv]
+    weights = soft_cap(torch.matmul(query, key.transpose(2, 3)) * scaling, softcap)  # [B, H, S, S_kv]
     if attention_mask is not None:
         weights = weights + attention_mask[:, :, :, : key.shape[-2]]
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
@@ -301,6 +306,8 @@ class MidusAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
+        # Named where there is one alone: not every attention function knows it.
+        self.softcap = {} if config.attn_logit_softcapping is None else {"softcap": config.attn_logit_softcapping}
         self.attention_dropout = config.attention_dropout
         self.sliding_window = config.sliding_window if config.slides(block) else None
         self.is_causal = True
@@ -355,6 +362,7 @@ class MidusAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
+            **self.softcap,
             **kwargs,
         )
         output = output.reshape(*shape, -1).contiguous()  # serving engines return [T, H * head_dim]
@@ -683,6 +691,15 @@ def plan_fits(plan, config):
     return kinds == config.block_types and all(getattr(config, name, None) == value for name, value in memory.items())
 
 
+def check_sdpa(config):
+    """Raises ``ValueError`` where sdpa would leave out the bound of the scores; some versions do so without a word."""
+    if config.attn_logit_softcapping is not None:
+        raise ValueError(
+            f"attn_implementation='sdpa' does not bound attention scores (attn_logit_softcapping={config.attn_logit_softcapping}); "
+            "choose eager, flex_attention or flash_attention_2"
+        )
+
+
 # -- the models ------------------------------------------------------------------------------------------------------
 class MidusPreTrainedModel(PreTrainedModel):
     config_class = MidusConfig
@@ -705,6 +722,21 @@ class MidusPreTrainedModel(PreTrainedModel):
         config.check()  # fields may have been set after the configuration was made
         super().__init__(config, *args, **kwargs)
         self._plan = None
+
+    def _sdpa_can_dispatch(self, *args, **kwargs):
+        """As the base class, which takes eager where this raises and nobody asked for sdpa by name."""
+        check_sdpa(self.config)
+        return super()._sdpa_can_dispatch(*args, **kwargs)
+
+    @classmethod
+    def _check_and_enable_sdpa(cls, config, hard_check_only=False):
+        """The same for transformers 4.53."""
+        if hard_check_only:
+            check_sdpa(config)
+        if config.attn_logit_softcapping is None:
+            return super()._check_and_enable_sdpa(config, hard_check_only)
+        config._attn_implementation = "eager"
+        return config
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -823,6 +855,8 @@ class MidusModel(MidusPreTrainedModel):
                 "gives none; load the model with attn_implementation='eager', or call set_attn_implementation('eager')"
             )
             output_attentions = False
+        if config._attn_implementation == "sdpa":
+            check_sdpa(config)  # it may have been set past the methods that check it
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, one of them")
         if inputs_embeds is None:
@@ -982,7 +1016,7 @@ class MidusForCausalLM(MidusPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        logits = soft_cap(self.lm_head(outputs.last_hidden_state[:, keep, :]), self.config.final_logit_softcapping)
         if self.config.logits_scaling != 1.0:
             logits = logits / self.config.logits_scaling
         loss = None

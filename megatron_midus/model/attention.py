@@ -1,4 +1,5 @@
-"""Core attention of the local backend on torch's scaled_dot_product_attention, which never writes the score matrix.
+"""Core attention of the local backend on torch's scaled_dot_product_attention, which never writes the score matrix; with
+soft-capped scores in the open.
 
 Shapes: s query positions, t key positions, b batch, a attention heads of this rank, g key/value heads of this rank,
 d channels of one head.
@@ -27,7 +28,7 @@ class SdpaAttention(MegatronModule):
 
     Args:
         config: of the model: ``attention_dropout``, ``window_size`` (``(w - 1, 0)`` sees w positions, the own one
-            included) and ``context_parallel_size``.
+            included), ``context_parallel_size``, and an attribute of ours, ``attention_softcap``.
         layer_number: unused, part of Megatron's contract.
         attn_mask_type: ``causal``, or ``no_mask`` and ``padding`` for bidirectional attention.
         attention_type: unused, part of Megatron's contract.
@@ -56,6 +57,7 @@ class SdpaAttention(MegatronModule):
             )
         if config.softmax_type != "vanilla":
             raise UserError(f"softmax_type={config.softmax_type!r} needs Transformer Engine's attention; use vanilla")
+        self.softcap = getattr(config, "attention_softcap", None)
         self.causal = attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -104,6 +106,8 @@ class SdpaAttention(MegatronModule):
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         seen = self._mask(query.shape[2], key.shape[2], attention_mask, query.device)
         dropout = self.dropout if self.training else 0.0
+        if self.softcap is not None:
+            return self._attend_capped(query, key, value, seen, dropout)
         with self._dropout_generator(dropout):
             return F.scaled_dot_product_attention(
                 query,
@@ -114,6 +118,22 @@ class SdpaAttention(MegatronModule):
                 is_causal=seen is None and self.causal and query.shape[2] > 1,
                 scale=self.softmax_scale,
             )
+
+    def _attend_capped(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor | None, dropout: float
+    ) -> torch.Tensor:
+        """As torch's kernels, which cannot cap, all of ``[b, heads, positions, d]``; in the order of transformers."""
+        assert self.softcap is not None
+        scale = query.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+        scores = torch.tanh(query @ key.transpose(2, 3) * scale / self.softcap) * self.softcap  # [b, a, s, t]
+        if seen is None and self.causal and query.shape[2] > 1:
+            seen = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+        if seen is not None:
+            scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        with self._dropout_generator(dropout):
+            weights = F.dropout(weights, dropout)
+        return weights @ value
 
     def _mask(
         self, num_queries: int, num_keys: int, attention_mask: torch.Tensor | None, device: torch.device

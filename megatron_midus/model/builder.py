@@ -97,6 +97,8 @@ def build_model(
     gpt.unpadded_vocab_size = model.vocab_size
     if gpt.pre_process and model.embedding_multiplier != 1.0:
         gpt.embedding.register_forward_hook(_EmbeddingMultiplier(model, config.params_dtype))
+    if gpt.post_process and model.logits_softcap is not None:
+        gpt.output_layer.register_forward_hook(_LogitsSoftcap(model.logits_softcap))
     if gpt.post_process and model.logits_divisor != 1.0:
         gpt.output_layer.register_forward_hook(_LogitsDivisor(model.logits_divisor))
     if gpt.post_process and vocab_size > model.vocab_size:
@@ -114,6 +116,16 @@ class _EmbeddingMultiplier:
 
     def __call__(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return output * self.factor
+
+
+class _LogitsSoftcap:
+    """Forward hook of the output layer."""
+
+    def __init__(self, bound: float) -> None:
+        self.bound = bound
+
+    def __call__(self, module: torch.nn.Module, inputs: Any, output: tuple) -> tuple:
+        return (torch.tanh(output[0] / self.bound) * self.bound, *output[1:])
 
 
 class _LogitsDivisor:
@@ -179,9 +191,7 @@ def freeze(model_chunks: Sequence[torch.nn.Module], plan: UpscalePlan, train: Tr
             if getattr(parameter, "is_measured", False):
                 parameter.requires_grad_(False)
         for router in routers(chunk):
-            if not router.weight.requires_grad:
-                # Its balance would be a goal for the blocks before it alone, and none of theirs.
-                router.routing_type = "none"
+            freeze_balance(router)
         trainable += sum(p.numel() for p in chunk.parameters() if p.requires_grad)
     return trainable
 
@@ -189,6 +199,13 @@ def freeze(model_chunks: Sequence[torch.nn.Module], plan: UpscalePlan, train: Tr
 def routers(chunk: torch.nn.Module) -> Iterator[TopKRouter]:
     """The routers of the mixtures of experts on this rank."""
     return (module for module in chunk.modules() if isinstance(module, TopKRouter))
+
+
+def freeze_balance(router: TopKRouter) -> None:
+    """Takes the load-balancing loss from a router that does not learn."""
+    if not router.weight.requires_grad:
+        # Its balance would be a goal for the blocks before it alone, and none of theirs.
+        router.routing_type = "none"
 
 
 def _layers(chunk: torch.nn.Module) -> Iterator[TransformerLayer]:

@@ -106,7 +106,8 @@ def make_transformer_config(
     }
     recompute = _recompute_settings(recompute_granularity, recompute_method, recompute_num_layers)
     made = TransformerConfig(**{**_architecture(model), **parallel, **precision, **recompute, **overrides})
-    made.wide_norm = model.wide_norm  # read by this package's own norms
+    # Read by this package's own norms and attention.
+    made.wide_norm, made.attention_softcap = model.wide_norm, model.attention_softcap
     return made
 
 

@@ -45,15 +45,21 @@ class SdpaSpecProvider(LocalSpecProvider):
         return SdpaAttention
 
 
-def get_backend(transformer_impl: TransformerImpl = "auto") -> BackendSpecProvider:
-    """The provider of a backend by name; ``auto`` = Transformer Engine where it can run, else local.
+def get_backend(transformer_impl: TransformerImpl = "auto", model: ModelConfig | None = None) -> BackendSpecProvider:
+    """The provider of a backend by name; ``auto`` = Transformer Engine where it can run this model, else local.
 
     Raises:
         ValueError: an unknown name, or Transformer Engine where it cannot run.
     """
     if transformer_impl not in ("auto", "local", "transformer_engine"):
         raise UserError(f"transformer_impl={transformer_impl!r} is not known; choose auto, local or transformer_engine")
-    if transformer_impl == "local" or (transformer_impl == "auto" and not transformer_engine_available()):
+    has_softcap = model is not None and model.attention_softcap is not None
+    if has_softcap and transformer_impl == "transformer_engine":
+        raise UserError(
+            f"attention_softcap={model.attention_softcap} of this model is not in Transformer Engine's attention; "
+            "choose transformer_impl auto or local"
+        )
+    if transformer_impl == "local" or has_softcap or not transformer_engine_available() and transformer_impl == "auto":
         return SdpaSpecProvider()
     require_transformer_engine()
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
@@ -82,7 +88,7 @@ def get_midus_layer_spec(
         runtime: of ``megatron_midus.memory.HeadWiseMemory``.
         backend: which linear layers, norms and attention to use; ``get_backend()`` when absent.
     """
-    backend = backend or get_backend()
+    backend = backend or get_backend(model=model)
     fused = backend.fuse_layernorm_and_linear()
     if block.kind != "memory":
         output, mlp = backend.row_parallel_linear(), _mlp_spec(backend, config)
@@ -231,7 +237,7 @@ def get_midus_block_spec(
         pp_rank: pipeline rank; of this process when absent.
     """
     assert config.num_layers == plan.num_layers, f"config of {config.num_layers} layers, plan of {plan.num_layers}"
-    backend = backend or get_backend(transformer_impl)
+    backend = backend or get_backend(transformer_impl, model)
     layer_specs = [
         get_midus_layer_spec(
             plan.blocks[index],

@@ -102,6 +102,7 @@ def check_model_fits(arguments: Arguments, architecture: Architecture, warn: Cal
             f"seq_length={seq_length} is not divisible by tensor_model_parallel_size={ranks}, which --sequence-parallel "
             "needs; change --seq-length or leave --sequence-parallel out"
         )
+    _check_softcap(parallel, architecture.model.attention_softcap)
     _check_context_parallel(parallel, seq_length)
     if architecture.train == "lora":
         _check_lora(parallel)
@@ -129,9 +130,24 @@ def _check_lora(parallel: ParallelConfig) -> None:
             f"tensor_model_parallel_size={parallel.tensor_model_parallel_size}: --train lora does not split its adapters; "
             "choose 1"
         )
+    if (parallel.expert_tensor_parallel_size or 1) > 1:
+        raise UserError(
+            f"expert_tensor_parallel_size={parallel.expert_tensor_parallel_size}: --train lora does not split its adapters; "
+            "choose 1, and --expert-model-parallel-size for experts on several processes"
+        )
+    if parallel.moe_grouped_gemm:
+        raise UserError("--train lora adapts experts one by one; leave --moe-grouped-gemm out")
     if parallel.transformer_impl == "transformer_engine":
         raise UserError(
             "--train lora adapts layers of plain torch; leave --transformer-impl transformer_engine out, which is then local"
+        )
+
+
+def _check_softcap(parallel: ParallelConfig, bound: float | None) -> None:
+    if bound is not None and (parallel.transformer_impl == "transformer_engine" or parallel.context_parallel_size > 1):
+        raise UserError(
+            f"attention_softcap={bound} of this model needs the local layers, because Transformer Engine's attention caps no "
+            "scores; leave out --transformer-impl transformer_engine and context parallelism"
         )
 
 

@@ -46,7 +46,7 @@ _CAUSES = {
     "k_proj": "add_qkv_bias, or the rules of `stored`",
     "v_proj": "add_qkv_bias, or the rules of `stored`",
     "o_proj:input": "the attention itself: rotary_base (rope_theta and its default), rope_scaling, rotary_percent, "
-    "rope_layers, attention_scale, qk_layernorm, sliding_window, sliding_layers, soft-capping of scores",
+    "rope_layers, attention_scale, qk_layernorm, sliding_window, sliding_layers, attention_softcap",
     "o_proj": "add_output_bias",
     "gate_proj": "add_mlp_bias, or the rules of `stored`: gate and up in another order",
     "up_proj": "add_mlp_bias, or the rules of `stored`: gate and up in another order",
@@ -57,7 +57,7 @@ _CAUSES = {
     "self_attn": "the attention and its output projection",
     "model.norm": "the last norm: norm_epsilon, zero_centered_norm",
     "lm_head": "tie_word_embeddings, or the tensor of the output layer",
-    "logits": "what happens to the logits: logits_divisor, soft-capping",
+    "logits": "what happens to the logits: logits_divisor, logits_softcap",
 }
 _BLOCK = "what surrounds the branches: residual_multiplier, norm_placement, the norms behind them"
 

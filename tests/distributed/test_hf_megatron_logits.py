@@ -73,7 +73,7 @@ FAMILIES = ("llama", "llama2", "llama3", "smollm", "mistral", "qwen2", "qwen3", 
 # What stands for a family where it trains, and the layouts at which its losses are compared with one process's.
 TRAINED_AT = {
     "tp2 sp": ("llama hive", "mistral window", "qwen2 bias", "qwen3 head norm", "qwen3_moe", "mixtral", *FEATURED),
-    "pp2": ("granite", "gemma3", "mixtral"),
+    "pp2": ("granite", "gemma2", "gemma3", "mixtral"),
     "ep2": ("qwen3_moe", "mixtral"),
 }
 # Saving takes seconds each: a bias, head norms, tied and untied embeddings are among these.

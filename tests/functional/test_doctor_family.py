@@ -25,6 +25,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "granite": "GraniteForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -74,6 +75,8 @@ FAULTS = [
         "model.layers.0.post_attention_layernorm:input",
         "residual_multiplier",
     ),
+    ("gemma2", settings(attention_softcap=None), "model.layers.0.self_attn.o_proj:input", "attention_softcap"),
+    ("gemma2", settings(logits_softcap=None), "logits", "logits_softcap"),
     ("gemma3", settings(zero_centered_norm=False), "model.layers.0.input_layernorm", "zero_centered_norm"),
     ("gemma3", settings(local_rotary_base=None), "model.layers.0.self_attn.o_proj:input", "rotary_base"),
     (
@@ -93,7 +96,7 @@ def test_a_planted_fault_is_named(models, monkeypatch, name, fault, module, caus
     assert difference.largest > verbs_family.TOLERANCE * difference.sigma and difference.equal > 0
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "granite", "gemma3", "olmo2", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "granite", "gemma2", "gemma3", "olmo2", "qwen3_moe"])
 def test_families_as_they_are(models, name):
     report = check_family(models[name], with_megatron=False)
     assert report.differences == {"Hugging Face model": None} and report.modules["Hugging Face model"] > 30

@@ -57,6 +57,7 @@ FAMILIES = {
     "olmo3": False,
     "mixtral": False,
     "granite": True,
+    "gemma2": False,
     "gemma3": True,
     "qwen3_moe": True,
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_midus.config import ModelConfig
 from megatron_midus.conversion.families import (
+    gemma2,
     gemma3,
     granite,
     llama,
@@ -38,6 +39,7 @@ FAMILIES: dict[str, Family] = {
         granite.FAMILY,
         olmo2.FAMILY,
         olmo3.FAMILY,
+        gemma2.FAMILY,
         gemma3.FAMILY,
         qwen3_moe.FAMILY,
         mixtral.FAMILY,

@@ -77,7 +77,7 @@ def model_config_from(config: dict[str, Any], family: Family) -> ModelConfig:
     """Reads ``config`` as ``family`` does."""
     full = {**family.defaults, **config}
     for name, wanted in family.required.items():
-        if full.get(name, wanted) != wanted:
+        if full.get(name, wanted) != wanted and not (wanted is False and full[name] is None):
             raise UserError(f"{family.architecture} with {name}={full[name]} is not supported; only {name}={wanted} is")
     _check_numbers(full)
     heads = full["num_attention_heads"]
@@ -180,6 +180,16 @@ def activation(name: str) -> str:
     if name not in ACTIVATIONS:
         raise UserError(f"hidden_act={name} is not supported; only {', '.join(ACTIVATIONS)} are")
     return ACTIVATIONS[name]
+
+
+def soft_cap(config: dict[str, Any], name: str) -> float | None:
+    """The bound of a soft-capping; ``None`` = there is none."""
+    bound = config[name]
+    if bound is None:
+        return None
+    if not isinstance(bound, (int, float)) or isinstance(bound, bool) or not bound > 0:
+        raise UserError(f"config.json has {name}={bound!r}; it must be a number above 0, or null")
+    return float(bound)
 
 
 def sliding_settings(config: dict[str, Any], kinds: list[str]) -> dict[str, Any]:

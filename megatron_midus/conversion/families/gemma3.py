@@ -5,7 +5,8 @@ Layers slide but for every sixth; those have the long base, and the rope scaling
 
 from typing import Any
 
-from megatron_midus.conversion.families.common import Family, activation, kinds_of_layers, local_rope, sliding_settings
+from megatron_midus.conversion.families.common import Family, kinds_of_layers, local_rope, sliding_settings
+from megatron_midus.conversion.families.gemma2 import gemma_settings
 
 
 def _kinds(config: dict[str, Any]) -> list[str]:
@@ -16,13 +17,8 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     return {
         **local_rope(config, theta=config.get("rope_local_base_freq") or 10000.0),
         **sliding_settings(config, _kinds(config)),
-        "hidden_act": activation(config["hidden_activation"]),
+        **gemma_settings(config),
         "qk_layernorm": True,
-        "norm_placement": "both",
-        "zero_centered_norm": True,
-        "embedding_multiplier": config["hidden_size"] ** 0.5,
-        "round_embedding_multiplier": True,
-        "attention_scale": config["query_pre_attn_scalar"] ** -0.5,
     }
 
 

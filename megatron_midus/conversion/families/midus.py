@@ -20,11 +20,9 @@ AUTO_MAP = {
 }
 # Entries of the base families that MidusConfig expresses by others, or has no use for.
 _DROPPED = (
-    "attn_logit_softcapping",
     "cache_implementation",
     "decoder_sparse_step",
     "embd_pdrop",
-    "final_logit_softcapping",
     "hidden_activation",
     "layer_types",
     "max_window_layers",
@@ -58,8 +56,10 @@ _FEATURES = {
     "embedding_multiplier": "embedding_multiplier",
     "round_embedding_multiplier": "round_embedding_multiplier",
     "attention_multiplier": "attention_scale",
+    "attn_logit_softcapping": "attention_softcap",
     "residual_multiplier": "residual_multiplier",
     "logits_scaling": "logits_divisor",
+    "final_logit_softcapping": "logits_softcap",
     "local_rope_theta": "local_rotary_base",
 }
 _SLIDES = "sliding_attention"

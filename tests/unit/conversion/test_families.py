@@ -118,6 +118,8 @@ RELEASED = {
                   {"norm_placement": "post", "qk_norm_width": True}),
     "Olmo-3-7B": ({"architectures": ["Olmo3ForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 100278, "max_position_embeddings": 65536, "rms_norm_eps": 1e-06, "rope_theta": 500000, "rope_scaling": {"attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0, "original_max_position_embeddings": 8192, "rope_type": "yarn"}, "sliding_window": 4096, "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 8},
                   {"sliding_layers": (True, True, True, False) * 8, "local_rotary_base": 500000.0, "sliding_window": 4096}),
+    "gemma-2-2b": ({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000, "max_position_embeddings": 8192, "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "query_pre_attn_scalar": 256, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "use_bidirectional_attention": None, "cache_implementation": "hybrid"},
+                   {"sliding_layers": (True, False) * 13, "attention_scale": 0.0625, "local_rotary_base": None, "hidden_act": "gelu_tanh", "attention_softcap": 50.0, "logits_softcap": 30.0, "tie_word_embeddings": True}),
     "gemma-3-1b": ({"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144, "max_position_embeddings": 32768, "rms_norm_eps": 1e-06, "rope_theta": 1000000, "rope_local_base_freq": 10000, "rope_scaling": None, "sliding_window": 512, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256, "hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": None, "final_logit_softcapping": None, "cache_implementation": "hybrid"},
                    {"sliding_layers": tuple((layer + 1) % 6 != 0 for layer in range(26)), "attention_scale": 0.0625, "local_rotary_base": 10000.0, "hidden_act": "gelu_tanh"}),
     "SmolLM-135M": ({"architectures": ["LlamaForCausalLM"], "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 2048, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "rope_scaling": None, "tie_word_embeddings": True, "attention_bias": False},
@@ -139,7 +141,10 @@ def test_released_models(name):
 
 REFUSED = [
     ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; supported are LlamaForCausalLM, Mist"),
-    ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM is not supported"),
+    ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM is not supported"),
+    ({"architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 0}, "attn_logit_softcapping=0; it must be"),
+    ({"architectures": ["Gemma2ForCausalLM"], "final_logit_softcapping": "30"}, "final_logit_softcapping='30'"),
+    ({"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     ({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0]}, "mlp_only_layers=.0. is not supported"),
     ({"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported"),
     ({"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 5}, "moe_router_topk=5"),

@@ -149,3 +149,37 @@ def test_compiled_decoding(make_base, upscale, tokens):
     model.forward = torch.compile(model.forward, dynamic=True)
     assert torch.equal(model.generate(tokens, **GREEDY), expected)
     torch._dynamo.reset()
+
+
+# -- soft-capped scores ----------------------------------------------------------------------------------------------
+CAPPED = {"attn_logit_softcapping": 0.8, "final_logit_softcapping": 3.0}
+
+
+def test_a_capped_model_chooses_an_attention_that_caps(make_base, upscale, tokens):
+    base = make_base()
+    model = upscale(base, random_values=True, **CAPPED)
+    assert model.config._attn_implementation == "eager"
+    capped = logits(model, tokens)
+    assert capped.abs().max() <= 3.0
+    plain = logits(upscale(base, random_values=True), tokens)
+    assert not torch.allclose(capped, 3 * torch.tanh(plain / 3), **TOLERANCE)  # the scores count as well
+    model.set_attn_implementation("flex_attention")
+    torch.testing.assert_close(logits(model, tokens), capped, **TOLERANCE)
+
+
+def test_a_capped_model_refuses_sdpa(make_base, upscale, tokens):
+    model = upscale(make_base(), **CAPPED)
+    message = r"attn_implementation='sdpa' does not bound attention scores .attn_logit_softcapping=0.8.; choose eager"
+    with pytest.raises(ValueError, match=message):
+        model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=message):
+        MidusForCausalLM._from_config(model.config, attn_implementation="sdpa")
+    model.config._attn_implementation = "sdpa"  # nobody checks
+    with pytest.raises(ValueError, match=message):
+        logits(model, tokens)
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_a_bound_is_a_positive_number(name):
+    with pytest.raises(ValueError, match=f"{name}=0 must be a number above 0"):
+        MidusConfig(**{name: 0})

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state
@@ -17,6 +18,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from scenarios import Layout, Setting, build, generator, initialize_parallel, make_setting_plan, model_config
 
+from megatron_midus.model import specs
 from megatron_midus.model.attention import SdpaAttention
 from megatron_midus.model.builder import build_model, freeze
 from megatron_midus.model.checkpoint import load_weights, save_weights, sharded_state_dict
@@ -124,6 +126,40 @@ def cached_against_whole(window: int | None) -> tuple[torch.Tensor, torch.Tensor
     whole = core(query, key, value, None)
     parts = [core(query[start:], key, value, None, attn_mask_type=AttnMaskType.no_mask) for start in (8, 5)]
     return torch.cat(parts), torch.cat([whole[8:], whole[5:]])
+
+
+def capped_attention(window: int | None, new: int, masked: bool) -> list[tuple]:
+    """``(ours, in the open)`` of a soft-capped attention's output and gradients, in float64, of the last ``new`` of 9
+    positions."""
+    bound, config = 0.7, _config(sliding_window=window)
+    config.attention_softcap = bound
+    core = _core(SdpaAttention, config)
+    mask = torch.zeros(1, 1, new, 9, dtype=torch.bool)
+    mask[..., 1] = masked
+    found = []
+    for ours in (True, False):
+        query, key, value = (
+            random_heads(positions, 2, heads, name).detach().double().requires_grad_()
+            for positions, heads, name in ((new, 4, "q"), (9, 2, "k"), (9, 2, "v"))
+        )
+        if ours:
+            output = core(query, key, value, mask if masked else None)
+        else:
+            scores = torch.einsum("sbgpd,tbgd->bgpst", query.unflatten(2, (2, 2)), key) / 10**0.5
+            place, seen = torch.arange(9 - new, 9)[:, None], torch.arange(9)
+            hidden = (seen > place) | (seen <= place - (window or 10)) | mask
+            scores = (bound * (scores / bound).tanh()).masked_fill(hidden, -torch.inf)
+            output = torch.einsum("bgpst,tbgd->sbgpd", scores.softmax(-1), value).flatten(2)
+        output.backward(torch.randn(output.shape, generator=generator("probe")).double())
+        found.append([output.detach(), query.grad, key.grad, value.grad])
+    return list(zip(*found))
+
+
+def backends_of_a_capped_model() -> tuple[str, str]:
+    """What ``auto`` is where Transformer Engine could run, and what is said of it by name."""
+    model = model_config(1, attention_softcap=50.0)
+    with mock.patch.object(specs, "transformer_engine_available", return_value=True):
+        return type(get_backend("auto", model)).__name__, message_of(get_backend, "transformer_engine", model)
 
 
 def dropout_is_only_for_training() -> tuple[bool, bool]:

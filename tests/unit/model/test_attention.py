@@ -42,3 +42,17 @@ def test_queries_after_a_cache_are_the_last_positions(window: int | None) -> Non
 
 def test_dropout_acts_in_training_alone() -> None:
     assert launch(model_processes.dropout_is_only_for_training, 1) == [(True, False)]
+
+
+@pytest.mark.parametrize(("window", "new", "masked"), [(None, 9, False), (4, 9, False), (None, 3, False), (4, 9, True), (3, 1, False)])  # fmt: skip
+def test_capped_scores(window: int | None, new: int, masked: bool) -> None:
+    (pairs,) = launch(model_processes.capped_attention, 1, window, new, masked)
+    for ours, reference in pairs:
+        # The softmax is of fp32: 2**-24 of weights of at most one, in sums of nine terms of order one.
+        torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-6)
+
+
+def test_transformer_engine_caps_no_scores() -> None:
+    ((chosen, refusal),) = launch(model_processes.backends_of_a_capped_model, 1)
+    assert chosen == "SdpaSpecProvider"
+    assert refusal.startswith("attention_softcap=50.0 of this model is not in Transformer Engine's attention; choose")

@@ -38,3 +38,11 @@ def test_what_rope_does_beyond_the_positions_is_said(rope_scaling, words):
     (warning,) = warnings(65, rope_scaling)
     assert "longer than the 64 positions" in warning and words in warning
     assert "keep max_position_embeddings=64" in warning
+
+
+@pytest.mark.parametrize("flags", ["--transformer-impl transformer_engine", "--context-parallel-size 2"])
+def test_capped_scores_need_the_local_layers(flags):
+    arguments = parse_arguments(f"--mock-data --lr 1 --train-iters 1 --seq-length 64 {flags}".split())
+    model = dataclasses.replace(MODEL, attention_softcap=50.0)
+    with pytest.raises(ValueError, match=r"attention_softcap=50.0 of this model needs the local layers.*leave out"):
+        check_model_fits(arguments, Architecture(model, make_plan("none", num_layers=2), "all", None), print)
