@@ -23,7 +23,8 @@ install() { # into the environment of $1, what $2 and onwards say
     local venv="$1"
     shift
     if uv --version >/dev/null 2>&1; then
-        uv pip install --quiet --python "$venv/bin/python" -c constraints.txt "$@"
+        # Byte code: where imports may not write it, every start would compile torch again.
+        uv pip install --quiet ${PYTHONDONTWRITEBYTECODE:+--compile-bytecode} --python "$venv/bin/python" -c constraints.txt "$@"
     else
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"
     fi

@@ -66,6 +66,8 @@ _midus_install() {
         while read -r option; do options+=("$option"); done < <("$venv/bin/python" -m pip config list 2>/dev/null |
             sed -nE "s/^.*\.(index-url|extra-index-url|find-links)='(.*)'$/\1 \2/p" |
             while read -r name values; do for value in $values; do printf -- '--%s=%s\n' "$name" "$value"; done; done)
+        # uv leaves byte code to the first import, and such imports write none: every start would compile torch again.
+        [ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || options+=(--compile-bytecode)
         "$uv" pip install --python "$venv/bin/python" "${options[@]}" -c "$root/constraints.txt" "$@" && return 0
         printf 'uv could not, so pip tries\n'
     fi

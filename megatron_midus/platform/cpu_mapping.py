@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_midus.errors import UserError
+from megatron_midus.platform.deferred_compile import deferred_compile
 
 CPU = torch.device("cpu")
 
@@ -51,8 +52,10 @@ def activate_cpu_mapping() -> None:
     if _mapping_active:
         return
     refuse_beside_cuda()
-    # Before anything is replaced: its decorators import torch._dynamo, which indexes torch's functions by identity.
-    from megatron.core.tensor_parallel import random
+    import torch._dynamo  # before anything is replaced: it indexes torch's functions by identity
+
+    with deferred_compile():
+        from megatron.core.tensor_parallel import random
 
     _mapping_active = True
     for name in _FACTORIES:

@@ -56,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.training.skip_train:
         arguments = arguments.without_saving()
     start = prepare(arguments)
-    from megatron_midus.training.pretrain import pretrain
+    from megatron_midus.platform.deferred_compile import deferred_compile
+
+    with deferred_compile():
+        from megatron_midus.training.pretrain import pretrain
 
     return pretrain(start)
 

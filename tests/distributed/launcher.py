@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 import time
@@ -12,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-# Importing Megatron takes seconds. A fork server imports it once, and every process of every launch is a fork of it.
-_PRELOAD = ["megatron_midus.model.builder", "megatron.core.optimizer", "megatron.core.distributed"]
+from fork_server import fork_server
 
 
 def launch(function: Callable, world_size: int, *args: Any, timeout: float = 300, **kwargs: Any) -> list[Any]:
@@ -28,8 +25,7 @@ def launch(function: Callable, world_size: int, *args: Any, timeout: float = 300
     Returns:
         What every rank returned, by rank.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = fork_server()
     # As torchrun's agent does: whoever looks for a free port and opens it later may find it taken by then.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {

@@ -1,7 +1,4 @@
-"""Starts the training driver in real processes, as torchrun would, and reads its log.
-
-Importing Megatron takes seconds. A fork server imports it once; every process of every run is a fork of that.
-"""
+"""Starts the training driver in real processes, as torchrun would, and reads its log."""
 
 from __future__ import annotations
 
@@ -21,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fork_server import fork_server
 
 from megatron_midus.training.helper_process import live_as_long_as_the_rank
 
 UPSTREAM_EXAMPLE = Path(__file__).parents[2] / "examples/megatron_lm/pretrain_gpt_midus.py"
-_PRELOAD = ["megatron_midus.training.pretrain"]
 
 # d = 32, T = 32: a step takes some 20 ms.
 TINY_MODEL = [
@@ -85,13 +82,6 @@ class Run:
         """Fails unless every rank ended with 0."""
         assert not any(self.codes), f"codes {self.codes}\n{self.out}\n{self.err}"
         return self
-
-
-def fork_server() -> multiprocessing.context.ForkServerContext:
-    """Where processes come from that have Megatron already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    return context
 
 
 def train(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from driver import fork_server
+from fork_server import fork_server
 
 from megatron_midus.checkpoint.checksums import write_checksums
 from megatron_midus.checkpoint.layout import iteration_directory, write_latest_iteration

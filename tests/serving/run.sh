@@ -18,7 +18,8 @@ if [ ! -e "$stamp" ]; then
     {
         if command -v uv > /dev/null; then
             uv venv --python "$python" "$venv"
-            uv pip install --python "$venv/bin/python" ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} -r tests/serving/requirements.txt
+            # Byte code: where imports may not write it, every start would compile torch again.
+            uv pip install ${PYTHONDONTWRITEBYTECODE:+--compile-bytecode} --python "$venv/bin/python" ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} -r tests/serving/requirements.txt
             # They do not fit the CPU build of torch, and vLLM does without: torchvision::nms does not exist.
             uv pip uninstall --python "$venv/bin/python" torchvision torchaudio torchcodec
         else
