@@ -21,6 +21,9 @@ TEST = ["pytest>=8", "pytest-xdist"]
 # With its packages for Hugging Face models.
 EVAL = ["lm-eval[hf]>=0.4.13,<0.5"]
 
+# Datasets of the Hugging Face hub as inputs of preprocessing.
+DATA = ["datasets>=4"]
+
 # What `midus recipe run … --tiny` needs of examples/; a wheel has it in megatron_midus/examples.
 TINY = ["make_corpus.py", "launch/make_tiny_model.py", "tiny_base/tokenizer*", "task_data/**/*.jsonl"]
 
@@ -79,11 +82,13 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.1"],
         "eval": EVAL,
         "bench": BENCH,
+        "data": DATA,
         "upstream": UPSTREAM,
         "test": TEST,
         "dev": [
             *EVAL,
             *BENCH,
+            *DATA,
             *TEST,
             "coverage>=7.4",
             "ruff>=0.8",

@@ -56,7 +56,7 @@ def fetched_model(name: str | os.PathLike) -> str:
     if found is not None and _is_whole(found):
         return found
     repository, revision = _parts(text)
-    with _hub_errors(text):
+    with hub_errors(repository, revision, fetch=_download_command(text)):
         return str(snapshot_download(repository, revision=revision, ignore_patterns=_NOT_FETCHED))
 
 
@@ -85,7 +85,7 @@ def upload(directory: str | Path, repository: str, *, revision: str | None, priv
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with _hub_errors(repository):
+    with hub_errors(repository, None):
         api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
@@ -143,38 +143,45 @@ def _is_whole(directory: str) -> bool:
 
 
 @contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
-    """What the hub and the way to it refuse, in one line with the remedy."""
+def hub_errors(
+    repository: str, revision: str | None, *, kind: str = "model", fetch: str = "try again"
+) -> Iterator[None]:
+    """What the hub and the way to it refuse, in one line with the remedy.
+
+    Args:
+        kind: what the repository holds, "model" or "dataset".
+        fetch: what to do where there is a network.
+    """
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
-    repository = name.partition("@")[0]
     # Of the library that it speaks HTTP with, which is another one in each of its major versions.
     transport = tuple(c for c in hub.HfHubHTTPError.__mro__ if c.__name__ in ("HTTPError", "RequestException"))
+    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repository}"
     try:
         yield
     except hub.GatedRepoError:
         raise UserError(
-            f"{repository} asks for its terms to be accepted: do so at {constants.ENDPOINT}/{repository}, then hf auth login"
+            f"{repository} asks for its terms to be accepted: do so at {page}, then hf auth login"
         ) from None
     except hub.RevisionNotFoundError:
-        raise UserError(f"{repository} has no revision {name.partition('@')[2] or 'main'} on the hub") from None
+        raise UserError(f"{repository} has no revision {revision or 'main'} on the hub") from None
     except hub.RepositoryNotFoundError:
+        found = "neither a directory here nor a model" if kind == "model" else f"no {kind}"
         raise UserError(
-            f"{repository} is neither a directory here nor a model of the hub that you may read; check the name, and for a "
-            "private model: hf auth login"
+            f"{repository} is {found} of the hub that you may read; check the name, and for a private {kind}: hf auth login"
         ) from None
     except hub.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
-        remedy = "; log in with a token that may write: hf auth login" if status in (401, 403) else ""
+        remedy = "; log in with a token that may do this: hf auth login" if status in (401, 403) else ""
         raise UserError(f"the hub refused {repository}: {' '.join(str(error).split())[:200]}{remedy}") from None
     except hub.HFValidationError as error:
         raise UserError(f"{repository} is no name of a repository: {error}") from None
     except (hub.LocalEntryNotFoundError, *transport) as error:
+        name = repository + (f"@{revision}" if revision else "")
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(
-            f"{name} is not here and the hub at {constants.ENDPOINT} cannot be reached ({reason}); where there is a network: "
-            f"{_download_command(name) if _NAME.fullmatch(name) else 'try again'}"
+            f"{name} is not here and the hub at {constants.ENDPOINT} cannot be reached ({reason}); where there is a network: {fetch}"
         ) from None
 
 

@@ -1,7 +1,8 @@
 """A hub on loopback that speaks as much of the Hugging Face hub's interface as its real client library asks for.
 
-``LoopbackHub(directory)`` serves ``{org}/{name}`` from ``directory/{org}/{name}``, one commit of each, and writes there what is
-committed to it. A repository called ``gated`` wants its terms accepted.
+``LoopbackHub(directory)`` serves the model ``{org}/{name}`` from ``directory/{org}/{name}`` and the dataset of that name from
+``directory/datasets/{org}/{name}``, one commit of each, and writes there what is committed to it. A repository called ``gated``
+wants its terms accepted: everybody may see what is in it, nobody may read it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote
 
 TOKEN = "hf_loopback"
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -46,12 +48,13 @@ class _Handler(BaseHTTPRequestHandler):
     # -- requests
     def do_GET(self) -> None:
         self.requests.append(f"{self.command} {self.path}")
-        path = self.path.partition("?")[0]
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
-            self.repository_info(match[1], match[2] or "main")
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(/.*)?", path):
-            self.tree(match[1], match[2])
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        path, _, query = self.path.partition("?")
+        path = unquote(path)
+        if match := re.fullmatch(r"/api/(model|dataset)s/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            self.repository_info(_name(match[1], match[2]), match[3] or "main")
+        elif match := re.fullmatch(r"/api/(model|dataset)s/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
+            self.tree(_name(match[1], match[2]), match[3], match[4] or "", "recursive=true" in query.lower())
+        elif match := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.file(match[1], match[2], match[3])
         elif path == "/api/whoami-v2":
             self.answer(200, {"name": "someone", "type": "user", "auth": {"type": "access_token"}})
@@ -64,7 +67,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.requests.append(f"POST {self.path}")
         length = self.headers.get("Content-Length")
         body = self.rfile.read(int(length)) if length else b"".join(self.chunks())
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if match := re.fullmatch(r"/api/(model|dataset)s/([^/]+/[^/]+)/paths-info/([^/]+)", self.path):
+            self.paths_info(_name(match[1], match[2]), match[3], parse_qs(body.decode())["paths"])
+        elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.refuse(401, "Unauthorized")
         elif self.path == "/api/repos/create":
             given = json.loads(body)
@@ -93,9 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
     # -- repositories
     def found(self, name: str, revision: str) -> Path | None:
         """The directory of a repository; ``None`` when the request has been refused."""
-        if name.endswith("/gated"):
-            self.refuse(403, "GatedRepo")
-        elif not (self.root / name).is_dir():
+        if not (self.root / name).is_dir():
             self.refuse(404, "RepoNotFound")
         elif revision not in BRANCHES:
             self.refuse(404, "RevisionNotFound")
@@ -109,32 +112,39 @@ class _Handler(BaseHTTPRequestHandler):
             files = [{"rfilename": str(p.relative_to(directory))} for p in sorted(directory.rglob("*")) if p.is_file()]
             self.answer(200, {"id": name, "sha": COMMIT, "siblings": files, "private": False})
 
-    def tree(self, name: str, revision: str) -> None:
+    def tree(self, name: str, revision: str, inside: str, is_recursive: bool) -> None:
+        directory = self.found(name, revision)
+        if directory is None:
+            return
+        if not (directory / inside).is_dir():
+            self.refuse(404, "EntryNotFound")
+            return
+        paths = (directory / inside).rglob("*") if is_recursive else (directory / inside).iterdir()
+        self.answer(200, [_entry(directory, path) for path in sorted(paths)])
+
+    def paths_info(self, name: str, revision: str, paths: list[str]) -> None:
         directory = self.found(name, revision)
         if directory is not None:
-            paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-            self.answer(
-                200,
-                [
-                    {
-                        "type": "file",
-                        "path": str(path.relative_to(directory)),
-                        "size": path.stat().st_size,
-                        "oid": _oid(path),
-                    }
-                    for path in paths
-                ],
-            )
+            self.answer(200, [_entry(directory, directory / path) for path in paths if (directory / path).exists()])
 
     def file(self, name: str, revision: str, path: str) -> None:
         directory = self.found(name, revision)
         if directory is None:
             return
+        if name.endswith("/gated"):
+            self.refuse(403, "GatedRepo")
+            return
         if not (directory / path).is_file():
             self.refuse(404, "EntryNotFound")
             return
-        headers = {"ETag": f'"{_oid(directory / path)}"', "X_Repo_Commit": COMMIT}
-        self.answer(200, (directory / path).read_bytes(), **headers)
+        content = (directory / path).read_bytes()
+        headers = {"ETag": f'"{_oid(directory / path)}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, stop = int(match[1]), min(int(match[2] or len(content)), len(content) - 1) + 1
+            headers["Content_Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+            self.answer(206, content[start:stop], **headers)
+        else:
+            self.answer(200, content, **headers)
 
     def commit(self, name: str, branch: str, body: bytes) -> None:
         lines = [json.loads(line) for line in body.splitlines()]
@@ -145,6 +155,19 @@ class _Handler(BaseHTTPRequestHandler):
                 target.write_bytes(base64.b64decode(line["value"]["content"]))
         url = f"http://{self.headers['Host']}/{name}/commit/{COMMIT}"
         self.answer(200, {"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
+
+
+def _name(kind: str, name: str) -> str:
+    """Under which a repository lies, and its files are asked for."""
+    return f"datasets/{name}" if kind == "dataset" else name
+
+
+def _entry(directory: Path, path: Path) -> dict[str, Any]:
+    """What the tree of a repository says of a path."""
+    name = str(path.relative_to(directory))
+    if path.is_dir():
+        return {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
+    return {"type": "file", "path": name, "oid": _oid(path), "size": path.stat().st_size}
 
 
 def _oid(path: Path) -> str:

@@ -9,6 +9,9 @@ from typing import Literal
 from megatron_midus.config.text import TEXT_KEY
 from megatron_midus.errors import UserError
 
+HUB = "hf://"
+DEFAULT_SPLIT = "train"
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
@@ -38,15 +41,17 @@ class Shard:
 class PreprocessConfig:
     """Preprocessing
 
-    Encodes a corpus (.jsonl, .txt, .parquet) into Megatron-Core indexed datasets, ready for --data-path of pretraining.
+    Encodes a corpus (.jsonl, .txt, .parquet, datasets of the Hugging Face hub) into Megatron-Core indexed datasets, ready for --data-path of pretraining.
 
     Examples:
       midus preprocess --input corpus.jsonl --tokenizer-model DIR --output-prefix data/corpus --append-eod --workers 16
       midus preprocess --input corpus/ ... --output-prefix data/corpus --shard 3/8      (each of 8 jobs; then midus merge)
+      midus preprocess --input hf://datasets/HuggingFaceFW/fineweb-edu/sample-10BT --split train ...
     """
 
     input: list[str]
-    """Files (.jsonl or .txt, also .gz or .zst, and .parquet), directories of such files, or glob patterns. Must be given."""
+    """Files (.jsonl or .txt, also .gz or .zst, and .parquet), directories of such files, glob patterns, or
+    hf://datasets/ORG/NAME[@REVISION][/CONFIG or PATH], streamed from the Hugging Face hub. Must be given."""
 
     output_prefix: str
     """P of the outputs P_KEY_document.bin, .idx and .json (statistics). Must be given. Until they are whole, everything is in the
@@ -60,6 +65,9 @@ class PreprocessConfig:
 
     json_keys: list[str] = dataclasses.field(default_factory=lambda: [TEXT_KEY])
     """Keys of the texts in a JSON line, or columns of a parquet file; each key gives one dataset."""
+
+    split: str | None = None
+    """Split of the datasets of the hub: train unless you say otherwise."""
 
     append_eod: bool = False
     """End every document with the tokenizer's end-of-sequence token. Training needs this."""
@@ -128,6 +136,11 @@ class PreprocessConfig:
         for key in self.json_keys:
             if not re.fullmatch(r"[^/\0]+", key):
                 raise UserError(f"--json-keys {key!r} cannot be part of a file name")
+        if self.split is not None and not any(name.startswith(HUB) for name in self.input):
+            raise UserError(
+                f"--split {self.split} is of hf://datasets/… inputs, and there is none; for train, valid and test of one corpus "
+                "give --split-by-hash"
+            )
         self._check_sft()
         for kind in ("bytes", "tokens"):
             low, high = getattr(self, f"min_document_{kind}"), getattr(self, f"max_document_{kind}")

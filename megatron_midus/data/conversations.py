@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_midus.data.corpus import MalformedDocument, check_encodable
+from megatron_midus.errors import UserError
 
 Message = dict[str, str]
 
@@ -64,6 +65,13 @@ def read_conversation(record: dict[str, Any], where: str) -> list[Message]:
     messages = _READERS[shapes[0]](record, where)
     _check_order(messages, where)
     return messages
+
+
+def check_columns(columns: Sequence[str], name: str) -> None:
+    """Raises ``UserError`` where no column of the table ``name`` is one of a conversation."""
+    if not set(columns) & set(KEYS):
+        shown = ", ".join(map(repr, columns[:8])) or "none"
+        raise UserError(f"{name}: no column of a conversation ({', '.join(KEYS)}); columns there: {shown}")
 
 
 def _from_messages(record: dict[str, Any], where: str) -> list[Message]:

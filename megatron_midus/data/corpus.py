@@ -304,13 +304,19 @@ def _read_rows(path: Path, keys: Sequence[str], start: int) -> Iterator[RowDocum
                 continue
             try:
                 for batch in file.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=list(keys)):
-                    for values in zip(*(_cells(batch.column(key)) for key in keys)):
-                        row += 1
-                        if row > start:
-                            yield RowDocument(str(path), row, values, tuple(keys))
+                    skipped = min(max(start - row, 0), batch.num_rows)
+                    yield from rows_of(batch.slice(skipped), keys, str(path), row + skipped)
+                    row += batch.num_rows
             # ValueError, OverflowError: a column of another type, whose values Python has no equal of.
             except (ArrowException, OSError, ValueError, OverflowError) as error:
                 raise UserError(f"{path} is damaged after row {row}: {str(error).strip()}") from None
+
+
+def rows_of(table: Any, keys: Sequence[str], path: str, rows_before: int) -> Iterator[RowDocument]:
+    """The rows of an Arrow table or batch as records of ``path``, where ``rows_before`` stand before them."""
+    cells = zip(*(_cells(table.column(key)) for key in keys))
+    for row, values in enumerate(cells, start=rows_before + 1):
+        yield RowDocument(path, row, values, tuple(keys))
 
 
 def _cells(column: Any) -> list[object]:

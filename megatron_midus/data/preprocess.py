@@ -15,10 +15,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from megatron_midus.config.preprocess import PreprocessConfig
+from megatron_midus.config.preprocess import DEFAULT_SPLIT, PreprocessConfig
 from megatron_midus.data import conversations
 from megatron_midus.data.chat_template import ChatTemplate
-from megatron_midus.data.corpus import TEXT_KEY, Record, columns_of, find_inputs, open_parquet, read_raw, unescape
+from megatron_midus.data.corpus import Record, unescape
 from megatron_midus.data.encoding import (
     EncodedChunk,
     EncodeSettings,
@@ -27,8 +27,9 @@ from megatron_midus.data.encoding import (
     encode_in_worker,
     initialize_worker,
 )
+from megatron_midus.data.inputs import Input, find
 from megatron_midus.data.journal import Journal
-from megatron_midus.data.shards import files_of_shard
+from megatron_midus.data.shards import inputs_of_shard
 from megatron_midus.data.statistics import PreprocessResult, statistics_path
 from megatron_midus.data.tokenizer import make_tokenizer
 from megatron_midus.data.writer import DatasetWriter, dtype_of
@@ -53,15 +54,19 @@ def preprocess(config: PreprocessConfig, progress: Progress = SILENT) -> Preproc
     Raises:
         ValueError: inputs, tokenizer or outputs that cannot be used, a malformed line, no document at all.
     """
+    shard = config.shard_of_files()
+    inputs = find(config.input, _keys(config), split=config.split or DEFAULT_SPLIT, with_sizes=shard is not None)
+    return preprocess_inputs(config, inputs if shard is None else inputs_of_shard(inputs, shard), progress)
+
+
+def preprocess_inputs(config: PreprocessConfig, inputs: list[Input], progress: Progress = SILENT) -> PreprocessResult:
+    """``preprocess`` of what was found already: all that ``config.input`` and ``config.shard`` mean."""
     separator = unescape(config.text_document_separator)
-    files, shard = find_inputs(config.input), config.shard_of_files()
-    if shard is not None:
-        files = files_of_shard(files, shard)
-    _check_keys(files, config)
     settings = _encode_settings(config)
     provenance = _provenance(config, settings)
     directory = Path(config.written_prefix).parent / f".{Path(config.written_prefix).name}.partial"
-    what = {**provenance, "json_keys": config.dataset_names, "separator": separator, "inputs": _fingerprints(files)}
+    what = {**provenance, "json_keys": config.dataset_names, "separator": separator}
+    what["inputs"] = [each.fingerprint for each in inputs]
     with Journal(directory, what, restart=config.overwrite) as journal:
         writer = DatasetWriter(
             output_prefixes(config),
@@ -70,13 +75,13 @@ def preprocess(config: PreprocessConfig, progress: Progress = SILENT) -> Preproc
             shares=config.shares(),
             dedup=config.dedup,
             malformed_path=f"{config.written_prefix}_malformed.txt",
-            is_shard=shard is not None,
+            is_shard=config.shard is not None,
         )
         if not config.overwrite and not writer.is_complete:
             _check_absent(config)
         started = time.monotonic()
         try:
-            _fill(writer, files, settings, config, progress)
+            _fill(writer, inputs, settings, config, progress)
             writer.result.seconds = time.monotonic() - started
             writer.finish(provenance)
         except BaseException:
@@ -84,6 +89,11 @@ def preprocess(config: PreprocessConfig, progress: Progress = SILENT) -> Preproc
                 print(f"{directory} keeps what was done; the same command goes on from there", file=sys.stderr)
             raise
     return writer.result
+
+
+def _keys(config: PreprocessConfig) -> tuple[str, ...]:
+    """What is read of a record."""
+    return conversations.KEYS if config.sft else tuple(config.json_keys)
 
 
 def _encode_settings(config: PreprocessConfig) -> EncodeSettings:
@@ -94,7 +104,7 @@ def _encode_settings(config: PreprocessConfig) -> EncodeSettings:
         raise UserError(f"--prepend-bos: the tokenizer {config.tokenizer_model} has no beginning-of-sequence token")
     return EncodeSettings(
         tokenizer=tokenizer,
-        keys=conversations.KEYS if config.sft else tuple(config.json_keys),
+        keys=_keys(config),
         dtype=dtype_of(tokenizer.vocab_size),
         append_eod=config.append_eod,
         prepend_bos=config.prepend_bos,
@@ -119,14 +129,14 @@ def _chat_template(config: PreprocessConfig) -> ChatTemplate | None:
 
 
 def _fill(
-    writer: DatasetWriter, files: list[Path], settings: EncodeSettings, config: PreprocessConfig, progress: Progress
+    writer: DatasetWriter, inputs: list[Input], settings: EncodeSettings, config: PreprocessConfig, progress: Progress
 ) -> None:
     """Encodes and writes what the writer has not got yet, and commits now and then."""
     if writer.is_complete:
         return
     committed = time.monotonic()
-    records = _records_from(writer.position, files, settings.keys, unescape(config.text_document_separator))
-    with progress("encode", total=_total_bytes(files), unit="B", initial=writer.result.bytes_read) as advance:
+    records = _records_from(writer.position, inputs, settings.keys, unescape(config.text_document_separator))
+    with progress("encode", total=_total_bytes(inputs), unit="B", initial=writer.result.bytes_read) as advance:
         for chunk, position in _encode_in_order(_chunks(records), settings, config.workers):
             writer.add(chunk, position)
             advance(chunk.num_bytes_read)
@@ -153,11 +163,6 @@ def _check_absent(config: PreprocessConfig) -> None:
                 raise UserError(f"{path} exists; choose another --output-prefix, or replace it with --overwrite")
 
 
-def _fingerprints(files: list[Path]) -> list[str]:
-    """What tells that an input is still the same: its path, size and time of change."""
-    return [f"{file} {(status := file.stat()).st_size} {status.st_mtime_ns}" for file in files]
-
-
 def _provenance(config: PreprocessConfig, settings: EncodeSettings) -> dict[str, Any]:
     """What the statistics file says about how a dataset was made."""
     tokenizer = settings.tokenizer
@@ -174,49 +179,16 @@ def _provenance(config: PreprocessConfig, settings: EncodeSettings) -> dict[str,
     }
 
 
-def _check_keys(files: list[Path], config: PreprocessConfig) -> None:
-    """Plain text has no keys, and every parquet file must have the columns: told before hours of work."""
-    for file in files:
-        if config.sft:
-            _check_conversations(file)
-        elif file.suffix == ".parquet":
-            open_parquet(file, config.json_keys).close()
-        elif ".jsonl" not in file.name and config.json_keys != [TEXT_KEY]:
-            raise UserError(
-                f"{file} is plain text and has no keys; --json-keys {' '.join(config.json_keys)} needs .jsonl or .parquet"
-            )
-
-
-def _check_conversations(file: Path) -> None:
-    if file.suffix == ".parquet":
-        if not set(columns_of(file)) & set(conversations.KEYS):
-            shown = ", ".join(map(repr, columns_of(file)[:8])) or "none"
-            raise UserError(
-                f"{file}: no column of a conversation ({', '.join(conversations.KEYS)}); columns there: {shown}"
-            )
-    elif ".jsonl" not in file.name:
-        raise UserError(f"{file} is plain text and holds no conversations; --sft needs .jsonl or .parquet")
-
-
 def _records_from(
-    position: tuple[int, int], files: list[Path], keys: Sequence[str], separator: str
+    position: tuple[int, int], inputs: list[Input], keys: Sequence[str], separator: str
 ) -> Iterator[tuple[Record, tuple[int, int]]]:
     """The records of the corpus after ``position``, each with the position behind it."""
     first, done = position
-    for index in range(first, len(files)):
+    for index in range(first, len(inputs)):
         start = done if index == first else 0
-        for number, record in enumerate(
-            read_raw(files[index], keys=_keys_of(files[index], keys), separator=separator, start=start), start=start + 1
-        ):
+        records = inputs[index].records(keys, separator=separator, start=start)
+        for number, record in enumerate(records, start=start + 1):
             yield record, (index, number)
-
-
-def _keys_of(file: Path, keys: Sequence[str]) -> Sequence[str]:
-    """The columns to read: those of conversations are not in every file."""
-    if tuple(keys) != conversations.KEYS or file.suffix != ".parquet":
-        return keys
-    there = columns_of(file)
-    return [key for key in keys if key in there]
 
 
 def _chunks(records: Iterable[tuple[Record, tuple[int, int]]]) -> Iterator[tuple[list[Record], tuple[int, int]]]:
@@ -277,7 +249,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _total_bytes(files: list[Path]) -> int | None:
-    """Bytes of text in the corpus; ``None`` where files are packed, because only reading them would tell."""
-    is_packed = any(file.suffix in (".gz", ".zst", ".parquet") for file in files)
-    return None if is_packed else sum(file.stat().st_size for file in files)
+def _total_bytes(inputs: list[Input]) -> int | None:
+    """Bytes of text in the corpus; ``None`` where only reading it would tell."""
+    sizes = [each.num_text_bytes for each in inputs]
+    return None if None in sizes else sum(size or 0 for size in sizes)

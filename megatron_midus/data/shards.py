@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy
 
 from megatron_midus.config.preprocess import MergeConfig, Shard
+from megatron_midus.data.inputs import Input
 from megatron_midus.data.journal import Journal
 from megatron_midus.data.sources import read_lengths
 from megatron_midus.data.statistics import DatasetStatistics, PreprocessResult, Skipped, statistics_path
@@ -28,18 +29,18 @@ from megatron_midus.progress import SILENT, Progress
 _COUNTS = tuple(Skipped().counts())
 
 
-def files_of_shard(files: Sequence[Path], shard: Shard) -> list[Path]:
-    """Neighbouring files of about ``1 / shard.count`` of the bytes; all shards together have every file once, in order.
+def inputs_of_shard(inputs: Sequence[Input], shard: Shard) -> list[Input]:
+    """Neighbouring inputs of about ``1 / shard.count`` of the bytes; all shards together have every file once, in order.
 
     Raises:
         UserError: more shards than files, because a file is never divided.
     """
-    if shard.count > len(files):
+    if shard.count > len(inputs):
         raise UserError(
-            f"--shard {shard}: {shard.count} shards of {len(files)} input files; a file is never divided, so choose at most "
-            f"{len(files)} shards, or divide the files"
+            f"--shard {shard}: {shard.count} shards of {len(inputs)} input files; a file is never divided, so choose at most "
+            f"{len(inputs)} shards, or divide the files"
         )
-    sizes = numpy.array([file.stat().st_size for file in files], dtype=numpy.float64) + 1
+    sizes = numpy.array([each.num_bytes for each in inputs], dtype=numpy.float64) + 1
     middles = (numpy.cumsum(sizes) - sizes / 2) / sizes.sum() * shard.count
     owners = numpy.clip(middles.astype(int), 0, shard.count - 1)
     # Every shard has a file: the first of each lies where enough are left for the others.
@@ -47,9 +48,9 @@ def files_of_shard(files: Sequence[Path], shard: Shard) -> list[Path]:
     for index in range(1, shard.count):
         starts[index] = max(starts[index], starts[index - 1] + 1)
     for index in reversed(range(1, shard.count)):
-        starts[index] = min(starts[index], len(files) - (shard.count - index))
-    stop = starts[shard.index + 1] if shard.index + 1 < shard.count else len(files)
-    return list(files[starts[shard.index] : stop])
+        starts[index] = min(starts[index], len(inputs) - (shard.count - index))
+    stop = starts[shard.index + 1] if shard.index + 1 < shard.count else len(inputs)
+    return list(inputs[starts[shard.index] : stop])
 
 
 @dataclasses.dataclass(frozen=True)

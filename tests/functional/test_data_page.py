@@ -8,6 +8,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import documentation
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_commands_of_the_page(tmp_path, warm_path):
     for name in ("examples", "tools", "pretrain_midus.py"):
         (tmp_path / name).symlink_to(ROOT / name)
-    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/data.md").read_text(), re.MULTILINE | re.DOTALL)
+    blocks = [block.text for block in documentation.blocks(ROOT / "docs/data.md") if block.note.startswith("run by")]
     assert len(blocks) >= 6
     environment = {
         **os.environ,

@@ -36,6 +36,8 @@ def hub(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     shutil.copytree(BASE, root / "someone/tiny", ignore=shutil.ignore_patterns("recipe"))
     (root / "someone/tiny/pytorch_model.bin").write_bytes(b"the same weights once more")
+    (root / "someone/gated").mkdir()
+    (root / "someone/gated/config.json").write_text("{}")
     with loopback_hub(root) as (address, requests):
         yield address, requests, root
 

@@ -12,8 +12,9 @@ import pytest
 
 from megatron_midus.config.preprocess import MergeConfig, PreprocessConfig, Shard
 from megatron_midus.data import preprocess as module
+from megatron_midus.data.inputs import InputFile
 from megatron_midus.data.preprocess import preprocess
-from megatron_midus.data.shards import files_of_shard, merge
+from megatron_midus.data.shards import inputs_of_shard, merge
 from megatron_midus.errors import UserError
 from megatron_midus.progress import Callback
 
@@ -95,12 +96,12 @@ def test_a_shard_that_is_killed_is_repeated(config, tmp_path):
 def test_every_file_is_in_one_shard_in_order(tmp_path):
     files = []
     for number, size in enumerate([5000, 1, 1, 1, 1, 3000, 1, 1, 9000, 1]):
-        files.append(tmp_path / f"{number}.jsonl")
-        files[-1].write_bytes(b"x" * size)
+        files.append(InputFile(tmp_path / f"{number}.jsonl"))
+        files[-1].path.write_bytes(b"x" * size)
     for count in range(1, len(files) + 1):
-        parts = [files_of_shard(files, Shard(index, count)) for index in range(count)]
+        parts = [inputs_of_shard(files, Shard(index, count)) for index in range(count)]
         assert [file for part in parts for file in part] == files and all(parts)
-    assert [len(part) for part in (files_of_shard(files, Shard(0, 2)), files_of_shard(files, Shard(1, 2)))] == [8, 2]
+    assert [len(part) for part in (inputs_of_shard(files, Shard(0, 2)), inputs_of_shard(files, Shard(1, 2)))] == [8, 2]
 
 
 @pytest.mark.parametrize("text", ["3/3", "1", "-1/3", "0/0", "a/b"])
