@@ -13,7 +13,7 @@ import math
 from megatron_midus.config import ModelConfig, padded_vocab_size
 from megatron_midus.planning.parallel_layout import ParallelLayout, Workload
 from megatron_midus.upscaling.plan import UpscalePlan
-from megatron_midus.upscaling.tensors import block_shapes
+from megatron_midus.upscaling.tensors import ROUTER, block_shapes
 
 GRADIENT_BYTES = 4  # accumulated in fp32 whatever the precision
 MOMENT_BYTES = 8
@@ -27,6 +27,8 @@ class RankMemory:
 
     parameters: int
     trained: int
+    trained_experts: int
+    """Of ``trained`` those of experts, which have replicas of their own."""
     weights: int
     gradients: int
     optimizer: int
@@ -54,29 +56,59 @@ def rank_memory(
         model: architecture; its number of layers does not matter.
         vocab_divisible_by: ``--make-vocab-size-divisible-by``.
     """
-    total, trained = stage_parameters(model, plan, layout, workload, stage=stage, vocab_divisible_by=vocab_divisible_by)
+    total, trained, experts = stage_parameters(
+        model, plan, layout, workload, stage=stage, vocab_divisible_by=vocab_divisible_by
+    )
     state = MOMENT_BYTES + (MASTER_BYTES if workload.itemsize < 4 else 0)
     kept = layout.in_flight(stage, workload.num_microbatches(layout.data))
     return RankMemory(
         parameters=total,
         trained=trained,
+        trained_experts=experts,
         weights=total * workload.itemsize,
         gradients=trained * GRADIENT_BYTES,
-        optimizer=math.ceil(trained * state / (layout.data if layout.distributed_optimizer else 1)),
+        optimizer=_optimizer_bytes(trained - experts, experts, layout, state),
         activations=round(kept * stage_activations(model, plan, layout, workload, stage=stage)),
         transient=_transient(model, plan, layout, workload, stage=stage, vocab_divisible_by=vocab_divisible_by),
     )
+
+
+def _optimizer_bytes(others: int, experts: int, layout: ParallelLayout, state: int) -> int:
+    """Of what learns; the distributed optimizer parts it among the replicas that it has."""
+    if not layout.distributed_optimizer:
+        return (others + experts) * state
+    return math.ceil(others * state / layout.data) + math.ceil(experts * state / layout.expert_data)
 
 
 # -- parameters ------------------------------------------------------------------------------------------------------
 def local_elements(name: str, shape: tuple[int, ...], layout: ParallelLayout) -> int:
     """Elements of a tensor of a block (name without the layer prefix) that one tensor-parallel rank holds."""
     elements = math.prod(shape)
-    if name.endswith(_REPLICATED):
+    if name.endswith(_REPLICATED) or name == ROUTER:
         return elements
     if name == "memory.value_bank" and len(shape) == 2 and not layout.latent_values:
         return elements
     return elements // layout.tensor
+
+
+def shapes_of_one_expert(model: ModelConfig, plan: UpscalePlan, index: int) -> dict[str, tuple[int, ...]]:
+    """As ``block_shapes``, with one expert and its row of the router in the place of all: they can be thousands."""
+    if model.num_moe_experts is not None:
+        model = dataclasses.replace(model, num_moe_experts=1, moe_router_topk=1)
+    return block_shapes(model, plan, index)
+
+
+def _block_elements(model: ModelConfig, plan: UpscalePlan, layout: ParallelLayout, index: int) -> tuple[int, int]:
+    """What one rank holds of a block, its experts left out, and of these."""
+    dense = experts = 0
+    for name, shape in shapes_of_one_expert(model, plan, index).items():
+        if name.startswith("mlp.experts."):
+            experts += math.prod(shape) // layout.expert_channels
+        elif name == ROUTER:
+            dense += math.prod(shape) * (model.num_moe_experts or 0)
+        else:
+            dense += local_elements(name, shape, layout)
+    return dense, experts * (model.num_moe_experts or 0) // layout.expert
 
 
 def stage_parameters(
@@ -87,14 +119,15 @@ def stage_parameters(
     *,
     stage: int,
     vocab_divisible_by: int,
-) -> tuple[int, int]:
-    """``(all, trained)`` parameters of one rank of a stage."""
+) -> tuple[int, int, int]:
+    """``(all, trained, trained ones of experts)`` parameters of one rank of a stage."""
     trained = workload.trained(plan)
-    total = learning = 0
+    total = learning = experts = 0
     for index in layout.stages[stage]:
-        count = sum(local_elements(name, shape, layout) for name, shape in block_shapes(model, plan, index).items())
-        total += count
-        learning += count * trained[index]
+        dense, expert = _block_elements(model, plan, layout, index)
+        total += dense + expert
+        learning += (dense + expert) * trained[index]
+        experts += expert * trained[index]
     rows = padded_vocab_size(
         model.vocab_size, divisible_by=vocab_divisible_by, tensor_model_parallel_size=layout.tensor
     )
@@ -102,7 +135,7 @@ def stage_parameters(
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
     shared = model.tie_word_embeddings and is_first and is_last
     outside = table * (is_first + is_last - shared) + model.hidden_size * is_last
-    return total + outside, learning + outside * (workload.train == "all")
+    return total + outside, learning + outside * (workload.train == "all"), experts
 
 
 # -- activations -----------------------------------------------------------------------------------------------------
@@ -154,14 +187,39 @@ def block_activations(
     # Queries, keys, values (repeated for every head), output, the log of the sum of each row, the rotary tables.
     attention = (4 * width * item + 4 * model.num_attention_heads) / tensor
     attention += 4 * model.kv_channels * item / workload.micro_batch_size
+    if model.attention_softcap is not None:
+        # tanh of all scores, their softmax in fp32, and that once more in 16 bits; no log of sums.
+        scores = workload.seq_length * (item + 4 + (item if item < 4 else 0)) - 4
+        attention += model.num_attention_heads * scores / tensor
     if model.qk_layernorm:
         heads = model.num_attention_heads + model.num_query_groups
         attention += (heads * model.kv_channels * (4 + (item if trained else 0)) + 4 * heads) / tensor
     if plan.blocks[index].kind == "memory":
         return norm + attention + _memory_activations(model, plan, layout, item)
+    return (
+        norm
+        + attention
+        + _branch_norms(model, layout, item, trained=trained, needs_input=True)
+        + _mlp_activations(model, layout, item, trained=trained)
+    )
+
+
+def _mlp_activations(model: ModelConfig, layout: ParallelLayout, item: int, *, trained: bool) -> float:
+    """Of an MLP, or of a mixture of experts whose router sends every expert as many tokens as the others."""
     # Gate and up side by side, silu(gate), the chunk of up that the product needs, and the input of the last matrix.
-    mlp = (4 + trained) * model.ffn_hidden_size * item / tensor
-    return norm + attention + _branch_norms(model, layout, item, trained=trained, needs_input=True) + mlp
+    kept = 4 + trained
+    if model.num_moe_experts is None:
+        return kept * model.ffn_hidden_size * item / layout.tensor
+    topk, share = model.moe_router_topk, _sequence_share(layout)
+    # The product once more, before it is weighted, and the weights themselves.
+    rows = (kept + 1) * topk * model.expert_ffn_hidden_size * item / layout.tensor
+    # What experts take in, in the order of the experts; the router keeps what it takes in, which the norm keeps if it learns.
+    rows += (
+        topk * model.hidden_size * item * layout.expert_channels / layout.tensor
+        if trained
+        else model.hidden_size * item / share
+    )
+    return rows + 4 * (model.num_moe_experts + 2 * topk) / share
 
 
 def _branch_norms(model: ModelConfig, layout: ParallelLayout, item: int, *, trained: bool, needs_input: bool) -> float:

@@ -12,30 +12,38 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GIB = 2**30
-HEADER = (
-    "TP", "PP", "DP", "micro", "recompute", "values", "weights", "grads", "optimizer", "activ.", "total", "TP", "PP", "DP",
-    "s/step", "tokens/s/GPU", "of peak",
-)  # fmt: skip
+LAYOUT = ("TP", "PP", "DP", "micro", "recompute", "values")
+COSTS = ("weights", "grads", "optimizer", "activ.", "total", "TP", "PP", "DP")
+TIMES = ("s/step", "tokens/s/GPU", "of peak")
 
 
-def layout_table(candidates: list[Candidate]) -> Table:
-    """A row per layout; those that do not fit stand back."""
+def layout_table(candidates: list[Candidate], *, has_experts: bool = False) -> Table:
+    """A row per layout; those that do not fit stand back.
+
+    Args:
+        has_experts: whether to show the ranks that share experts, ``EP``, and their traffic.
+    """
+    header = (*LAYOUT, "EP", *COSTS, "EP", *TIMES) if has_experts else (*LAYOUT, *COSTS, *TIMES)
     return terminal_table(
-        HEADER,
-        [_row(candidate) for candidate in candidates],
-        text_columns=6,
+        header,
+        [_row(candidate, has_experts) for candidate in candidates],
+        text_columns=len(LAYOUT) + has_experts,
         title="layouts, fastest first; memory in GiB of the fullest GPU, traffic in GB that a GPU sends a step",
     )
 
 
-def _row(c: Candidate) -> list[Cell]:
+def _row(c: Candidate, has_experts: bool) -> list[Cell]:
     memory, layout = c.memory, c.layout
     sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations + memory.transient, memory.total)
+    gigabytes = {axis: size / 1e9 for axis, size in c.sent_bytes.items()}
+    gigabytes["data"] += gigabytes["expert data"]
+    gigabytes["expert"] += gigabytes["expert channels"]
+    shared = f"{layout.expert}{f' x {layout.expert_channels}' if layout.expert_channels > 1 else ''}"
     texts = [
         f"{layout.tensor}{'+SP' if layout.sequence_parallel else ''}", str(layout.pipeline), str(layout.data),
         str(c.workload.micro_batch_size), "full" if layout.recompute else "-", "latent" if layout.latent_values else "repl.",
-        *(f"{size / GIB:.1f}" for size in sizes),
-        *(f"{c.sent_bytes[axis] / 1e9:.2f}" for axis in ("tensor", "pipeline", "data")),
+        *([shared] * has_experts), *(f"{size / GIB:.1f}" for size in sizes),
+        *(f"{gigabytes[axis]:.2f}" for axis in ("tensor", "pipeline", "data", *(["expert"] * has_experts))),
         f"{c.seconds:.2f}", f"{c.tokens_per_second:,.0f}", f"{c.flops_share:.0%}",
     ]  # fmt: skip
     return [Cell(text, is_faint=not c.fits) for text in texts]
@@ -47,6 +55,12 @@ def driver_flags(c: Candidate) -> list[str]:
     flags = [f"--micro-batch-size {c.workload.micro_batch_size}", f"--global-batch-size {c.workload.global_batch_size}"]
     if layout.tensor > 1:
         flags += [f"--tensor-model-parallel-size {layout.tensor}", "--sequence-parallel"]
+    if layout.expert > 1:
+        flags += [f"--expert-model-parallel-size {layout.expert}"]
+        if layout.expert_channels != layout.tensor:
+            flags += [f"--expert-tensor-parallel-size {layout.expert_channels}"]
+        if layout.all_to_all:
+            flags += ["--moe-token-dispatcher-type alltoall"]
     if layout.latent_values:
         flags += ["--memory-value-placement latent"]
     if layout.pipeline > 1:

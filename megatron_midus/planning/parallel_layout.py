@@ -76,6 +76,9 @@ class ParallelLayout:
 
     Attributes:
         tensor, pipeline, data: sizes of the three axes; their product is the number of processes.
+        expert, expert_tensor: processes that share the experts of a block, and those that share the channels of one
+            expert (``None`` = as ``tensor``). They are taken from tensor and data axis, and what is left are replicas.
+        all_to_all: whether tokens go only where their experts are instead of everywhere (``--moe-token-dispatcher-type``).
         stages: indices of the blocks on each pipeline stage, those of all its model chunks.
         chunks: model chunks of a stage (interleaved schedule).
         sequence_parallel, distributed_optimizer: as Megatron's flags.
@@ -86,6 +89,9 @@ class ParallelLayout:
     stages: tuple[tuple[int, ...], ...]
     tensor: int = 1
     data: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None
+    all_to_all: bool = False
     chunks: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
@@ -95,6 +101,21 @@ class ParallelLayout:
     @property
     def pipeline(self) -> int:
         return len(self.stages)
+
+    @property
+    def expert_channels(self) -> int:
+        """Processes that share the channels of one expert."""
+        return self.expert_tensor or self.tensor
+
+    @property
+    def expert_group(self) -> int:
+        """Processes that exchange tokens with each other."""
+        return self.expert * self.expert_channels
+
+    @property
+    def expert_data(self) -> int:
+        """Replicas of an expert."""
+        return self.tensor * self.data // self.expert_group
 
     @property
     def world_size(self) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
+from typing import Any, get_args
 
 from megatron_midus.config import ModelConfig
 from megatron_midus.planning.footprint import RankMemory, rank_memory
@@ -76,7 +78,10 @@ def find_layouts(
 def _layouts(
     model: ModelConfig, plan: UpscalePlan, hardware: Hardware, workload: Workload, nodes: int, gpus_per_node: int
 ) -> Iterator[tuple[ParallelLayout, Workload, str]]:
-    """Tensor parallelism stays inside a node and divides the heads; every other product that divides is tried."""
+    """Tensor parallelism stays inside a node and divides the heads; every other product that divides is tried.
+
+    Experts are shared by ranks of the tensor and the data axis, each of them whole or split as the attention is.
+    """
     world = nodes * gpus_per_node
     memory_heads = plan.memory.num_memory_heads(model.num_attention_heads) if plan.memory else model.num_attention_heads
     costs = estimate_costs(model, plan, workload.seq_length, train=workload.train, device=hardware.device())
@@ -94,17 +99,32 @@ def _layouts(
                 if workload.global_batch_size % (size * data):
                     continue
                 placement, reason = _placement(model, plan, tried, tensor, data)
-                for recompute in (False, True):
+                for recompute, experts in itertools.product((False, True), _expert_sizes(model, tensor, data)):
                     layout = ParallelLayout(
                         stages,
                         tensor=tensor,
                         data=data,
                         sequence_parallel=tensor > 1,
-                        distributed_optimizer=data > 1,
                         recompute=recompute,
                         latent_values=placement == "latent",
+                        **experts,
                     )
-                    yield layout, tried, reason
+                    has_replicas = layout.data > 1 or (model.num_moe_experts is not None and layout.expert_data > 1)
+                    yield dataclasses.replace(layout, distributed_optimizer=has_replicas), tried, reason
+
+
+def _expert_sizes(model: ModelConfig, tensor: int, data: int) -> Iterator[dict[str, Any]]:
+    """Fields of ``ParallelLayout`` about experts, as ``megatron_midus.model.config.check_expert_parallel`` allows them."""
+    if model.num_moe_experts is None:
+        yield {}
+        return
+    for expert, channels in itertools.product(_divisors(model.num_moe_experts), sorted({1, tensor})):
+        group = expert * channels
+        if tensor * data % group or model.expert_ffn_hidden_size % channels or (expert == 1 and channels != tensor):
+            continue
+        # Rows that a rank gets from others: its tokens' of all ranks, or those that are sent, to all of an expert's ranks.
+        sent = model.moe_router_topk * (channels - 1 + (expert - 1) / expert)
+        yield {"expert": expert, "expert_tensor": channels, "all_to_all": expert > 1 and sent < group - 1}
 
 
 def _placement(model: ModelConfig, plan: UpscalePlan, workload: Workload, tensor: int, data: int) -> tuple[str, str]:
@@ -191,7 +211,7 @@ def _sent(
     model: ModelConfig, plan: UpscalePlan, layout: ParallelLayout, workload: Workload, vocab_divisible_by: int
 ) -> dict[Axis, float]:
     """Bytes that a rank sends in a step by axis, of the stage that sends most over it."""
-    sent: dict[Axis, float] = {"tensor": 0.0, "pipeline": 0.0, "data": 0.0}
+    sent: dict[Axis, float] = dict.fromkeys(get_args(Axis), 0.0)
     for stage in range(layout.pipeline):
         here: dict[Axis, float] = {}
         for message in rank_traffic(model, plan, layout, workload, stage=stage, vocab_divisible_by=vocab_divisible_by):
@@ -212,19 +232,27 @@ def _exposed(
 ) -> dict[Axis, float]:
     """Seconds of transfers that computation does not hide.
 
-    Tensor-parallel transfers stand in the way of the next layer. Gradients travel during the last micro-batch's backward
+    Tensor-parallel transfers stand in the way of the next layer, and tokens on their way to experts too. Gradients travel during the last micro-batch's backward
     pass (``--overlap-grad-reduce``); between pipeline stages only the filling waits. Ranks are numbered tensor, data,
     pipeline, as Megatron does, so data parallelism stays inside a node as long as it fits.
     """
-    group = layout.tensor * layout.data
-    seconds = {
-        "tensor": sent["tensor"] / hardware.link(inside_node=layout.tensor <= gpus_per_node),
-        "data": sent["data"] / hardware.link(inside_node=group <= gpus_per_node),
-        "pipeline": sent["pipeline"] / hardware.link(inside_node=layout.world_size <= gpus_per_node),
+    replicas = layout.tensor * layout.data
+    spans: dict[Axis, int] = {
+        "tensor": layout.tensor,
+        "data": replicas,
+        "pipeline": layout.world_size,
+        "expert": layout.expert_group,
+        "expert channels": layout.expert_channels,
+        "expert data": replicas,
     }
+    seconds = {axis: sent[axis] / hardware.link(inside_node=span <= gpus_per_node) for axis, span in spans.items()}
+    hidden = backward_seconds / micro_batches
+    gradients = seconds["data"] + seconds["expert data"]
+    late = max(0.0, gradients - hidden) / gradients if gradients else 0.0
     return {
-        "tensor": seconds["tensor"],
-        "data": max(0.0, seconds["data"] - backward_seconds / micro_batches),
+        **seconds,
+        "data": seconds["data"] * late,
+        "expert data": seconds["expert data"] * late,
         "pipeline": seconds["pipeline"] / micro_batches * (layout.pipeline - 1),
     }
 

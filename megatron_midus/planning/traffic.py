@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Literal
 
 from megatron_midus.config import MemoryConfig, ModelConfig, padded_vocab_size
-from megatron_midus.planning.footprint import GRADIENT_BYTES, local_elements, stage_parameters
+from megatron_midus.planning.footprint import GRADIENT_BYTES, local_elements, shapes_of_one_expert, stage_parameters
 from megatron_midus.planning.parallel_layout import ParallelLayout, Workload
 from megatron_midus.upscaling.plan import UpscalePlan
-from megatron_midus.upscaling.tensors import block_shapes
+from megatron_midus.upscaling.tensors import ROUTER
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
-Axis = Literal["tensor", "pipeline", "data"]
+Axis = Literal["tensor", "pipeline", "data", "expert", "expert channels", "expert data"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +72,28 @@ def rank_traffic(
             model.vocab_size, divisible_by=vocab_divisible_by, tensor_model_parallel_size=layout.tensor
         )
         add("pipeline", "all_reduce", GRADIENT_BYTES * rows // layout.tensor * model.hidden_size)
-    if layout.data > 1:
-        _, trained = stage_parameters(model, plan, layout, workload, stage=stage, vocab_divisible_by=vocab_divisible_by)
+    for axis, kind, size in _expert_parallel(model, plan, layout, workload, stage):
+        add(axis, kind, size * micro_batches)
+    _, trained, experts = stage_parameters(
+        model, plan, layout, workload, stage=stage, vocab_divisible_by=vocab_divisible_by
+    )
+    replicated: tuple[tuple[Axis, int], ...] = (("data", trained - experts), ("expert data", experts))
+    ranks = {
+        "tensor": layout.tensor,
+        "pipeline": 2,
+        "data": layout.data,
+        "expert": layout.expert if layout.all_to_all else layout.expert_group,
+        "expert channels": layout.expert_channels,
+        "expert data": layout.expert_data,
+    }
+    for axis, elements in replicated:
+        if ranks[axis] == 1:
+            continue
         if layout.distributed_optimizer:
-            add("data", "reduce_scatter", trained * GRADIENT_BYTES)
-            add("data", "all_gather", trained * workload.itemsize)
+            add(axis, "reduce_scatter", elements * GRADIENT_BYTES)
+            add(axis, "all_gather", elements * workload.itemsize)
         else:
-            add("data", "all_reduce", trained * GRADIENT_BYTES)
-    ranks = {"tensor": layout.tensor, "pipeline": 2, "data": layout.data}
+            add(axis, "all_reduce", elements * GRADIENT_BYTES)
     return [Message(axis, kind, size, ranks[axis]) for (axis, kind), size in counts.items()]
 
 
@@ -100,12 +114,45 @@ def _tensor_parallel(
             yield from _own_channels(hidden, plan.memory, layout, workload, backward=backward)
             yield from _leave_memory(model, plan, layout, workload, backward=backward)
         else:
-            for _ in range(2):  # attention, MLP
+            for _ in range(2 if model.num_moe_experts is None else 1):  # attention, MLP; of experts below
                 yield from _enter(hidden, layout, backward=backward, trained=trained[index])
                 yield from _leave(hidden, layout, backward=backward)
     if stage == layout.pipeline - 1:
         yield from _enter(hidden, layout, backward=any(trained), trained=workload.train == "all")
         yield "all_reduce", 3 * 4 * workload.tokens  # cross entropy: largest logit, the label's, sum of exponentials
+
+
+def _expert_parallel(
+    model: ModelConfig, plan: UpscalePlan, layout: ParallelLayout, workload: Workload, stage: int
+) -> Iterator[tuple[Axis, Kind, float]]:
+    """Of one micro-batch: tokens on their way to their experts and back, with the probabilities of these."""
+    if model.num_moe_experts is None or layout.expert_group == 1:
+        return
+    gradient = workload.gradient(plan, layout)
+    item, tokens = workload.itemsize, workload.tokens / (layout.tensor if layout.sequence_parallel else 1)
+    for index in layout.stages[stage]:
+        if plan.blocks[index].kind == "memory":
+            continue
+        backward = gradient[index] != "none"
+        if layout.all_to_all:
+            rows = tokens * model.moe_router_topk
+            if layout.expert > 1:  # there and back, and their gradients
+                yield "expert", "all_to_all", rows * (2 * model.hidden_size + 1) * item * (1 + backward)
+            if layout.expert_channels > 1:  # every rank of an expert's channels needs all its rows
+                rows *= layout.expert_channels
+                yield "expert channels", "all_gather", rows * (model.hidden_size + 1) * item
+                yield "expert channels", "reduce_scatter", rows * model.hidden_size * item
+                if backward:
+                    yield "expert channels", "reduce_scatter", rows * (model.hidden_size + 1) * item
+                    yield "expert channels", "all_gather", rows * model.hidden_size * item
+            continue
+        tokens_of_all = tokens * layout.expert_group
+        scores = tokens_of_all * model.num_moe_experts
+        yield "expert", "all_gather", tokens_of_all * model.hidden_size * item + scores * (item + 1)
+        yield "expert", "reduce_scatter", tokens_of_all * model.hidden_size * item
+        if backward:
+            yield "expert", "reduce_scatter", tokens_of_all * model.hidden_size * item + scores * item
+            yield "expert", "all_gather", tokens_of_all * model.hidden_size * item
 
 
 def _enter(hidden: float, layout: ParallelLayout, *, backward: bool, trained: bool) -> Iterator[tuple[Kind, float]]:
@@ -199,9 +246,11 @@ def _replicated_gradients(
     for index in layout.stages[stage]:
         if not trained[index]:
             continue
-        for name, shape in block_shapes(model, plan, index).items():
+        for name, shape in shapes_of_one_expert(model, plan, index).items():
             if name == "memory.value_bank":
                 elements += math.prod(shape) * (local_elements(name, shape, layout) == math.prod(shape))
+            elif layout.sequence_parallel and name == ROUTER:
+                elements += math.prod(shape) * (model.num_moe_experts or 0)
             elif layout.sequence_parallel and name.endswith("norm.weight"):
                 elements += math.prod(shape)
     if layout.sequence_parallel and workload.train == "all" and stage == layout.pipeline - 1:

@@ -23,7 +23,7 @@ from megatron_midus.planning.search import RESERVED_SHARE, Candidate, find_layou
 from megatron_midus.progress import Progress
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.arguments import plan_from_config
-from megatron_midus.upscaling.cost import flops_per_token, total_parameters, trainable_parameters
+from megatron_midus.upscaling.cost import active_parameters, flops_per_token, total_parameters, trainable_parameters
 from megatron_midus.verbs.exports import base_plan_of
 from megatron_midus.verbs.verb import verb
 
@@ -86,16 +86,6 @@ def plan(config: PlanConfig, progress: Progress) -> LayoutPlan:
 
 
 def _model_and_plan(config: PlanConfig) -> tuple[ModelConfig, UpscalePlan]:
-    model, plan = _read(config)
-    if model.num_moe_experts is not None:
-        raise UserError(
-            f"the planner knows no expert parallelism, and this model has {model.num_moe_experts} experts a block; "
-            "try layouts with midus pretrain --dry-run"
-        )
-    return model, plan
-
-
-def _read(config: PlanConfig) -> tuple[ModelConfig, UpscalePlan]:
     if config.load is not None:
         directory = find_checkpoint(config.load)[0]
         return ModelConfig.load(directory), UpscalePlan.load(directory)
@@ -116,16 +106,19 @@ def _hardware(config: PlanConfig) -> Hardware:
 
 
 def print_model(console: Console, model: ModelConfig, plan: UpscalePlan, config: PlanConfig) -> None:
+    active = ""
+    if model.num_moe_experts is not None:
+        active = f"{active_parameters(model, plan):,} of them active for a token ({model.moe_router_topk} of {model.num_moe_experts} experts), "
     console.print(
         f"{plan.num_base_layers} -> {plan.num_layers} blocks, policy {plan.policy}: {total_parameters(model, plan):,} parameters, "
-        f"{trainable_parameters(model, plan, config.train):,} of them trained; "
+        f"{active}{trainable_parameters(model, plan, config.train):,} of them trained; "
         f"a step: {config.global_batch_size} x {config.seq_length:,} tokens",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 
 
-def print_layouts(console: Console, candidates: list[Candidate], hardware: Hardware) -> None:
-    console.print(layout_table(candidates))
+def print_layouts(console: Console, candidates: list[Candidate], hardware: Hardware, *, has_experts: bool) -> None:
+    console.print(layout_table(candidates, has_experts=has_experts))
     console.print(
         f"Times are estimates: {MATMUL_SHARE:.0%} of {hardware.matmul_tflops:,.0f} TFLOP/s, {MEMORY_SHARE:.0%} of "
         f"{hardware.memory_gb_s:,.0f} GB/s, {LINK_SHARE:.0%} of {hardware.node_gb_s:,.0f} GB/s in a node and of "
@@ -144,9 +137,10 @@ def to_json(c: Candidate) -> dict[str, Any]:
 def command(config: PlanConfig) -> int:
     """``midus plan``."""
     found = plan(config)
-    console = Console(width=max(150, Console().width))
+    console = Console(width=max(150 if found.model.num_moe_experts is None else 175, Console().width))
     print_model(console, found.model, found.plan, config)
-    print_layouts(console, (found.fitting or found.candidates)[: config.show], found.hardware)
+    shown = (found.fitting or found.candidates)[: config.show]
+    print_layouts(console, shown, found.hardware, has_experts=found.model.num_moe_experts is not None)
     if config.json:
         write_text_atomically(config.json, json.dumps([to_json(c) for c in found.candidates], indent=1) + "\n")
     if not found.fitting:

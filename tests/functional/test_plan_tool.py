@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_midus.config import MemoryConfig
+from megatron_midus.conversion.families import from_hf_config
+from megatron_midus.model.config import check_expert_parallel
+from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.arguments import parse_arguments
+from megatron_midus.training.checks import check_experts
+from megatron_midus.upscaling import make_plan
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import plan as tool
@@ -30,6 +36,23 @@ CONFIG = {
     "torch_dtype": "bfloat16",
 }
 MIDUS = ["--num-blocks", "8", "--memory-num-keys", "512", "--memory-topk", "16", "--memory-latent-size", "64"]
+
+
+# Qwen3-30B-A3B
+EXPERTS = {
+    **CONFIG,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
 
 
 @pytest.fixture
@@ -57,6 +80,36 @@ def test_the_flags_are_the_drivers(base, tmp_path):
         parallel = parsed.parallel
         assert parallel.tensor_model_parallel_size == layout["layout"]["tensor"]
         assert parallel.pipeline_model_parallel_size == len(layout["layout"]["stages"])
+
+
+def test_a_mixture_of_experts(tmp_path, capsys):
+    """Every layout is one that the driver takes; experts are shared where they would not fit otherwise."""
+    (tmp_path / "config.json").write_text(json.dumps(EXPERTS))
+    out = tmp_path / "layouts.json"
+    assert tool.main(["--hf-model", str(tmp_path), *MIDUS, "--train", "all", "--json", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "active for a token (8 of 128 experts)" in shown and " EP " in shown
+    config = json.loads((tmp_path / "config.json").read_text())
+    plan = make_plan("interleave", num_layers=48, num_blocks=8, memory=MemoryConfig(memory_num_keys=512))
+    model = from_hf_config(config)
+    architecture = Architecture(plan.applied_to(model), plan, "all", None)
+    layouts = json.loads(out.read_text())
+    common = ["--lr", "1", "--train-iters", "1", "--mock-data", "--seq-length", "4096"]
+    for layout in layouts:
+        arguments = parse_arguments([*shlex.split(" ".join(layout["flags"])), *common])
+        parallel = arguments.parallel
+        check_experts(arguments, architecture, 8)
+        check_expert_parallel(
+            model,
+            parallel.expert_model_parallel_size,
+            parallel.expert_tensor_parallel_size,
+            tensor_parallel=parallel.tensor_model_parallel_size,
+        )
+    sizes = {layout["layout"]["expert"] for layout in layouts}
+    assert sizes == {1, 2, 4, 8}
+    # 30.5 billion parameters of 18 bytes fill eight GPUs of 80 GiB: where all of them hold all layers, experts must be shared.
+    whole = [layout for layout in layouts if layout["fits"] and len(layout["layout"]["stages"]) == 1]
+    assert whole and all(layout["layout"]["expert"] > 1 or layout["layout"]["tensor"] == 8 for layout in whole)
 
 
 WRONG = [
