@@ -1,4 +1,5 @@
-"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) on every linear layer of the decoder; all else is frozen.
+"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) on every linear layer of the decoder, those of each expert
+included; all else is frozen, routers too.
 
 Shapes: s sequence, b batch, i and o the width before and behind a linear layer, r the rank, P the matrices of the Hugging
 Face model that Megatron keeps in one weight (query, key, value; gate, up). Each of them has an adapter of its own.
@@ -17,9 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron_midus.model.builder import freeze_balance, routers
 from megatron_midus.model.layer import layer_index
 
 KEY_PREFIX = "lora."
@@ -72,14 +75,11 @@ class Adapter(torch.nn.Module):
 def add_adapters(
     model_chunks: Sequence[torch.nn.Module], config: TransformerConfig, *, rank: int, alpha: float, seed: int
 ) -> None:
-    """Adds an adapter, the only thing that learns, to every linear layer of every block; a memory is none."""
+    """Adds an adapter, the only thing that learns, to every linear layer of every block; a memory or a router is none."""
     for chunk in model_chunks:
         chunk.requires_grad_(False)
         for layer in (module for module in chunk.modules() if isinstance(module, TransformerLayer)):
-            for number, name in enumerate(_LINEAR_LAYERS):
-                linear = _submodule(layer, name)
-                if not isinstance(linear, (ColumnParallelLinear, RowParallelLinear)):
-                    continue
+            for number, name, linear in _linear_layers(layer):
                 groups, rows = _rows(name, config, linear.weight.shape[0])
                 adapter = Adapter(
                     linear.weight,
@@ -87,10 +87,28 @@ def add_adapters(
                     rows=rows,
                     rank=rank,
                     alpha=alpha,
-                    seed=seed + 1000 * (layer_index(layer) * len(_LINEAR_LAYERS) + number),
+                    seed=seed + 1000 * layer_index(layer) * len(_LINEAR_LAYERS) + number,
                 )
+                for parameter in adapter.parameters():
+                    # Gradients of experts are summed over the ranks that hold the same ones.
+                    parameter.allreduce = getattr(linear.weight, "allreduce", True)
                 linear.add_module(_MODULE, adapter)
                 linear.register_forward_hook(_add_output)
+        for router in routers(chunk):
+            freeze_balance(router)
+
+
+def _linear_layers(layer: TransformerLayer) -> Iterator[tuple[int, str, Any]]:
+    """``(number, name, module)`` of the linear layers that this rank holds of a block; an expert has the same number on
+    whichever rank it lies."""
+    for number, name in enumerate(_LINEAR_LAYERS):
+        linear = _submodule(layer, name)
+        if isinstance(linear, (ColumnParallelLinear, RowParallelLinear)):
+            yield 1000 * number, name, linear
+    if isinstance(layer.mlp, MoELayer):
+        for expert, mlp in zip(layer.mlp.local_expert_indices, layer.mlp.experts.local_experts):
+            yield 2000 + 1 + expert, "mlp.linear_fc1", mlp.linear_fc1
+            yield 3000 + 1 + expert, "mlp.linear_fc2", mlp.linear_fc2
 
 
 def _submodule(layer: torch.nn.Module, name: str) -> torch.nn.Module | None:

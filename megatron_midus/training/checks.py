@@ -220,8 +220,6 @@ def check_experts(arguments: Arguments, architecture: Architecture, world_size: 
                 "has none; leave them out"
             )
         return
-    if architecture.train == "lora":
-        raise UserError("--train lora has no adapters for experts; choose --train inserted, values or all")
     tensor = parallel.tensor_model_parallel_size
     if tensor > 1 and not parallel.sequence_parallel and not training.skip_train:
         raise UserError(

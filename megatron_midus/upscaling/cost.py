@@ -170,6 +170,8 @@ def flops_per_token(
     if train == "lora":
         blocks = [block_flops(model, plan, index, seq_length) for index in range(plan.num_layers)]
         total += sum(block.weights + 2.0 * block.activations for block in blocks)
+        if model.num_moe_experts is not None:  # a token meets the adapters of its own experts
+            model = dataclasses.replace(model, num_moe_experts=model.moe_router_topk)
         return total + 2.0 * model.hidden_size * model.vocab_size + 6.0 * _lora_parameters(model, plan, lora_rank)
     learning = [index for index, block in enumerate(plan.blocks) if block.learns(train)]
     if not learning:

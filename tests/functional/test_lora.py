@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from driver import TINY_RUN, Run, train
-from upscaled import read_tensors, write_upscaled
+from upscaled import BASE, read_tensors, write_upscaled
 
 STEPS = "--train-iters 8 --lr 1e-2 --lr-warmup-iters 2 --lr-decay-style cosine"
 LORA = "--train lora --lora-rank 3"
@@ -67,11 +69,49 @@ def test_a_checkpoint_holds_the_merged_model(upscaled, stopped):
     assert theirs == pytest.approx(mine, rel=1e-5) and mine != pytest.approx(float(run.losses[1]), rel=1e-3)
 
 
+# -- mixtures of experts ---------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    base = dataclasses.replace(BASE, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=24)
+    return write_upscaled(tmp_path_factory.mktemp("mixture") / "checkpoint", base=base)
+
+
+def test_adapters_of_experts(mixture, tmp_path):
+    """Two processes that share the experts train as one does and write what one writes, an ordinary mixture."""
+    curves, saved = [], []
+    for flags, processes in (("", 1), ("--expert-model-parallel-size 2", 2)):
+        save = tmp_path / str(processes)
+        words = (*TINY_RUN, STEPS, LORA, flags, "--exit-interval 3 --load", mixture, "--save", save)
+        curves.append(train(*words, processes=processes).check().losses)
+        saved.append(read_tensors(save, 3))
+    assert [float(loss) for loss in curves[1].values()] == pytest.approx([*map(float, curves[0].values())], rel=1e-5)
+    before = read_tensors(mixture, 0)
+    changed = {key for key in before if not torch.equal(before[key], saved[0][key])}
+    experts = [f"decoder.layers.{block}.mlp.experts.experts.linear_fc{i}.weight" for block in (0, 2) for i in (1, 2)]
+    assert changed == {key for key in before if "linear_qkv.weight" in key or key.endswith("linear_proj.weight")} | set(experts)  # fmt: skip
+    for key, tensor in saved[0].items():
+        torch.testing.assert_close(saved[1][key], tensor, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+    for key in experts:
+        down, up = (saved[0][f"lora.{key.removesuffix('weight')}adapter.{name}"] for name in ("down", "up"))
+        matrices = down.shape[1] // 3  # gate and up, or one
+        deltas = [16 / 3 * u @ d for u, d in zip(up.chunk(matrices, 1), down.chunk(matrices, 1))]
+        assert torch.equal(saved[0][f"lora.{key}"], before[key])
+        torch.testing.assert_close(saved[0][key], before[key] + torch.cat(deltas, 1), rtol=1e-5, atol=1e-6)
+        assert all((saved[0][key][expert] != before[key][expert]).any() for expert in range(4)), "every expert learns"
+    # The run goes on exactly from the frozen weights and the adapters.
+    words = (*TINY_RUN, STEPS, LORA, "--expert-model-parallel-size 2 --load")
+    second = train(*words, tmp_path / "2", processes=2).check()
+    whole = train(*words, mixture, processes=2).check()
+    assert second.losses == {i: loss for i, loss in whole.losses.items() if i > 3}
+
+
 @pytest.mark.parametrize(
     ("flags", "processes", "message"),
     [
         ("--train lora", 1, "--train lora and --lora-rank need each other"),
         ("--train lora --lora-rank 3 --tensor-model-parallel-size 2", 2, "does not split its adapters; choose 1"),
+        ("--train lora --lora-rank 3 --expert-tensor-parallel-size 2", 1, "does not split its adapters; choose 1, and"),
+        ("--train lora --lora-rank 3 --moe-grouped-gemm", 1, "adapts experts one by one; leave --moe-grouped-gemm out"),
         ("--train lora --lora-rank 4", 1, "whose adapters have rank 3; give --lora-rank 3"),
     ],
 )

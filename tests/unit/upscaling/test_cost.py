@@ -149,3 +149,14 @@ def test_cost_of_is_the_sum_of_its_parts():
     assert cost.base_parameters == 1_235_814_400
     assert cost.kv_bytes == 1.5 * cost.base_kv_bytes
     assert 1.3 < cost.forward_flops / cost.base_forward_flops < 1.5
+
+
+def test_adapters_of_experts():
+    """All experts have adapters, and a token meets those of its own."""
+    model = dataclasses.replace(LLAMA_1B, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=1024)
+    plan, hidden, rank = make_plan("none", num_layers=16), 2048, 4
+    attention = rank * ((hidden + hidden) + 2 * (hidden + 512) + (hidden + hidden))
+    expert = rank * 3 * (hidden + 1024)
+    assert trainable_parameters(model, plan, "lora", lora_rank=rank) == 16 * (attention + 8 * expert)
+    none, some = (flops_per_token(model, plan, 512, train="lora", lora_rank=r) for r in (0, rank))
+    assert some - none == 6 * 16 * (attention + 2 * expert)
