@@ -47,6 +47,10 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+# Families that people ask for, and what is missing for them: docs/extending.md.
+_GPT_OSS = "attention sinks, biases of routers and experts, and MXFP4 weights are missing"
+MISSING = {"GptOssForCausalLM": _GPT_OSS, "gpt_oss": _GPT_OSS}
+
 __all__ = [
     "FAMILIES",
     "Family",
@@ -68,8 +72,9 @@ def family_of(config: dict[str, Any]) -> Family:
         if family.architecture in architectures or (not architectures and config.get("model_type") == family.name):
             return family
     named = ", ".join(architectures) or config.get("model_type") or "(none named)"
+    reason = f" ({MISSING[named]})" if named in MISSING else ""
     raise UserError(
-        f"architecture {named} is not supported; supported are "
+        f"architecture {named} is not supported{reason}; supported are "
         f"{', '.join(family.architecture for family in FAMILIES.values())}"
     )
 

@@ -142,6 +142,11 @@ def test_released_models(name):
 REFUSED = [
     ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; supported are LlamaForCausalLM, Mist"),
     ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM is not supported"),
+    (
+        {"architectures": ["GptOssForCausalLM"]},
+        r"GptOssForCausalLM is not supported .attention sinks, .* are missing.; su",
+    ),
+    ({"architectures": [], "model_type": "gpt_oss"}, "gpt_oss is not supported .attention sinks"),
     ({"architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 0}, "attn_logit_softcapping=0; it must be"),
     ({"architectures": ["Gemma2ForCausalLM"], "final_logit_softcapping": "30"}, "final_logit_softcapping='30'"),
     ({"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
