@@ -78,13 +78,17 @@ def mixture(tmp_path_factory):
 
 def test_adapters_of_experts(mixture, tmp_path):
     """Two processes that share the experts train as one does and write what one writes, an ordinary mixture."""
-    curves, saved = [], []
+    runs, saved = [], []
     for flags, processes in (("", 1), ("--expert-model-parallel-size 2", 2)):
         save = tmp_path / str(processes)
-        words = (*TINY_RUN, STEPS, LORA, flags, "--exit-interval 3 --load", mixture, "--save", save)
-        curves.append(train(*words, processes=processes).check().losses)
+        evaluate = "--eval-interval 3 --eval-iters 2 --exit-interval 3"
+        words = (*TINY_RUN, STEPS, LORA, flags, evaluate, "--load", mixture, "--save", save)
+        runs.append(train(*words, processes=processes).check())
         saved.append(read_tensors(save, 3))
-    assert [float(loss) for loss in curves[1].values()] == pytest.approx([*map(float, curves[0].values())], rel=1e-5)
+    curves = [[float(loss) for loss in run.losses.values()] for run in runs]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    plain = train(*TINY_RUN, "--skip-train --eval-iters 2 --load", tmp_path / "1").check()
+    assert plain.evaluations["validation", 3] == pytest.approx(runs[0].evaluations["validation", 3], rel=1e-5)
     before = read_tensors(mixture, 0)
     changed = {key for key in before if not torch.equal(before[key], saved[0][key])}
     experts = [f"decoder.layers.{block}.mlp.experts.experts.linear_fc{i}.weight" for block in (0, 2) for i in (1, 2)]
