@@ -21,8 +21,8 @@ TEST = ["pytest>=8", "pytest-xdist"]
 # With its packages for Hugging Face models.
 EVAL = ["lm-eval[hf]>=0.4.13,<0.5"]
 
-# Datasets of the Hugging Face hub as inputs of preprocessing.
-DATA = ["datasets>=4"]
+# Datasets of the Hugging Face hub as inputs of preprocessing; pipelines of datatrove, whose reader of JSON lines asks for orjson.
+DATA = ["datasets>=4", "datatrove>=0.10", "orjson"]
 
 # What `midus recipe run … --tiny` needs of examples/; a wheel has it in megatron_midus/examples.
 TINY = ["make_corpus.py", "launch/make_tiny_model.py", "tiny_base/tokenizer*", "task_data/**/*.jsonl"]

@@ -39,6 +39,9 @@ def test_the_commands_of_the_page(tmp_path, warm_path):
     held_out = sum(1 for _ in (made / "new/heldout.jsonl").open())
     assert counts["documents"] == 3 + held_out
     assert (made / "broken_malformed.txt").read_text().startswith("data_demo/broken.jsonl:2: not JSON")
+    deduplicated = json.loads((made / "deduplicated_text_document.json").read_text())
+    documents = sum(1 for name in ("old", "new") for _ in (made / name / "train.jsonl").open())
+    assert 0 < deduplicated["documents"] <= documents
     broken = json.loads((made / "broken_text_document.json").read_text())
     assert (broken["documents"], broken["skipped_malformed"], broken["skipped_too_short"]) == (1, 1, 1)
     assert "nothing was trained and nothing written" in done.stdout
