@@ -3,6 +3,9 @@
 The loop reads a line, parses it, encodes its text and forgets the ids: no file is written, nothing is checked. It runs in
 one process alone, and in as many at once as preprocessing has workers, since cores that share caches and power are slower
 together. Times leave out the start of Python and the loading of the tokenizer, on both sides.
+
+--shards 1 2 4 also encodes the same text by so many `midus preprocess --shard I/N` at once, and merges them. Cores that others
+use as well make times of different moments no measure of each other; seconds of a core for a megabyte are one.
 """
 
 from __future__ import annotations
@@ -23,8 +26,10 @@ from rich.table import Table
 
 from megatron_midus import cli
 from megatron_midus.config.parser import ArgumentParser
+from megatron_midus.config.preprocess import MergeConfig
 from megatron_midus.data.corpus import find_inputs
 from megatron_midus.data.preprocess import PreprocessConfig, preprocess
+from megatron_midus.data.shards import merge
 from megatron_midus.errors import UserError
 
 
@@ -35,6 +40,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json-key", default="text", help="key of the text (default: text)")
     parser.add_argument("--workers", type=int, default=1, help="of preprocessing (default: 1)")
     parser.add_argument("--megabytes", type=float, default=50.0, help="text to encode, 1e6 bytes (default: 50)")
+    parser.add_argument("--shards", type=int, nargs="+", default=[], help="numbers of shards at once, such as 1 2 4")
     return parser.parse_args(arguments)
 
 
@@ -88,16 +94,47 @@ def time_plain_loops(path: Path, tokenizer_file: Path, key: str, processes: int)
     return sum(seconds.get() for _ in loops) / processes
 
 
-def time_preprocessing(path: Path, arguments: argparse.Namespace, prefix: Path) -> float:
-    config = PreprocessConfig(
-        input=[str(path)],
+def configured(source: Path, arguments: argparse.Namespace, prefix: Path, **more: Any) -> PreprocessConfig:
+    return PreprocessConfig(
+        input=[str(source)],
         output_prefix=str(prefix),
         tokenizer_model=arguments.tokenizer_model,
         json_keys=[arguments.json_key],
         append_eod=True,
-        workers=arguments.workers,
+        **more,
     )
-    return preprocess(config).seconds
+
+
+def encode_shard(config: PreprocessConfig, barrier: Any, seconds: Any) -> None:
+    """One process; puts the seconds that passed and those of a core."""
+    barrier.wait()
+    before = time.process_time()
+    result = preprocess(config)
+    seconds.put((result.seconds, time.process_time() - before))
+
+
+def time_shards(path: Path, arguments: argparse.Namespace, count: int) -> tuple[float, float, float]:
+    """Seconds of the slowest of ``count`` shards at once, seconds of a core of all, seconds of their merge."""
+    source, prefix = path.parent / f"parts{count}", path.parent / f"shards{count}"
+    source.mkdir()
+    lines = path.read_bytes().splitlines(keepends=True)
+    for index in range(count):
+        part = lines[len(lines) * index // count : len(lines) * (index + 1) // count]
+        (source / f"{index:05d}.jsonl").write_bytes(b"".join(part))
+    context = multiprocessing.get_context("spawn")
+    barrier, seconds = context.Barrier(count), context.SimpleQueue()
+    configs = [configured(source, arguments, prefix, shard=f"{index}/{count}") for index in range(count)]
+    shards = [context.Process(target=encode_shard, args=(config, barrier, seconds)) for config in configs]
+    for shard in shards:
+        shard.start()
+    for shard in shards:
+        shard.join()
+        if shard.exitcode:
+            raise UserError(f"a shard of {count} failed; see above")
+    elapsed, used = zip(*(seconds.get() for _ in shards))
+    started = time.perf_counter()
+    merge(MergeConfig(str(prefix), delete_shards=True))
+    return max(elapsed), sum(used), time.perf_counter() - started
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -111,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         megabytes = sample(arguments.input, arguments.megabytes * 1e6, path) / 1e6
         alone = megabytes / time_plain_loops(path, tokenizer_file, arguments.json_key, 1)
         together = megabytes / time_plain_loops(path, tokenizer_file, arguments.json_key, workers)
-        ours = megabytes / time_preprocessing(path, arguments, Path(directory) / "out")
+        ours = megabytes / preprocess(configured(path, arguments, path.parent / "out", workers=workers)).seconds
+        shards = {count: time_shards(path, arguments, count) for count in arguments.shards}
     table = Table("", box=box.SIMPLE_HEAD)
     for heading in ("processes", "MB/s", "MB/s a process"):
         table.add_column(heading, justify="right")
@@ -123,6 +161,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"preprocess_data.py / plain loop, a worker: {ours / workers / alone:.2f} of a loop alone, "
         f"{ours / workers / together:.2f} of as many loops at once ({megabytes:.0f} MB)"
     )
+    for count, (elapsed, used, merging) in shards.items():
+        print(
+            f"{count} shard{'s' if count > 1 else ''} at once: {megabytes / elapsed:.2f} MB/s, "
+            f"{used / megabytes:.3f} s of a core for each MB, merged in {merging / elapsed:.1%} of that time"
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def run(*arguments):
 @pytest.mark.slow
 def test_both_sides(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "def main() -> int:"}\n\n{"text": "größe"}')
-    done = run("--input", tmp_path, "--workers", 2, "--megabytes", 0.3)
+    done = run("--input", tmp_path, "--workers", 2, "--megabytes", 0.3, "--shards", 2)
     assert done.returncode == 0, done.stderr
     rates = [[float(x) for x in re.findall(r"\d+\.\d+", line)] for line in done.stdout.splitlines()[3:6]]
     (alone, alone_each), (together, together_each), (ours, ours_each) = rates
@@ -29,6 +29,10 @@ def test_both_sides(tmp_path):
     # Two decimals are printed.
     for whole, each in ((together, together_each), (ours, ours_each)):
         assert abs(whole - 2 * each) <= 0.015
+    shards = re.findall(
+        r"^(\d) shards? at once: (\S+) MB/s, (\S+) s of a core for each MB, merged in", done.stdout, re.MULTILINE
+    )
+    assert [count for count, _, _ in shards] == ["2"] and all(float(used) > 0 for _, _, used in shards)
     ratio = float(re.search(r"a worker: (\d+\.\d+) of a loop alone", done.stdout)[1])
     assert abs(ratio - ours_each / alone) <= 0.005 + 0.01 * ratio / alone + 0.01 / alone
 
