@@ -19,12 +19,15 @@ from megatron_midus.ops import dispatch
 
 Inputs = list[torch.Tensor]
 
+# Of an embedding bag with weights: torch (2.11) computes their gradient in bf16 on a CPU alone.
+BAG_IN_BFLOAT16 = "{} has no gradients in bfloat16 on a GPU; time it with --dtype float32"
+
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
     """Attributes:
     name: in tables.
-    function: which operands it takes and what it computes: ``hive``, ``block`` or ``ffn``.
+    function: which operands it takes and what it computes: ``hive``, ``block``, ``ffn`` or ``transformer``.
     run: operands to output.
     is_backend: whether it is one of ours.
     """
@@ -65,6 +68,12 @@ def make_operands(shape: Shape, function: str, *, tokens: int, device: str, seed
         inner = shape.ffn_hidden_size
         inputs = [draw(tokens, width), draw(2 * inner, width, fan_in=width), draw(width, inner, fan_in=inner)]
         return Operands(inputs, draw(tokens, width).detach())
+    if function == "transformer":
+        inner, attention = shape.ffn_hidden_size, heads * shape.kv_channels
+        qkv = attention + 2 * shape.num_groups * shape.kv_channels
+        inputs = [draw(tokens, width), draw(qkv, width, fan_in=width), draw(width, attention, fan_in=attention)]
+        inputs += [draw(2 * inner, width, fan_in=width), draw(width, inner, fan_in=inner)]
+        return Operands(inputs, draw(tokens, width).detach())
     inputs = [draw(tokens, heads, 2 * half), *(draw(heads, shape.num_keys, half, fan_in=half) for _ in range(2))]
     if function == "block":
         return Operands([*inputs, draw(shape.num_slots, width)], draw(tokens, 1, width).detach())
@@ -93,18 +102,41 @@ def swiglu_ffn(inputs: Inputs) -> torch.Tensor:
     return F.linear(F.silu(gate) * up, weight_out)
 
 
+def transformer_block(shape: Shape, inputs: Inputs) -> torch.Tensor:
+    """``[T, d]``: a whole Llama block, without rotation: what a copied block does. Sequences of ``seq_length`` tokens.
+
+    Operands ``[T, d]``, ``[(H + 2G) * D, d]``, ``[d, H * D]``, ``[2F, d]``, ``[d, F]``.
+    """
+    hidden, weight_qkv, weight_out, *ffn = inputs
+    tokens, channels = len(hidden), shape.kv_channels
+    length = shape.seq_length if tokens % shape.seq_length == 0 else tokens
+    qkv = F.linear(F.rms_norm(hidden, hidden.shape[-1:]), weight_qkv).view(tokens // length, length, -1, channels)
+    query, key, value = qkv.transpose(1, 2).split([shape.num_heads, shape.num_groups, shape.num_groups], dim=1)
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    hidden = hidden + F.linear(mixed.transpose(1, 2).reshape(tokens, -1), weight_out)
+    return hidden + swiglu_ffn([F.rms_norm(hidden, hidden.shape[-1:]), *ffn])
+
+
 def naive_memory(topk: int, inputs: Inputs) -> torch.Tensor:
     """``[T, H, O]``: product keys as one would write them down, with all scores and all selected rows in memory."""
     query, row_keys, col_keys, values, head_proj = inputs
+    slots, scores = select_naively(topk, query, row_keys, col_keys)
+    rows = values[slots]  # [T, H, K, L]
+    latent = torch.einsum("thk,thkl->thl", scores.softmax(-1), rows)
+    return torch.einsum("thl,hlo->tho", latent, head_proj)
+
+
+def select_naively(
+    topk: int, query: torch.Tensor, row_keys: torch.Tensor, col_keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots and scores of the K best, ``[T, H, K]`` each, over all sums of the best K of either half."""
     num_keys = row_keys.shape[1]
     row_query, col_query = query.chunk(2, dim=-1)
     row_best, row_index = torch.einsum("thd,hnd->thn", row_query, row_keys).topk(topk, dim=-1)
     col_best, col_index = torch.einsum("thd,hnd->thn", col_query, col_keys).topk(topk, dim=-1)
     scores, pair = (row_best[..., :, None] + col_best[..., None, :]).flatten(-2).topk(topk, dim=-1)
     slots = (row_index[..., :, None] * num_keys + col_index[..., None, :]).flatten(-2).gather(-1, pair)
-    rows = values[slots]  # [T, H, K, L]
-    latent = torch.einsum("thk,thkl->thl", scores.softmax(-1), rows)
-    return torch.einsum("thl,hlo->tho", latent, head_proj)
+    return slots, scores
 
 
 def product_key_memory(shape: Shape) -> Callable[[Inputs], torch.Tensor]:
@@ -135,6 +167,18 @@ def product_key_memory(shape: Shape) -> Callable[[Inputs], torch.Tensor]:
         return torch.func.functional_call(module, weights, (halves,)).transpose(0, 1)
 
     return run
+
+
+def memory_layer(topk: int, inputs: Inputs) -> torch.Tensor:
+    """``[T, 1, d]``: the look-up of Meta's memory layer, on operands of function ``block``.
+
+    Written here from its paper (Berges et al. 2024, arXiv 2412.09764, section 3.1): product keys per head, softmax over
+    the best slots of each, one embedding bag over those of all heads. Their own kernels need a GPU.
+    """
+    query, row_keys, col_keys, values = inputs
+    slots, scores = select_naively(topk, query, row_keys, col_keys)
+    bags = F.embedding_bag(slots.flatten(1), values, per_sample_weights=scores.softmax(-1).flatten(1), mode="sum")
+    return bags.unsqueeze(1)
 
 
 # -- who takes part --------------------------------------------------------------------------------------------------
@@ -171,16 +215,22 @@ def find_contenders(
         found.append(Contender("naive", "hive", functools.partial(naive_memory, shape.topk)))
     if "ffn" in baselines:
         found.append(Contender("ffn", "ffn", swiglu_ffn))
+    if "copied" in baselines:
+        found.append(Contender("copied", "transformer", functools.partial(transformer_block, shape)))
+    block = []
+    if "memory-layer" in baselines and device == "cuda" and shape.dtype == "bfloat16":
+        notes.append(BAG_IN_BFLOAT16.format("memory-layer"))
+    elif "memory-layer" in baselines:
+        block.append(Contender("memory-layer", "block", functools.partial(memory_layer, shape.topk)))
     if "product-key-memory" in baselines and device == "cuda" and shape.dtype == "bfloat16":
-        # Its embedding bag has weights, whose gradient torch (2.11) computes in bf16 on a CPU alone.
-        notes.append("product-key-memory has no gradients in bfloat16 on a GPU; time it with --dtype float32")
+        notes.append(BAG_IN_BFLOAT16.format("product-key-memory"))
     elif "product-key-memory" in baselines:
         try:
-            package = product_key_memory(shape)
+            block.append(Contender("product-key-memory", "block", product_key_memory(shape)))
         except ImportError:
             notes.append("product-key-memory is not installed: pip install 'megatron-midus[bench]'")
-        else:
-            # Its function is variant block; the first of our backends that has it stands beside it.
-            ours = next(n for n in backends if available_backends(shape, "block", device)[n] is None)
-            found += [_backend(ours, "block", shape.topk), Contender("product-key-memory", "block", package)]
+    if block:
+        # Beside them the first of our backends that has their function, variant block.
+        ours = next(n for n in backends if available_backends(shape, "block", device)[n] is None)
+        found += [_backend(ours, "block", shape.topk), *block]
     return found, notes

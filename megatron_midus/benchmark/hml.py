@@ -18,7 +18,8 @@ from megatron_midus.benchmark.timing import interleave
 from megatron_midus.benchmark.work import work_of
 from megatron_midus.report.machine import machine_facts
 
-BASELINES = ["ffn", "naive", "product-key-memory"]
+BASELINES = ["ffn", "copied", "naive", "product-key-memory", "memory-layer"]
+WHOLE = ("ffn", "transformer")  # what a memory replaces, whatever it computes
 POOL = 16  # batches that decoding steps take in turn, drawn beforehand: drawing one takes longer than a step
 
 
@@ -39,7 +40,8 @@ def run_hml(settings: HmlSettings) -> BenchmarkResult:
     for shape, (contenders, notes, checks) in fields.items():
         section = _measure(shape, contenders, settings, device, ceilings[shape.torch_dtype])
         sections.append(dataclasses.replace(section, notes=notes, checks=checks))
-        sections += [_measure_decode(shape, contenders, n, settings, device) for n in settings.decode_tokens if n]
+        steps = [c for c in contenders if c.function != "transformer"]  # a block decodes with a cache, see layer
+        sections += [_measure_decode(shape, steps, n, settings, device) for n in settings.decode_tokens if n]
     return BenchmarkResult("hml", dataclasses.asdict(settings), device, machine_facts(), sections)
 
 
@@ -76,12 +78,12 @@ def _measure(
 
 
 def comparisons(contenders: list[Contender]) -> dict[str, list[str]]:
-    """By contender its baselines: the FFN, and whoever else computes the same function as it does."""
+    """By contender its baselines: the FFN, the copied block, and whoever else computes the same function as it does."""
     return {
         c.name: [
             other.name
             for other in contenders
-            if other.name in BASELINES and other != c and other.function in (c.function, "ffn")
+            if other.name in BASELINES and other != c and other.function in (c.function, *WHOLE)
         ]
         for c in contenders
     }

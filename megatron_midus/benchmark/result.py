@@ -52,6 +52,7 @@ class Section:
         shape: the row of the table of shapes.
         baselines: names that ``Row.ratios`` may have, in the order of the columns.
         checks: of parity, all passed.
+        extra: what only one sub-command has: of growth axis, value, base_shape, and bytes_held by contender.
     """
 
     title: str
@@ -62,6 +63,7 @@ class Section:
     ceilings: Ceilings | None = None
     checks: list[Check] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

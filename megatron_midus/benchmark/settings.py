@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
-
-import torch
+from typing import Any, Literal
 
 from megatron_midus.errors import UserError
 
@@ -52,13 +50,19 @@ class RunSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name}={value} must be at least {least}")
-        if self.device == "cuda" and not torch.cuda.is_available():
+        if self.device == "cuda" and not _has_cuda():
             raise UserError("device=cuda, but there is no CUDA device; choose cpu")
 
     def resolved_device(self) -> str:
         if self.device != "auto":
             return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if _has_cuda() else "cpu"
+
+
+def _has_cuda() -> bool:
+    import torch  # here, so that --help does not wait for it
+
+    return torch.cuda.is_available()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +75,12 @@ class HmlSettings(RunSettings):
     backends: list[str] | None = None
     """Backends of megatron_midus.ops to time; when absent, all that can run."""
 
-    baselines: list[Literal["ffn", "naive", "product-key-memory"]] = dataclasses.field(
-        default_factory=lambda: ["ffn", "naive", "product-key-memory"]
+    baselines: list[Literal["ffn", "copied", "naive", "product-key-memory", "memory-layer"]] = dataclasses.field(
+        default_factory=lambda: ["ffn", "copied", "naive", "product-key-memory", "memory-layer"]
     )
-    """What they are compared with: ffn = the SwiGLU FFN that a Memory block replaces; naive = torch with materialised
-    scores and gathered rows; product-key-memory = the package of that name, on the function that it computes."""
+    """What they are compared with: ffn = the SwiGLU FFN that a Memory block replaces; copied = the whole block; naive =
+    torch with materialised scores and gathered rows; product-key-memory = the package of that name; memory-layer = Meta's,
+    written here from its paper with an embedding bag. The last two compute variant block."""
 
     decode_tokens: list[int] = dataclasses.field(default_factory=lambda: [1, 2, 4, 8])
     """Batch sizes of single decoding steps, tokens; forward only, without gradients. 0 = none."""
@@ -109,6 +114,64 @@ class TrainSettings(LayerSettings):
     token = with Memory blocks that ask with the token and have no attention;
     watched = with Memory blocks, counted and reported in every iteration (a run does so every --memory-log-interval).
     But for the first, the inserted blocks are trained and the base is frozen."""
+
+
+# Sizes of each axis; up to a million slots and 64k tokens.
+GROWTH_SIZES = {
+    "tokens": (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
+    "num_keys": (64, 128, 256, 512, 1024),
+    "topk": (4, 8, 16, 32, 64),
+    "num_heads": (2, 4, 8, 16, 32),
+    "latent_size": (16, 32, 64, 128, 256),
+    "num_blocks": (1, 2, 4, 8),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowthSettings(HmlSettings):
+    """How time and memory grow with each size"""
+
+    shape: list[str] = dataclasses.field(default_factory=lambda: ["cpu-h8"])
+    """Rows of the table of shapes (megatron_midus/benchmark/shapes.py); the sizes that are not varied are theirs."""
+
+    axes: list[Literal["tokens", "num_keys", "topk", "num_heads", "latent_size", "num_blocks"]] = dataclasses.field(
+        default_factory=lambda: list(GROWTH_SIZES)[:-1]
+    )
+    """Sizes to vary, one at a time. num_blocks = whole iterations of the shape's model (give a shape for training, as
+    train-cpu)."""
+
+    points: int | None = None
+    """Sizes of each axis, from the smallest on; all when absent."""
+
+    baselines: list[Literal["ffn", "copied", "naive", "product-key-memory", "memory-layer"]] = dataclasses.field(
+        default_factory=lambda: ["ffn", "naive", "product-key-memory", "memory-layer"]
+    )
+    """As of hml."""
+
+    rounds: int = 3
+    """Times that every contender is timed at each size."""
+
+    limit_seconds: float = 60.0
+    """Leave a contender out from the size on at which a pass would take longer, by its necessary work."""
+
+    limit_gigabytes: float = 8.0
+    """Leave a contender out from the size on at which it would take more memory, likewise."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.points is not None and self.points < 1:
+            raise UserError(f"points={self.points} must be at least 1")
+
+    def sizes(self, axis: str, shape: Any) -> list[int]:
+        """Of an axis, rising: those that the shape allows."""
+        found = list(GROWTH_SIZES[axis])
+        if axis == "topk":
+            found = [size for size in found if size <= shape.num_keys]
+        if axis == "num_keys":
+            found = [size for size in found if size >= shape.topk]
+        if axis == "num_heads":
+            found = [size for size in found if shape.hidden_size % size == 0]
+        return found[: self.points]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,18 +141,20 @@ def run_train(settings: TrainSettings) -> BenchmarkResult:
         torch.set_num_threads(settings.threads)
     shapes = find_shapes(settings.shape, dtype=settings.dtype)
     checks = {shape: check_memory(shape, settings, device) for shape in shapes}
-    _start(device, settings)
-    sections = [dataclasses.replace(_measure(s, settings, device), checks=checks[s]) for s in shapes]
+    start(device, settings)
+    sections = [dataclasses.replace(measure_training(s, settings, device), checks=checks[s]) for s in shapes]
     return BenchmarkResult("train", dataclasses.asdict(settings), device, machine_facts(), sections)
 
 
-def _start(device: str, settings: TrainSettings) -> None:
+def start(device: str, settings: TrainSettings) -> None:
+    """What Megatron-Core has once in a process."""
     start_process(device, settings.seed)
     initialize_rerun_state_machine(mode=RerunMode.DISABLED)
     init_num_microbatches_calculator(0, None, settings.batch, settings.batch, 1, False)
 
 
-def _measure(shape: Shape, settings: TrainSettings, device: str) -> Section:
+def measure_training(shape: Shape, settings: TrainSettings, device: str) -> Section:
+    """Iterations of every variant at a shape."""
     peaks = {}
     if settings.measure_memory:
         peaks = {
@@ -196,7 +198,7 @@ def _work(trainee: Trainee, tokens: int, shape: Shape) -> Work:
 
 def peak_of(shape: Shape, variant: str, settings: TrainSettings, device: str) -> int | None:
     """Bytes of peak memory of a training run: weights, gradients, optimizer, activations."""
-    _start(device, settings)
+    start(device, settings)
 
     def train() -> Trainee:
         trainee = Trainee(shape, variant, settings, device)

@@ -26,6 +26,9 @@ def work_of(function: str, shape: Shape, tokens: int) -> list[Work]:
     size = shape.torch_dtype.itemsize
     if function == "ffn":
         return _ffn_work(shape, tokens, size)
+    if function == "transformer":
+        attention = _attention_work(shape, tokens, size)
+        return [Work(*map(sum, zip(*phase))) for phase in zip(attention, _ffn_work(shape, tokens, size))]
     return _memory_work(function, shape, tokens, size)
 
 
@@ -36,6 +39,38 @@ def _ffn_work(shape: Shape, tokens: int, size: int) -> list[Work]:
         Work(2.0 * tokens * weights, size * (weights + 2 * activations + inner)),
         Work(4.0 * tokens * weights, size * (2 * weights + 3 * activations + inner)),
     ]
+
+
+def _attention_work(shape: Shape, tokens: int, size: int) -> list[Work]:
+    """Projections, and scores and sums over half of each sequence's square."""
+    inner = shape.num_heads * shape.kv_channels
+    qkv = inner + 2 * shape.num_groups * shape.kv_channels
+    weights = shape.hidden_size * (qkv + inner)
+    length = shape.seq_length if tokens % shape.seq_length == 0 else tokens
+    mixing = 2.0 * tokens * length * inner
+    activations = tokens * (2 * shape.hidden_size + qkv + inner)
+    return [
+        Work(2.0 * tokens * weights + mixing, size * (weights + activations)),
+        Work(4.0 * tokens * weights + 2 * mixing, size * (2 * weights + 2 * activations)),
+    ]
+
+
+def bytes_held(function: str, shape: Shape, tokens: int) -> int:
+    """Bytes that a forward and backward pass cannot do without at its end: output, gradients of all operands, and what
+    the backward pass cannot compute again for less than it costs: of a memory the selection, of an FFN gate and up."""
+    size, width = shape.torch_dtype.itemsize, shape.hidden_size
+    activation = 2 * tokens * width  # output, and gradient of the input
+    ffn = 3 * width * shape.ffn_hidden_size + 2 * tokens * shape.ffn_hidden_size
+    if function == "ffn":
+        return size * (activation + ffn)
+    inner, keys = shape.num_heads * shape.kv_channels, 2 * shape.num_groups * shape.kv_channels
+    if function == "transformer":
+        return size * (activation + ffn + width * (2 * inner + keys) + tokens * (2 * inner + keys + width))
+    hive = function == "hive"
+    bank = shape.num_slots * (shape.latent_size if hive else width)
+    proj = shape.num_heads * shape.latent_size * shape.out_channels if hive else 0
+    gradients = tokens * inner + shape.num_heads * shape.num_keys * shape.kv_channels + bank + proj
+    return size * (tokens * width + gradients) + SELECTION_BYTES * tokens * shape.num_heads * shape.topk
 
 
 def _memory_work(function: str, shape: Shape, tokens: int, size: int) -> list[Work]:
