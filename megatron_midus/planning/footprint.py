@@ -91,24 +91,22 @@ def local_elements(name: str, shape: tuple[int, ...], layout: ParallelLayout) ->
     return elements // layout.tensor
 
 
-def shapes_of_one_expert(model: ModelConfig, plan: UpscalePlan, index: int) -> dict[str, tuple[int, ...]]:
-    """As ``block_shapes``, with one expert and its row of the router in the place of all: they can be thousands."""
-    if model.num_moe_experts is not None:
-        model = dataclasses.replace(model, num_moe_experts=1, moe_router_topk=1)
-    return block_shapes(model, plan, index)
+def with_one_expert(model: ModelConfig) -> ModelConfig:
+    """``model`` whose blocks have one expert, and its row of the router, in the place of all: they can be thousands."""
+    return model if model.num_moe_experts is None else dataclasses.replace(model, num_moe_experts=1, moe_router_topk=1)
 
 
-def _block_elements(model: ModelConfig, plan: UpscalePlan, layout: ParallelLayout, index: int) -> tuple[int, int]:
-    """What one rank holds of a block, its experts left out, and of these."""
+def _block_elements(shapes: dict[str, tuple[int, ...]], layout: ParallelLayout, num_experts: int) -> tuple[int, int]:
+    """What one rank holds of a block, its experts left out, and of these; ``shapes`` are those with one expert."""
     dense = experts = 0
-    for name, shape in shapes_of_one_expert(model, plan, index).items():
+    for name, shape in shapes.items():
         if name.startswith("mlp.experts."):
             experts += math.prod(shape) // layout.expert_channels
         elif name == ROUTER:
-            dense += math.prod(shape) * (model.num_moe_experts or 0)
+            dense += math.prod(shape) * num_experts
         else:
             dense += local_elements(name, shape, layout)
-    return dense, experts * (model.num_moe_experts or 0) // layout.expert
+    return dense, experts * num_experts // layout.expert
 
 
 def stage_parameters(
@@ -121,10 +119,10 @@ def stage_parameters(
     vocab_divisible_by: int,
 ) -> tuple[int, int, int]:
     """``(all, trained, trained ones of experts)`` parameters of one rank of a stage."""
-    trained = workload.trained(plan)
+    trained, single = workload.trained(plan), with_one_expert(model)
     total = learning = experts = 0
     for index in layout.stages[stage]:
-        dense, expert = _block_elements(model, plan, layout, index)
+        dense, expert = _block_elements(block_shapes(single, plan, index), layout, model.num_moe_experts or 0)
         total += dense + expert
         learning += (dense + expert) * trained[index]
         experts += expert * trained[index]

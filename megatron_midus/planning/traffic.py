@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Literal
 
 from megatron_midus.config import MemoryConfig, ModelConfig, padded_vocab_size
-from megatron_midus.planning.footprint import GRADIENT_BYTES, local_elements, shapes_of_one_expert, stage_parameters
+from megatron_midus.planning.footprint import GRADIENT_BYTES, local_elements, stage_parameters, with_one_expert
 from megatron_midus.planning.parallel_layout import ParallelLayout, Workload
 from megatron_midus.upscaling.plan import UpscalePlan
-from megatron_midus.upscaling.tensors import ROUTER
+from megatron_midus.upscaling.tensors import ROUTER, block_shapes
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 Axis = Literal["tensor", "pipeline", "data", "expert", "expert channels", "expert data"]
@@ -241,12 +241,12 @@ def _replicated_gradients(
     model: ModelConfig, plan: UpscalePlan, layout: ParallelLayout, workload: Workload, stage: int
 ) -> float:
     """Once a step: value banks that every rank holds, and under sequence parallelism the norms."""
-    trained = workload.trained(plan)
+    trained, single = workload.trained(plan), with_one_expert(model)
     elements = 0
     for index in layout.stages[stage]:
         if not trained[index]:
             continue
-        for name, shape in shapes_of_one_expert(model, plan, index).items():
+        for name, shape in block_shapes(single, plan, index).items():
             if name == "memory.value_bank":
                 elements += math.prod(shape) * (local_elements(name, shape, layout) == math.prod(shape))
             elif layout.sequence_parallel and name == ROUTER:
