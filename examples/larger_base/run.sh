@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The line between learning and forgetting on a base of 36 M parameters, from nothing, meant for ten minutes of one large GPU:
 # source code of the installed packages -> a base -> six methods on documentation -> what each forgets for what it learns.
-# Not run on a GPU yet. TINY=1 runs the same steps on a CPU, with a base that knows nothing; so far its base was trained and exported there.
+# Not run on a GPU yet. TINY=1 runs the same steps on a CPU in two minutes, with a base that knows nothing and one strength a method.
 #
 # Usage: examples/larger_base/run.sh [OUTPUT_DIR]      (default: runs/larger_base; a second call goes on)
 set -euo pipefail

@@ -384,7 +384,7 @@ def with_strengths(arms: list[Any], where: str) -> list[Any]:
             for values in itertools.product(*grid.values()):
                 found.append(_with_strength(arm, dict(zip(grid, values))))
     has_base = any(isinstance(a, dict) and (a.get("policy"), a.get("train")) == ("none", "none") for a in found)
-    if len(found) > len(arms) and not has_base:
+    if found != arms and not has_base:
         found.insert(0, {"name": "base", "policy": "none", "train": "none"})
     return found
 

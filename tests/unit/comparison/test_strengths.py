@@ -37,6 +37,13 @@ def test_every_combination_is_a_run_and_the_base_is_among_them(tmp_path):
     assert experiment.arms[5].memory == {"num_keys": 8, "topk": 4, "latent_size": 6}
 
 
+def test_one_strength_of_each_method_has_the_base_beside_it_too(tmp_path):
+    arms = [{**GRIDS[0], "strengths": {"lr": ["1e-3"]}}, {**GRIDS[2], "strengths": {"lora-rank": [2]}}]
+    experiment = read(tmp_path, {**entries(), "arms": arms})
+    assert [arm.name for arm in experiment.arms] == ["base", "pro@lr=1e-3", "lora@lora-rank=2"]
+    assert experiment.has_strengths
+
+
 def test_a_method_is_chosen_by_its_name_and_the_base_stays(tmp_path):
     experiment = read(tmp_path, entries(reference="pro"))
     assert experiment.reference_name == "pro@num_blocks=1,lr=1e-3"
