@@ -20,6 +20,7 @@ from megatron_midus.data.shards import merge
 from megatron_midus.errors import UserError
 
 BASE = Path(__file__).parents[2] / "examples" / "tiny_base"
+TOKENIZER = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(BASE)}
 CHAT = (
     "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
@@ -66,7 +67,8 @@ configs:
 
 
 def text(number: int) -> dict:
-    return {"text": f"def function_{number}():\n    return 'größe {number * number}'\n" * 4, "id": number}
+    """Ids for a NullTokenizer, which spares every process the import of transformers."""
+    return {"text": " ".join(str(number * i % 900) for i in range(1, 60)), "id": number}
 
 
 def chat(number: int) -> dict:
@@ -106,7 +108,8 @@ def hub(tmp_path_factory):
 
 
 def config(prefix: Path, **settings) -> dict:
-    settings = {"tokenizer_model": str(BASE), "append_eod": True, "commit_seconds": 0, **settings}
+    tokenizer = {"tokenizer_type": "NullTokenizer", "tokenizer_model": "1000"}
+    settings = {**tokenizer, "append_eod": True, "commit_seconds": 0, **settings}
     return {"output_prefix": str(prefix), **settings}
 
 
@@ -134,7 +137,7 @@ def test_the_bytes_of_local_files(hub, tmp_path):
     address, _, org = hub
     template = tmp_path / "chat.jinja"
     template.write_text(CHAT)
-    sft = {"sft": True, "chat_template": str(template), "append_eod": False}
+    sft = {"sft": True, "chat_template": str(template), "append_eod": False, **TOKENIZER}
     dedup = {"dedup": True, "split_by_hash": ["80,20"]}
     train = [org / f"corpus/data/train-{i}.parquet" for i in range(3)]
     cases = {
@@ -214,7 +217,10 @@ def test_mistakes_are_one_line_and_leave_nothing(hub, tmp_path):
         "corpus": ({"split": "nope"}, "org/corpus has no split 'nope'; give --split one of train, test"),
         "corpus/small": ({"json_keys": ["body"]}, "split train: no column 'body'; columns there: 'text', 'id'"),
         "lines": ({"json_keys": ["body"]}, "split train: no column 'body'; columns there: 'text', 'id'"),
-        "lines/a": ({"sft": True, "chat_template": str(tmp_path / "t")}, "no column of a conversation (messages, "),
+        "lines/a": (
+            {"sft": True, "chat_template": str(tmp_path / "t"), **TOKENIZER},
+            "no column of a conversation (messages, ",
+        ),
         "lines/b": ({"shard": "0/2"}, "--shard 0/2: 2 shards of 1 input files"),
         "none": (
             {},
