@@ -107,12 +107,13 @@ class TrainSettings(LayerSettings):
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation, as of pretrain_midus.py."""
 
-    variants: list[Literal["base", "copied", "memory", "token", "watched"]] = dataclasses.field(
-        default_factory=lambda: ["base", "copied", "memory", "token"]
+    variants: list[Literal["base", "copied", "memory", "token", "watched", "floor"]] = dataclasses.field(
+        default_factory=lambda: ["base", "copied", "memory", "token", "floor"]
     )
     """base = the base alone, all of it trained; copied = with copied Transformer blocks; memory = with Memory blocks;
     token = with Memory blocks that ask with the token and have no attention;
-    watched = with Memory blocks, counted and reported in every iteration (a run does so every --memory-log-interval).
+    watched = with Memory blocks, counted and reported in every iteration (a run does so every --memory-log-interval);
+    floor = forward pass of the base and the backward pass that blocks at these places cannot do without, nothing trained.
     But for the first, the inserted blocks are trained and the base is frozen."""
 
 

@@ -33,7 +33,12 @@ from megatron_midus.training.optimizer import build_optimizer, build_scheduler
 from megatron_midus.training.step import BatchShape, Learner, make_forward_step, train_step
 from megatron_midus.upscaling.cost import flops_per_token, trainable_parameters
 
-BASELINES = {"watched": ["memory"], "token": ["copied", "memory"], "memory": ["copied", "base"], "copied": ["base"]}
+BASELINES = {
+    "watched": ["memory"],
+    "token": ["copied", "memory", "floor"],
+    "memory": ["copied", "base", "floor"],
+    "copied": ["base", "floor"],
+}
 PEAK_ITERATIONS = 2  # the first one makes the optimizer's state
 
 
@@ -110,6 +115,32 @@ class Trainee:
         assert result.loss is not None and not result.skipped, "an iteration that did nothing was timed"
 
 
+class Floor:
+    """The base's forward pass, and the backward pass through it down to where the first block would be inserted.
+
+    What no iteration with a frozen base and blocks at these places can do without.
+    """
+
+    def __init__(self, shape: Shape, settings: TrainSettings, device: str) -> None:
+        arguments = make_arguments(shape, settings, device)
+        plan = make_shape_plan(shape, "base", num_layers=shape.num_layers, num_blocks=shape.num_blocks)
+        self.architecture = Architecture(make_model_config(shape, plan.num_layers), plan, "all", None)
+        config = build.transformer_config(arguments, self.architecture)
+        self.chunks = build.build_model_chunks(arguments, self.architecture, config, Source(None))
+        inserted = make_shape_plan(shape, "memory", num_layers=shape.num_layers, num_blocks=shape.num_blocks)
+        self.chunks[0].requires_grad_(False)
+        before = self.chunks[0].decoder.layers[inserted.inserted_indices[0] - 1]
+        before.register_forward_hook(lambda layer, inputs, output: (output[0].detach().requires_grad_(), *output[1:]))
+        batch_shape = BatchShape(settings.batch, shape.seq_length, reset_attention_mask=False, eod=None)
+        self.iterator = RerunDataIterator(random_batches(batch_shape, shape.vocab_size, settings.seed))
+        self.forward_step = make_forward_step(batch_shape, check_loss=False)
+
+    def iterate(self) -> None:
+        """One forward and one backward pass."""
+        output, loss = self.forward_step(self.iterator, self.chunks[0])
+        loss(output)[0].backward()
+
+
 class _Unwritten(MemoryReport):
     """Figures that go nowhere."""
 
@@ -153,6 +184,10 @@ def start(device: str, settings: TrainSettings) -> None:
     init_num_microbatches_calculator(0, None, settings.batch, settings.batch, 1, False)
 
 
+def make_trainee(shape: Shape, variant: str, settings: TrainSettings, device: str) -> Trainee | Floor:
+    return Floor(shape, settings, device) if variant == "floor" else Trainee(shape, variant, settings, device)
+
+
 def measure_training(shape: Shape, settings: TrainSettings, device: str) -> Section:
     """Iterations of every variant at a shape."""
     peaks = {}
@@ -162,7 +197,7 @@ def measure_training(shape: Shape, settings: TrainSettings, device: str) -> Sect
             for variant in settings.variants
         }
     ceilings = measure_ceilings(device, shape.torch_dtype)
-    trainees = {variant: Trainee(shape, variant, settings, device) for variant in settings.variants}
+    trainees = {variant: make_trainee(shape, variant, settings, device) for variant in settings.variants}
     phases: dict[str, list[Callable[[], None]]] = {name: [each.iterate] for name, each in trainees.items()}
     times = interleave(
         phases,
@@ -174,7 +209,7 @@ def measure_training(shape: Shape, settings: TrainSettings, device: str) -> Sect
     )
     ceilings = ceilings.best(measure_ceilings(device, shape.torch_dtype))
     tokens = shape.seq_length * settings.batch
-    work = {name: [_work(each, tokens, shape)] for name, each in trainees.items()}
+    work = {name: [_work(each, tokens, shape)] for name, each in trainees.items() if isinstance(each, Trainee)}
     baselines = {name: [b for b in BASELINES.get(name, []) if b in trainees] for name in trainees}
     rows = make_rows(times, ["iteration"], baselines, work=work, ceilings=ceilings, peaks=peaks)
     description = (
@@ -182,7 +217,12 @@ def measure_training(shape: Shape, settings: TrainSettings, device: str) -> Sect
         f"vocabulary {shape.vocab_size} {shape.describe().partition(' ')[2]}"
     )
     return Section(
-        f"train {shape.name}", description, dataclasses.asdict(shape), rows, ["copied", "base", "memory"], ceilings
+        f"train {shape.name}",
+        description,
+        dataclasses.asdict(shape),
+        rows,
+        ["copied", "base", "memory", "floor"],
+        ceilings,
     )
 
 
@@ -200,8 +240,8 @@ def peak_of(shape: Shape, variant: str, settings: TrainSettings, device: str) ->
     """Bytes of peak memory of a training run: weights, gradients, optimizer, activations."""
     start(device, settings)
 
-    def train() -> Trainee:
-        trainee = Trainee(shape, variant, settings, device)
+    def train() -> Trainee | Floor:
+        trainee = make_trainee(shape, variant, settings, device)
         for _ in range(PEAK_ITERATIONS):
             trainee.iterate()
         return trainee

@@ -48,12 +48,12 @@ def test_layer(tmp_path):
 def test_train_with_memory(tmp_path):
     done = run_tool(
         "train", "--shape", "tiny", "--device", "cpu", "--rounds", 2, "--json", tmp_path / "a.json",
-        "--variants", "copied", "memory", "watched",
+        "--variants", "copied", "memory", "watched", "floor",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (section,) = json.loads((tmp_path / "a.json").read_text())["sections"]
     assert {row["name"]: list(row["ratios"]) for row in section["rows"]} == {
-        "copied": [], "memory": ["copied"], "watched": ["memory"],
+        "copied": ["floor"], "memory": ["copied", "floor"], "watched": ["memory"], "floor": [],
     }  # fmt: skip
     assert all(row["peak_bytes"] > 0 for row in section["rows"])
 
