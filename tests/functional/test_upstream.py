@@ -93,10 +93,9 @@ def assert_printed_alike(found: dict[int, str], expected: dict[int, str], *, rel
 
 def test_upstreams_loop_trains_as_our_driver(first, ours):
     assert len(first.losses) == 4 and len(set(first.losses.values())) == 4
-    # The last printed digit of a mean of two printed numbers.
+    # Two or three units of an fp32 loss in the last place: the two loops sum in another order, which on some processors
+    # shows in the first loss already; and upstream's second is a mean of two printed numbers.
     assert_printed_alike(first.losses, as_upstream_prints(ours.losses, range(1, 5)), rel=2e-7)
-    # On some processors the two loops sum in another order: after three updates one unit of the last printed digit.
-    assert first.losses[1] == ours.losses[1]
     norms = [line["grad norm"] for line in ours.lines[:4]]
     assert [line["grad norm"] for line in first.lines] == norms
 
