@@ -107,7 +107,6 @@ def resumed(root, first) -> Run:
 
 def test_upstreams_loop_resumes(resumed, ours):
     assert_printed_alike(resumed.losses, as_upstream_prints(ours.losses, range(5, 7)), rel=2e-7)
-    assert resumed.losses[5] == ours.losses[5]
 
 
 def test_what_upstream_trained_is_exported(root, resumed):
