@@ -13,6 +13,8 @@ _PRELOAD = [
     "transformers.models.llama.configuration_llama",
     "transformers.utils.type_validators",
     "transformers.tokenization_utils_tokenizers",
+    # The last one: garbage collections of the forks leave alone what they inherit.
+    "frozen_heap",
 ]
 
 

@@ -1,7 +1,8 @@
-"""Programs that start at once: forks of one process that has imported torch and transformers, which takes seconds.
+"""Programs that start at once: forks of one process that has imported torch, transformers and Megatron, which takes seconds.
 
 `warm_python(directory)` puts a `python`, and a `midus`, into `directory` that hand its arguments, environment, working directory and
-standard streams to that process; a fork of it runs the program to its end, as an interpreter of its own would.
+standard streams to that process; a fork of it runs the program to its end, as an interpreter of its own would. Signals go on to the
+program, and what it starts with `sys.executable` starts at once as well.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import multiprocessing.process
 import os
 import runpy
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -24,13 +27,19 @@ from typing import Any
 
 # Isolated and without site-packages: it only has to reach the socket.
 _CLIENT = """#!{python} -IS
-import json, os, socket, sys
+import json, os, signal, socket, sys
+request = {{"argv": {first!r} + sys.argv[1:], "directory": os.getcwd(), "environment": dict(os.environ), "python": {program!r}}}
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    request = json.dumps({{"argv": {first!r} + sys.argv[1:], "directory": os.getcwd(), "environment": dict(os.environ)}})
     socket.send_fds(server, [b"."], [0, 1, 2])
-    server.sendall(request.encode() + b"\\n")
-    sys.exit(int(server.makefile().readline() or 1))
+    server.sendall(json.dumps(request).encode() + b"\\n")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: server.sendall(b"%d\\n" % number))
+    code = int(server.makefile().readline() or 1)
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+    os.kill(os.getpid(), -code)
+sys.exit(code)
 """
 
 
@@ -40,7 +49,8 @@ def warm_python(directory: Path) -> Iterator[Path]:
     address = str(directory / "socket")
     for name, first in (("midus", ["-m", "megatron_midus"]), ("python", [])):
         client = directory / name
-        client.write_text(_CLIENT.format(python=sys.executable, address=address, first=first))
+        program = str(directory / "python")
+        client.write_text(_CLIENT.format(python=sys.executable, address=address, first=first, program=program))
         client.chmod(0o755)
     with subprocess.Popen([sys.executable, __file__, address], stdout=subprocess.PIPE) as server:
         try:
@@ -66,15 +76,29 @@ def serve(address: str) -> None:
                 pass
     listener.close()
     _, streams, _, _ = socket.recv_fds(connection, 1, 3)
-    request = json.loads(connection.makefile().readline())
+    request = json.loads(connection.makefile("rb", buffering=0).readline())
     program = os.fork()
     if program:
-        _, status = os.waitpid(program, 0)
-        code = os.waitstatus_to_exitcode(status)
-        connection.sendall(f"{code if code >= 0 else 128 - code}\n".encode())  # of a signal: what a shell makes of it
+        code = _pass_on_signals(connection, program)
+        connection.sendall(f"{code}\n".encode())
         os._exit(0)
     connection.close()
     _become(request, streams)
+
+
+def _pass_on_signals(connection: socket.socket, program: int) -> int:
+    """Sends ``program`` the signals that its client got, SIGKILL when that is gone; its exit code, negative for a signal."""
+    ended = os.pidfd_open(program)
+    waited_for: list[Any] = [connection, ended]
+    while ended not in select.select(waited_for, [], [])[0]:
+        received = connection.recv(1024)
+        for number in received.split():
+            os.kill(program, int(number))
+        if not received:
+            os.kill(program, signal.SIGKILL)
+            waited_for.remove(connection)
+    _, status = os.waitpid(program, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 def _become(request: dict[str, Any], streams: list[int]) -> None:
@@ -86,7 +110,7 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.path[:] = [*request["environment"].get("PYTHONPATH", "").split(os.pathsep), *sys.path[1:]]
-    sys.argv = request["argv"]
+    sys.argv, sys.executable = request["argv"], request["python"]
 
 
 def run_program() -> int:
@@ -109,6 +133,8 @@ def run_program() -> int:
 
 
 def _run_arguments() -> None:
+    while sys.argv[0] in ("-u", "-B"):
+        del sys.argv[0]
     how = sys.argv[0]
     if how == "-m":
         del sys.argv[0]
@@ -126,6 +152,10 @@ def _run_arguments() -> None:
 if __name__ == "__main__":
     import torch  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import megatron_midus.model.builder
+    import megatron_midus.training.main
+    import megatron_midus.training.pretrain  # noqa: F401
 
     gc.freeze()
     serve(sys.argv[1])

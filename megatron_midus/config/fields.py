@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
 import typing
@@ -15,6 +16,7 @@ from megatron_midus.config.values import has_default, kind_of
 Config = TypeVar("Config")
 
 
+@functools.cache  # reading a class's source takes longer than all else that makes a parser
 def field_docs(cls: type) -> dict[str, str]:
     """Returns ``{field name: docstring below it}`` of a dataclass, base classes included."""
     docs: dict[str, str] = {}

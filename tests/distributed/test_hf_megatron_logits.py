@@ -76,8 +76,12 @@ TRAINED_AT = {
     "pp2": ("granite", "gemma2", "gemma3", "mixtral"),
     "ep2": ("qwen3_moe", "mixtral"),
 }
-# Saving takes seconds each: a bias, head norms, tied and untied embeddings are among these.
-SAVED = ("llama hive", "qwen2 bias", "qwen3 head norm", "qwen3_moe", "mixtral solar")
+# What each layout saves too. Saving takes seconds: of four ranks a bias, head norms, tied and untied embeddings.
+SAVED = {
+    "tp2": tuple(MODELS),
+    "pp2 tp2 sp": ("llama hive", "qwen2 bias", "qwen3 head norm", "qwen3_moe", "mixtral solar"),
+    "tp2 ep2 sp": EXPERTS[:1],
+}
 
 
 def tokens() -> torch.Tensor:
@@ -197,18 +201,14 @@ def make_case(where: Path, family: str, tied: bool, memory: dict | str) -> Case:
 
 @pytest.fixture(scope="module")
 def results(models, tmp_path_factory):
-    """``results(layout, names)``: what every rank returned, and where it saved the models of those names."""
-    done = {}
+    """``results(layout)``: what every rank returned, and where it saved the models of ``SAVED``."""
 
-    def run(layout: str, names: tuple[str, ...] = ()):
-        if (layout, names) not in done:
-            saves = {name: str(tmp_path_factory.mktemp("saved") / "model") for name in names}
-            roots = {name: str(models[name].megatron) for name in names or names_of(layout)}
-            ranks = launch(megatron_logits, LAYOUTS[layout].world_size, roots, LAYOUTS[layout], saves)
-            done[layout, names] = ranks, saves
-        return done[layout, names]
+    def run(layout: str):
+        saves = {name: str(tmp_path_factory.mktemp("saved") / "model") for name in SAVED.get(layout, ())}
+        roots = {name: str(models[name].megatron) for name in names_of(layout)}
+        return launch(megatron_logits, LAYOUTS[layout].world_size, roots, LAYOUTS[layout], saves), saves
 
-    return run
+    return functools.cache(run)
 
 
 def names_of(layout: str) -> tuple[str, ...]:
@@ -276,24 +276,9 @@ def test_every_family_trains_alike(curves, layout):
             assert abs(wanted[3, 1] - wanted[0, 1]) > 1e-3, f"{name} does not learn"
 
 
-@pytest.mark.parametrize("layout", ["pp2 tp2 sp"])
-@pytest.mark.parametrize("name", SAVED)
-def test_weights_come_back_from_any_layout(models, results, tmp_path, layout, name):
-    _, saves = results(layout, SAVED)
-    check_round_trip(models[name], saves[name], tmp_path / "again")
-
-
-@pytest.mark.parametrize("name", EXPERTS[:1])
-def test_experts_come_back_from_ranks_that_share_them(models, results, tmp_path, name):
-    _, saves = results("tp2 ep2 sp", EXPERTS[:1])
-    check_round_trip(models[name], saves[name], tmp_path / "again")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tp2"])
-@pytest.mark.parametrize("name", MODELS)
-def test_weights_of_every_family_come_back(models, results, tmp_path, layout, name):
-    _, saves = results(layout, tuple(MODELS))
+@pytest.mark.parametrize("layout, name", [(layout, name) for layout in SAVED for name in SAVED[layout]])
+def test_weights_come_back(models, results, tmp_path, layout, name):
+    _, saves = results(layout)
     check_round_trip(models[name], saves[name], tmp_path / "again")
 
 

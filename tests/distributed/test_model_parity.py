@@ -1,4 +1,7 @@
-"""One model, many layouts: logits, training curves, gradient norms and trained weights do not depend on the layout."""
+"""One model, many layouts: logits, training curves, gradient norms and trained weights do not depend on the layout.
+
+Here one layout has many settings of the model; test_layout_matrix.py has many layouts of a few.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from launcher import launch
 from scenarios import Layout, Setting, assemble, compare_weights, train_all
 
 SETTINGS = {
-    "hive": Setting(steps=10),
-    "full": Setting(steps=10, memory={"memory_variant": "full"}),
-    "block": Setting(steps=10, memory={"memory_variant": "block", "memory_num_heads": 2}),
+    "hive": Setting(),
+    "full": Setting(memory={"memory_variant": "full"}),
+    "block": Setting(memory={"memory_variant": "block", "memory_num_heads": 2}),
     "attention mixed, query norm, temperature": Setting(
         memory={
             "memory_output_projection": "attention",
@@ -105,8 +108,10 @@ LAYOUTS = {
 FEATURES = ("norms behind, over all heads, multipliers, biases", "norms on both sides, layers that differ")
 CORE = ("hive", "block", "tied, bias, qk norm", "frozen base, late blocks", *FEATURES)
 FAST = {"tp2": CORE, "pp2": CORE, "tp2 sp": (*tuple(SETTINGS)[:10], *FEATURES)}
-# Four processes on two cores: what is split over more ranks than there are groups, and what meets a stage's boundary.
-FOUR_RANKS = {
+# Where not all settings are run. Data-parallel ranks: how gradients are averaged and states are shared. Four processes on
+# two cores: what is split over more ranks than there are groups, and what meets a stage's boundary.
+OF_LAYOUT = {
+    "dp2": ("hive", "tied, bias, qk norm", "frozen base", "frozen base, late blocks, distributed optimizer", "llama_pro"),
     "tp4": ("hive", "full", "attention full", "concat", "tied, bias, qk norm", "frozen base"),
     "pp2 tp2 sp": (
         "hive",
@@ -129,14 +134,14 @@ def _launched(layout: str, settings: tuple[str, ...]) -> dict[str, list]:
 def results(layout: str, setting: str) -> list:
     """What every rank returned; one launch a layout for the fast settings, one for the others."""
     fast = FAST.get(layout, ()) if layout != "tp1" else tuple(SETTINGS)
-    others = tuple(name for name in FOUR_RANKS.get(layout, SETTINGS) if name not in fast)
+    others = tuple(name for name in OF_LAYOUT.get(layout, SETTINGS) if name not in fast)
     return _launched(layout, fast if setting in fast else others)[setting]
 
 
 CASES = [
     pytest.param(layout, setting, marks=() if setting in FAST.get(layout, ()) else pytest.mark.slow)
     for layout in LAYOUTS
-    for setting in FOUR_RANKS.get(layout, SETTINGS)
+    for setting in OF_LAYOUT.get(layout, SETTINGS)
 ]
 
 

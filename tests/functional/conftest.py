@@ -11,7 +11,7 @@ from warm_python import warm_python
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def warm_path(tmp_path_factory) -> Iterator[str]:
     """A ``PATH`` whose python starts at once: see ``warm_python``."""
     programs = tmp_path_factory.mktemp("programs")
