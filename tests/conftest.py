@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# MIDUS_COVERAGE=1 writes .coverage.* files. Tracing costs half of the time again, so it goes on while modules are imported
+# MIDUS_COVERAGE=1 writes .coverage.* files. Tracing costs a third of the time again, so it goes on while modules are imported
 # and in unit tests, and not under Triton's interpreter nor where other processes do the work.
 _coverage = None
 if os.environ.get("MIDUS_COVERAGE") == "1":

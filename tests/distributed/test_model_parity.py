@@ -111,7 +111,13 @@ FAST = {"tp2": CORE, "pp2": CORE, "tp2 sp": (*tuple(SETTINGS)[:10], *FEATURES)}
 # Where not all settings are run. Data-parallel ranks: how gradients are averaged and states are shared. Four processes on
 # two cores: what is split over more ranks than there are groups, and what meets a stage's boundary.
 OF_LAYOUT = {
-    "dp2": ("hive", "tied, bias, qk norm", "frozen base", "frozen base, late blocks, distributed optimizer", "llama_pro"),
+    "dp2": (
+        "hive",
+        "tied, bias, qk norm",
+        "frozen base",
+        "frozen base, late blocks, distributed optimizer",
+        "llama_pro",
+    ),
     "tp4": ("hive", "full", "attention full", "concat", "tied, bias, qk norm", "frozen base"),
     "pp2 tp2 sp": (
         "hive",

@@ -17,3 +17,11 @@ def warm_path(tmp_path_factory) -> Iterator[str]:
     programs = tmp_path_factory.mktemp("programs")
     with warm_python(programs):
         yield f"{programs}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.fixture
+def warm_executable(warm_path, monkeypatch) -> str:
+    """That python as ``sys.executable``, for tools that start another interpreter and for tests that start tools."""
+    executable = warm_path.split(os.pathsep)[0] + "/python"
+    monkeypatch.setattr(sys, "executable", executable)
+    return executable

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("warm_executable")
+
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools/benchmark_preprocessing.py"
 

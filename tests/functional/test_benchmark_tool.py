@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("warm_executable")
+
 TOOL = Path(__file__).parents[2] / "tools/benchmark.py"
 
 
-def run_tool(*arguments: object, python: str = sys.executable) -> subprocess.CompletedProcess:
-    command = [python, str(TOOL), *map(str, arguments)]
+def run_tool(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -67,7 +68,7 @@ def test_train_with_memory(tmp_path):
         (["hml", "--shape", "tiny", "--json", "/dev/null/a.json"], "/dev/null is not a writable directory"),
     ],
 )
-def test_mistakes_are_one_line(arguments, words, warm_path):
-    done = run_tool(*arguments, python=shutil.which("python", path=warm_path))
+def test_mistakes_are_one_line(arguments, words):
+    done = run_tool(*arguments)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and words in done.stderr and len(done.stderr.splitlines()) == 1

@@ -19,6 +19,8 @@ from megatron_midus.config.compare import CompareConfig
 from megatron_midus.errors import UserError
 from megatron_midus.verbs import compare as verbs_compare
 
+pytestmark = pytest.mark.usefixtures("warm_executable")
+
 ROOT = Path(__file__).parents[2]
 STEPS = 40
 

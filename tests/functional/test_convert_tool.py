@@ -27,6 +27,8 @@ from megatron_midus.conversion.megatron_io import MegatronReader
 from megatron_midus.upscaling import PLAN_FILE, UpscalePlan, make_plan
 from megatron_midus.upscaling.tensors import model_shapes
 
+pytestmark = pytest.mark.usefixtures("warm_executable")
+
 TOOL = Path(__file__).parents[2] / "tools/convert_checkpoint.py"
 FAMILIES = ["llama", "llama2", "llama3", "smollm", "mistral", "qwen2", "qwen3"]
 MEMORY = MemoryConfig(memory_num_keys=16, memory_topk=4, memory_latent_size=8)

@@ -112,7 +112,16 @@ def test_both_directions(directory, config, size, workers, share):
         words = {name: [word.format(name) for word in map(str, arguments)] for name in ("small", "base")}
         return peak(tool, *words["small"], "THEN", *words["base"], "--workers", workers)
 
-    up = ["--hf-model", f"{directory}/{{}}", "--save", f"{directory}/{{}}_megatron", "--num-blocks", 1, "--memory-num-keys", 16]
+    up = [
+        "--hf-model",
+        f"{directory}/{{}}",
+        "--save",
+        f"{directory}/{{}}_megatron",
+        "--num-blocks",
+        1,
+        "--memory-num-keys",
+        16,
+    ]
     down = ["--load", f"{directory}/{{}}_megatron", "--save", f"{directory}/{{}}_hf", "--to", "hf"]
     # Measured: MEASURED.
     peaks = convert("upscale.py", *up), convert("convert_checkpoint.py", *down)

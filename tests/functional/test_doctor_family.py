@@ -20,6 +20,8 @@ from megatron_midus.conversion.stored import Rule
 from megatron_midus.verbs import family as verbs_family
 from megatron_midus.verbs.family import check_family
 
+pytestmark = pytest.mark.usefixtures("warm_executable")
+
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen3": "Qwen3ForCausalLM",

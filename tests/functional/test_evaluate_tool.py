@@ -18,6 +18,8 @@ from tiny_models import write_base, write_tokenizer
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.verbs.evaluate import evaluate as evaluate_models
 
+pytestmark = pytest.mark.usefixtures("warm_executable")
+
 TOOLS = Path(__file__).parents[2] / "tools"
 TASK_DATA = TOOLS.parent / "examples" / "task_data"
 TASKS = "wikitext,arc_easy,arc_challenge,logiqa,piqa,winogrande,commonsense_qa,boolq,mmlu"

@@ -16,6 +16,8 @@ from tiny_models import load_model, logits_of, write_base
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.tensors import layer_name, split_name
 
+pytestmark = pytest.mark.usefixtures("warm_executable")
+
 TEXT = "a tiny text about tiny models, tokens and texts\n" * 9
 
 

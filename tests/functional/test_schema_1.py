@@ -13,6 +13,8 @@ from upscaled import read_tensors, read_weights
 from megatron_midus.conversion.hf_io import SafetensorsReader
 from megatron_midus.evaluation.loading import load_model
 
+pytestmark = pytest.mark.usefixtures("warm_executable")
+
 TESTS = Path(__file__).parents[1]
 FIXTURE = TESTS / "fixtures" / "schema_1"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())

@@ -94,10 +94,10 @@ class Slurm:
 
 
 @pytest.mark.slow
-def test_slurm_saves_before_the_time_limit_requeues_and_resumes(tmp_path):
+def test_slurm_saves_before_the_time_limit_requeues_and_resumes(tmp_path, warm_path):
     work = tmp_path / "work"
     for name in SCRIPTS[:2]:
-        done = script("llama3.2_1b", name, work, "--tiny")
+        done = script("llama3.2_1b", name, work, "--tiny", PATH=warm_path)
         assert done.returncode == 0, done.stderr
     slurm = Slurm(tmp_path)
     iterations = []

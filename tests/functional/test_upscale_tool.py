@@ -19,6 +19,8 @@ from megatron_midus.conversion.hf_io import SafetensorsReader
 from megatron_midus.conversion.megatron_io import MegatronReader
 from megatron_midus.upscaling import UpscalePlan
 
+pytestmark = pytest.mark.usefixtures("warm_executable")
+
 TOOLS = Path(__file__).parents[2] / "tools"
 MEMORY = ["--memory-num-keys", "16", "--memory-topk", "4", "--memory-latent-size", "8"]
 
