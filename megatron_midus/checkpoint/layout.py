@@ -30,6 +30,8 @@ LATEST_FILE = "latest_checkpointed_iteration.txt"
 LATEST_CHECKSUM_FILE = "latest_checkpointed_iteration.sha256"
 ASSETS_DIRECTORY = "hf_assets"
 BACKGROUND_FILE = "memory_background.safetensors"
+# Keys of averaged weights (--ema-decay) begin with it, and go on as those of the weights.
+AVERAGE_PREFIX = "ema."
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
 # Weights and their indices are converted, never copied; everything else of a Hugging Face directory is an asset.

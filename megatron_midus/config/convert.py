@@ -33,6 +33,9 @@ class ConvertConfig:
     ckpt_step: int | None = dataclasses.field(default=None, metadata={"metavar": "N"})
     """Iteration of a Megatron checkpoint; the latest when absent."""
 
+    weights: Literal["last", "ema"] = "last"
+    """--to hf: last = those of the iteration; ema = their average, which a run with --ema-decay keeps beside them."""
+
     dtype: Literal["auto", "keep", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the written weights: auto = that of the Hugging Face model that the checkpoint came from, keep = as stored."""
 
@@ -62,6 +65,12 @@ class ConvertConfig:
         if self.to == "megatron" and self.ckpt_step is not None:
             raise UserError(
                 "--ckpt-step chooses an iteration of a Megatron checkpoint; leave it out with --to megatron"
+            )
+        if self.weights == "ema" and self.to == "megatron":
+            raise UserError("--weights ema chooses weights of a Megatron checkpoint; leave it out with --to megatron")
+        if self.weights == "ema" and self.verify == "logits":
+            raise UserError(
+                "--verify logits computes with the last weights of the checkpoint; give --verify tensors with --weights ema"
             )
         if self.to == "megatron" and self.evaluation is not None:
             raise UserError("--evaluation goes into the model card of an export; leave it out with --to megatron")

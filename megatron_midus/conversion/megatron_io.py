@@ -29,6 +29,7 @@ from torch.futures import Future
 
 from megatron_midus.checkpoint.common_state import COMMON_FILE
 from megatron_midus.checkpoint.damage import corruption_named
+from megatron_midus.checkpoint.layout import AVERAGE_PREFIX
 from megatron_midus.checkpoint.training_record import UNTRAINED, TrainingRecord
 from megatron_midus.config import ModelConfig
 from megatron_midus.config.memory import STORED_NAMES
@@ -338,11 +339,15 @@ class MegatronReader:
     Only tensors of the model are read; optimizer, scheduler and random states are left alone. Padding rows of the
     vocabulary are cut off. Several threads may read.
 
+    Args:
+        averaged: read the averages of weights (``--ema-decay``); what did not learn has none and is read as it is.
+
     Raises:
-        ValueError: not a torch_dist checkpoint, a missing or truncated file, or tensors that do not match the plan.
+        ValueError: not a torch_dist checkpoint, a missing or truncated file, tensors that do not match the plan, or no average
+            where one is wanted.
     """
 
-    def __init__(self, directory: str | Path, model: ModelConfig, plan: UpscalePlan) -> None:
+    def __init__(self, directory: str | Path, model: ModelConfig, plan: UpscalePlan, *, averaged: bool = False) -> None:
         self.directory = Path(directory)
         self._model = model
         self._shapes = model_shapes(model, plan)
@@ -355,6 +360,11 @@ class MegatronReader:
             for name in names
         }
         self._reader, self._metadata, self._stored = _read_metadata(self.directory)
+        self._averages = {key for key in self._layout if averaged and AVERAGE_PREFIX + key in self._stored}
+        if averaged and not self._averages:
+            raise UserError(
+                f"{self.directory} holds no average of weights; train with --ema-decay, or convert the weights themselves"
+            )
         self._check()
         self._last = threading.local()
 
@@ -389,7 +399,10 @@ class MegatronReader:
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._stored[self._place_of[name][0]].properties.dtype
+        return self._stored[self._stored_key(self._place_of[name][0])].properties.dtype
+
+    def _stored_key(self, key: str) -> str:
+        return AVERAGE_PREFIX + key if key in self._averages else key
 
     def read(self, name: str) -> torch.Tensor:
         place = self._place_of[name]
@@ -401,15 +414,16 @@ class MegatronReader:
         return self._last.parts[self._pieces[key][number].index(name)]
 
     def _read_piece(self, key: str, number: int) -> list[torch.Tensor]:
-        stored = self._stored[key]
+        stored_key = self._stored_key(key)
+        stored = self._stored[stored_key]
         first, size = torch.Size([0] * len(stored.size)), stored.size
         if _is_stacked(key):
             first, size = torch.Size((number, *first[1:])), torch.Size((1, *size[1:]))
         tensor = torch.empty(size, dtype=stored.properties.dtype)
         # What dcp.load does after it has read the metadata again and warned that there is no process group.
-        planner = _PartPlanner(key, stored, first, tensor)
+        planner = _PartPlanner(stored_key, stored, first, tensor)
         with corruption_named(self.directory):
-            planner.set_up_planner({key: tensor}, self._metadata, is_coordinator=True)
+            planner.set_up_planner({stored_key: tensor}, self._metadata, is_coordinator=True)
             self._reader.read_data(planner.create_local_plan(), planner).wait()
         if _is_stacked(key):
             tensor = tensor[0]

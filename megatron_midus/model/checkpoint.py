@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_midus.errors import UserError
 from megatron_midus.megatron_compat import load_checkpoint, save_checkpoint
 from megatron_midus.model.builder import unwrap
-from megatron_midus.model.lora import KEY_PREFIX, merge_state
+from megatron_midus.model.lora import KEY_PREFIX, MERGED, merge_state
 
 # Every key of a model starts with one of these; optimizer state and the rest of a training checkpoint do not.
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
@@ -86,7 +86,7 @@ def load_adapters(model_chunks: Sequence[torch.nn.Module], iteration_directory: 
     """
     directory = str(iteration_directory)
     wanted = {
-        name: {k: v for k, v in state.items() if k.rpartition(".")[2] != "merged" and v.key.startswith(KEY_PREFIX)}
+        name: {k: v for k, v in state.items() if k.rpartition(".")[2] != MERGED and v.key.startswith(KEY_PREFIX)}
         for name, state in sharded_state_dict(model_chunks).items()
     }
     stored = {t.key: tuple(t.global_shape) for t in _tensors(dist_checkpointing.load_tensors_metadata(directory))}

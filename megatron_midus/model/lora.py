@@ -27,6 +27,8 @@ from megatron_midus.model.layer import layer_index
 
 KEY_PREFIX = "lora."
 _MODULE = "adapter"
+# What the name of an entry with a merged weight ends with.
+MERGED = "merged"
 _LINEAR_LAYERS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
@@ -143,7 +145,7 @@ def merge_state(model: torch.nn.Module, state: dict[str, Any]) -> dict[str, Any]
     state = dict(state)
     for name, linear in adapters(model):
         weight = state[f"{name}.weight"]
-        state[f"{name}.merged"] = dataclasses.replace(weight, data=linear.adapter.merged(linear.weight))
+        state[f"{name}.{MERGED}"] = dataclasses.replace(weight, data=linear.adapter.merged(linear.weight))
         for entry in (f"{name}.weight", f"{name}.{_MODULE}.down", f"{name}.{_MODULE}.up"):
             state[entry] = dataclasses.replace(state[entry], key=KEY_PREFIX + state[entry].key)
     return state

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from megatron.core.num_microbatches_calculator import update_num_microbatches
-from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_midus.training.loop import Trainer
-from megatron_midus.training.step import forward_backward, mean_loss
+from megatron_midus.training.step import Learner, forward_backward, mean_loss
 from megatron_midus.training.telemetry import peak_memory_bytes
 
 # fp32 state of one trained element: two moments, or one momentum.
@@ -26,6 +25,7 @@ class RankUse:
     Attributes:
         optimizer: fp32 master weights where the weights have 16 bits, and the state that the first step will make.
         peak: of the process (CPU) or the device (GPU) after one forward and backward pass, without that state.
+        average: of weights, fp32.
     """
 
     parameters: int
@@ -34,6 +34,7 @@ class RankUse:
     gradients: int
     optimizer: int
     peak: int
+    average: int = 0
 
 
 def dry_run(trainer: Trainer) -> str:
@@ -45,8 +46,7 @@ def dry_run(trainer: Trainer) -> str:
         trainer.forward_step, trainer.training_iterator(), trainer.learner.model_chunks, trainer.shape
     )
     loss = mean_loss(reports)
-    assert trainer.learner.optimizer is not None
-    use = rank_use(trainer.learner.model_chunks, trainer.learner.optimizer, trainer.arguments.optimizer.optimizer)
+    use = rank_use(trainer.learner, trainer.arguments.optimizer.optimizer)
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, (use, loss))
     if torch.distributed.get_rank():
@@ -55,8 +55,10 @@ def dry_run(trainer: Trainer) -> str:
     return "\n".join([*describe_cost(trainer), *describe_ranks([use for use, _ in gathered]), describe_end(losses)])
 
 
-def rank_use(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, kind: str) -> RankUse:
+def rank_use(learner: Learner, kind: str) -> RankUse:
     """Counts what lies on this rank; weights that share memory count once."""
+    chunks, optimizer = learner.model_chunks, learner.optimizer
+    assert optimizer is not None
     parameters = {p.data_ptr() or id(p): p for chunk in chunks for p in chunk.parameters()}.values()
     buffers = [buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     updated = [p for group in optimizer.param_groups for p in group["params"]]
@@ -69,6 +71,7 @@ def rank_use(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, ki
         gradients=sum(buffer.grad_data.numel() * buffer.grad_data.element_size() for buffer in buffers),
         optimizer=elements * (_STATE_BYTES[kind] + (4 if is_16_bit else 0)),
         peak=peak_memory_bytes(),
+        average=0 if learner.average is None else learner.average.num_bytes(),
     )
 
 
@@ -93,10 +96,11 @@ def describe_ranks(uses: Sequence[RankUse]) -> list[str]:
         members = list(group)
         use, last = members[0], first + len(members) - 1
         name = f"rank {first}" if last == first else f"ranks {first}-{last}, each"
-        held = use.weights + use.gradients + use.optimizer
+        held = use.weights + use.gradients + use.optimizer + use.average
+        average = f"average of weights {size(use.average)}, " if use.average else ""
         lines.append(
             f"{name}: {use.parameters:,} parameters, {use.trainable:,} trainable; weights {size(use.weights)}, "
-            f"gradients {size(use.gradients)}, optimizer {size(use.optimizer)}, together {size(held)}; "
+            f"gradients {size(use.gradients)}, optimizer {size(use.optimizer)}, {average}together {size(held)}; "
             f"peak of a pass {size(max(member.peak for member in members))}, the optimizer's state not included"
         )
         first = last + 1

@@ -357,7 +357,7 @@ class Trainer:
         if self.writer is None:
             return
         start = time.perf_counter()
-        self._synchronise_parameters()
+        self._catch_up()
         checkpoint = self.arguments.checkpoint
         state = training_state(
             self.learner.model_chunks,
@@ -369,6 +369,7 @@ class Trainer:
             with_rng=checkpoint.save_rng,
             memory_usage=self.memory_telemetry.state() if self.memory_telemetry is not None else None,
             flags=schedule_flags(self.arguments.optimizer, self.arguments.training, self.sizes.global_batch_size),
+            average=self.learner.average,
         )
         self.writer.save(self.progress.iteration, state)
         seconds = time.perf_counter() - start
@@ -384,6 +385,12 @@ class Trainer:
             for chunk in self.learner.model_chunks:
                 chunk.start_param_sync(force_sync=True)
 
+    def _catch_up(self) -> None:
+        """Makes the weights whole on every rank, and takes them into their average."""
+        self._synchronise_parameters()
+        if self.learner.average is not None:
+            self.learner.average.catch_up()
+
     # -- evaluation ----------------------------------------------------------------------------------------------
     def _due_evaluation(self) -> bool:
         interval = self.arguments.training.eval_interval
@@ -395,6 +402,16 @@ class Trainer:
         if not num_batches:
             return True
         start = time.perf_counter()
+        is_done = self._evaluate_model(split, split, num_batches, num_microbatches)
+        if is_done and self.learner.average is not None:
+            self._catch_up()
+            with self.learner.average.in_place_of_weights():
+                is_done = self._evaluate_model(split, f"{split} EMA", num_batches, num_microbatches)
+        self.telemetry.pause(time.perf_counter() - start)
+        return is_done
+
+    def _evaluate_model(self, split: Split, name: str, num_batches: int, num_microbatches: int) -> bool:
+        """Evaluates the model as it is, and reports that under a name; whether it was not left early."""
         # The same samples every time, so that evaluations compare.
         iterator = build_iterators(
             self._dataset(split),
@@ -413,17 +430,14 @@ class Trainer:
             must_leave=lambda: self._reason_to_leave() is not None,
         )
         if result.num_batches < num_batches:
-            print_rank_0(
-                f"left the evaluation on the {split} split after {result.num_batches} of {num_batches} batches"
-            )
+            print_rank_0(f"left the evaluation on the {name} split after {result.num_batches} of {num_batches} batches")
         if result.loss is not None:
             self.telemetry.evaluation(
                 iteration=self.progress.iteration,
                 consumed_samples=self.progress.consumed_train_samples,
-                split=split,
+                split=name,
                 loss=result.loss,
             )
-        self.telemetry.pause(time.perf_counter() - start)
         return result.num_batches == num_batches
 
     def _dataset(self, split: Split) -> Any:

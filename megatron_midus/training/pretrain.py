@@ -27,7 +27,13 @@ from megatron_midus.training import build
 from megatron_midus.training.architecture import Architecture, resolve_model
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.checkpoint.source import RUN_FILE, Source
-from megatron_midus.training.checkpoint.state import Progress, load_training_state, read_common_state, read_progress
+from megatron_midus.training.checkpoint.state import (
+    Progress,
+    load_average,
+    load_training_state,
+    read_common_state,
+    read_progress,
+)
 from megatron_midus.training.checkpoint.verification import agree_on_source
 from megatron_midus.training.checkpoint.writer import set_aside
 from megatron_midus.training.checks import RunSizes, check_background
@@ -42,6 +48,7 @@ from megatron_midus.training.start import Start
 from megatron_midus.training.step import Learner
 from megatron_midus.training.summary import describe_groups, describe_run
 from megatron_midus.training.telemetry import Telemetry
+from megatron_midus.training.weight_average import WeightAverage
 from megatron_midus.upscaling.cost import flops_per_token
 
 
@@ -148,7 +155,9 @@ def _build_trainer(start: Start, signal: TerminationSignal) -> Trainer:
         build.connect(config, chunks, optimizer, arguments.parallel)
         print_rank_0(describe_groups(optimizer))
     value_updates = _value_updates(arguments, architecture, chunks, optimizer)
-    learner = Learner(chunks, optimizer, scheduler, value_updates)
+    decay = arguments.optimizer.ema_decay
+    average = WeightAverage(chunks, decay) if decay is not None else None
+    learner = Learner(chunks, optimizer, scheduler, value_updates, average)
     progress = _restore(start, learner)
     train_iters = _train_iters(arguments, progress)
     datasets = build.build_datasets(
@@ -208,6 +217,7 @@ def _restore(start: Start, learner: Learner) -> Progress:
     if source.directory is None or not source.resume:
         return Progress()
     _set_damaged_aside(arguments, source)
+    load_average(source.directory, learner.average, train=start.architecture.train)
     if learner.optimizer is None or learner.scheduler is None:
         return read_progress(read_common_state(source.directory))
     progress = load_training_state(

@@ -27,6 +27,7 @@ from megatron_midus.errors import UserError
 from megatron_midus.training.memory.value_updates import ValueUpdates
 from megatron_midus.training.optimizer import optimizer_step
 from megatron_midus.training.replicas import is_of_expert
+from megatron_midus.training.weight_average import WeightAverage
 
 DataIterator = RerunDataIterator | list[RerunDataIterator | None] | None
 
@@ -131,12 +132,14 @@ class Learner:
         model_chunks: wrapped; more than one under the interleaved schedule.
         optimizer, scheduler: of the trainable parameters; ``None`` to evaluate only.
         value_updates: how memory values are updated, if not as the rest.
+        average: of the weights, if one is kept.
     """
 
     model_chunks: Sequence[torch.nn.Module]
     optimizer: MegatronOptimizer | None
     scheduler: OptimizerParamScheduler | None
     value_updates: ValueUpdates | None = None
+    average: WeightAverage | None = None
 
 
 def train_step(
@@ -172,11 +175,15 @@ def train_step(
     if check_loss and is_first and loss is not None and not math.isfinite(loss):
         # The rerun machine lets the first step pass, because it could not save a checkpoint yet.
         raise DivergedError(f"the loss of the first step is {loss}; check the checkpoint, the data and the precision")
+    if learner.average is not None:
+        learner.average.catch_up()  # the forward pass has gathered the weights of the step before
     with contextlib.nullcontext() if value_updates is None else value_updates.applied():
         outcome = optimizer_step(optimizer, settings)
     updated, grad_norm, num_zeros = _reduce(*outcome)
     if updated:
         scheduler.step(increment=samples)
+        if learner.average is not None:
+            learner.average.count_step()
     if empty_cache_level >= 2:
         torch.cuda.empty_cache()
     return StepResult(loss=loss, skipped=not updated, grad_norm=grad_norm, num_zeros=num_zeros)

@@ -88,7 +88,8 @@ def _to_hf(config: ConvertConfig, progress: Progress) -> Converted:
     print_notes(hf_config)
     check_tokenizer(assets, model.vocab_size)
     source = with_dtype(
-        MegatronReader(directory, model, plan), model.hf_dtype if config.dtype == "auto" else config.dtype
+        MegatronReader(directory, model, plan, averaged=config.weights == "ema"),
+        model.hf_dtype if config.dtype == "auto" else config.dtype,
     )
     training = read_training_record(directory, iteration)
     evaluation = None if config.evaluation is None else read_evaluation(config.evaluation)

@@ -25,9 +25,24 @@ def outcomes(
     """Per run what ``watched`` returns; of ``switched`` ones curve and weights; ``counted``: flags of midus background."""
     found = {name: watched(run, flags) for name, (run, flags) in runs.items()}
     for name, run in switched.items():
-        outcome = train(run, layout_flags)
-        found[name] = {"curve": outcome.curve, "weights": weights(outcome.chunks)}
+        steps: list[list] = []
+
+        def keep(chunks: list, optimizer: Any = None, kept: list = steps) -> None:
+            kept.append(weights(chunks))
+
+        # Weights after each step only where that does not gather them before their average would.
+        watching = {"before_steps": keep, "after_step": keep} if name == "watched" else {}
+        outcome = train(run, layout_flags, **watching)
+        found[name] = {"curve": outcome.curve, "weights": weights(outcome.chunks), "steps": steps}
+        if outcome.average is not None:
+            with outcome.average.in_place_of_weights():
+                found[name]["average"] = weights(outcome.chunks)
+            assert all(map(_equal, weights(outcome.chunks), found[name]["weights"]))
     return {**found, "count": count(counted)}
+
+
+def _equal(first: tuple, second: tuple) -> bool:
+    return torch.equal(first[-1], second[-1])
 
 
 def watched(run: Run, layout_flags: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import sparse_updates_processes
 import torch
 import training_runs
 from launcher import launch
+from scenarios import assemble
 from training_runs import Run
 
 from megatron_midus.checkpoint.background import BackgroundHeader, SlotBackground, write_background
@@ -21,6 +22,7 @@ TP2 = "--tensor-model-parallel-size 2"
 OPTIMIZER = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 KEYS, TOPK, HEADS, BLOCKS = 9, 3, 8, (2, 5)  # of training_runs
+EMA = "--ema-decay 0.15"  # from the second step on less than the warm-up
 SLOTS, COUNT, NUM_BATCHES, STEPS = KEYS**2, 7, 4, 2
 SPARSE = f"--memory-log-interval 2 --micro-batch-size 1 --memory-update-slots {COUNT}"
 CASES = {
@@ -68,11 +70,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[st
         return made if four else {**made, **{name: (Run(root / v, f, STEPS), "") for name, (v, f) in SINGLE.items()}}
 
     def switched(place: Path) -> dict[str, Run]:
-        hive, dense = root / "hive", "--memory-log-interval 0 --micro-batch-size 1"
+        hive, sparse, dense = root / "hive", f"{SPARSE} {EMA}", f"--memory-log-interval 0 --micro-batch-size 1 {EMA}"
         return {
-            "whole": Run(hive, SPARSE, 3, updated_apart=range(1, 2)),
+            "whole": Run(hive, sparse, 3, updated_apart=range(1, 2)),
+            "watched": Run(hive, sparse, 3, updated_apart=range(1, 2)),
             "off": Run(hive, dense, 1, place / "off"),
-            "on": Run(place / "off", SPARSE, 2, place / "on"),
+            "on": Run(place / "off", sparse, 2, place / "on"),
             "off again": Run(place / "on", dense, 3),
         }
 
@@ -87,7 +90,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[st
             4,
             runs(True),
             switched(root / "four"),
-            f"{TP2} {OPTIMIZER}",
+            f"{TP2} --sequence-parallel {OPTIMIZER}",
             counted + TP2,
         ),
     }
@@ -210,8 +213,36 @@ def test_on_and_off_at_a_resume_is_exact(processes: int, outcomes) -> None:
     for rank in outcomes[processes]:
         whole = rank["whole"]
         assert [line for name in ("off", "on", "off again") for line in rank[name]["curve"]] == whole["curve"]
-        for (key, *_, values), (_, *_, expected) in zip(rank["off again"]["weights"], whole["weights"], strict=True):
-            assert torch.equal(values, expected), key
+        for kind in ("weights", "average"):
+            for (key, *_, values), (_, *_, expected) in zip(rank["off again"][kind], whole[kind], strict=True):
+                assert torch.equal(values, expected), (kind, key)
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_the_average_of_weights_is_that_of_every_step(processes: int, outcomes) -> None:
+    """In fp64, over the weights of all steps, gathered after each of them; the average itself is of a run without such gathers."""
+    ranks = outcomes[processes]
+    steps = [assemble([rank["watched"]["steps"][step] for rank in ranks]) for step in range(4)]
+    for name in ("whole", "watched"):
+        found = assemble([rank[name]["average"] for rank in ranks])
+        assert found.keys() == steps[0].keys()
+        for key, average in found.items():
+            expected = steps[0][key].double()
+            for number, step in enumerate(steps[1:], 1):
+                kept = min(0.15, number / (number + 9))
+                expected = kept * expected + (1 - kept) * step[key].double()
+            # Three updates, each rounded to fp32.
+            torch.testing.assert_close(
+                average.double(), expected, rtol=4e-7, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}"
+            )
+            assert not torch.equal(average, steps[-1][key]), key
+
+
+def test_four_processes_average_as_one(outcomes) -> None:
+    one, four = (assemble([rank["whole"]["average"] for rank in outcomes[n]]) for n in (1, 4))
+    for key, average in one.items():
+        # Adam's first steps amplify what fp32 sums over other numbers of ranks.
+        torch.testing.assert_close(four[key], average, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
 
 
 @pytest.mark.parametrize("processes", [1, 4])

@@ -29,7 +29,7 @@ from megatron_midus.training.architecture import Architecture, resolve_architect
 from megatron_midus.training.arguments import Arguments, parse_arguments
 from megatron_midus.training.checkpoint.optimizer_state import stored_groups
 from megatron_midus.training.checkpoint.source import Source, find_source
-from megatron_midus.training.checkpoint.state import Progress, load_training_state, training_state
+from megatron_midus.training.checkpoint.state import Progress, load_average, load_training_state, training_state
 from megatron_midus.training.checkpoint.writer import CheckpointWriter
 from megatron_midus.training.checks import check_experts, check_schedule, resolve_pipeline, resolve_sizes
 from megatron_midus.training.memory.telemetry import MemoryTelemetry
@@ -37,6 +37,7 @@ from megatron_midus.training.memory.value_updates import ValueUpdates
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
 from megatron_midus.training.schedule import schedule_flags
 from megatron_midus.training.step import BatchShape, Learner, make_forward_step, train_step
+from megatron_midus.training.weight_average import WeightAverage
 from megatron_midus.upscaling import make_plan
 
 SEQUENCE, VOCABULARY, GLOBAL_BATCH = 16, 37, 4
@@ -146,6 +147,7 @@ class Outcome:
     memory_telemetry: MemoryTelemetry | None
     figures: list[tuple]
     revived: list[tuple]
+    average: WeightAverage | None
 
 
 class _Recorder:
@@ -202,6 +204,8 @@ def train(
     value_updates = None
     if arguments.optimizer.memory_update_slots or arguments.optimizer.value_optimizer:
         value_updates = ValueUpdates(arguments.optimizer, chunks, optimizer, architecture.background)
+    decay = arguments.optimizer.ema_decay
+    average = None if decay is None else WeightAverage(chunks, decay)
     progress = Progress()
     if source.resume:
         assert source.directory is not None
@@ -216,6 +220,7 @@ def train(
             load_optim=arguments.checkpoint.load_optim,
             load_rng=False,
         )
+        load_average(source.directory, average, train=architecture.train)
     before_steps(chunks)
     recorder, memory_telemetry = _Recorder(), None
     if arguments.memory_telemetry.memory_log_interval and architecture.plan.memory is not None:
@@ -229,15 +234,18 @@ def train(
         )
         if source.resume:
             memory_telemetry.load(source.directory)
-    learner = Learner(chunks, optimizer, scheduler, value_updates)
+    learner = Learner(chunks, optimizer, scheduler, value_updates, average)
     curve = _steps(arguments, learner, progress, run, memory_telemetry, after_step)
+    if average is not None:
+        average.catch_up()
     if run.save is not None:
         usage = memory_telemetry.state() if memory_telemetry is not None else None
         state = training_state(
-            chunks, optimizer, scheduler, progress, train=architecture.train, with_rng=False, memory_usage=usage
-        )
+            chunks, optimizer, scheduler, progress, train=architecture.train, with_rng=False, memory_usage=usage,
+            average=average,
+        )  # fmt: skip
         CheckpointWriter(run.save, architecture, is_async=False, keep_last=0).save(progress.iteration, state)
-    return Outcome(curve, chunks, optimizer, memory_telemetry, recorder.figures, recorder.revived)
+    return Outcome(curve, chunks, optimizer, memory_telemetry, recorder.figures, recorder.revived, average)
 
 
 def _steps(

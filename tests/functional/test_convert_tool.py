@@ -349,6 +349,7 @@ WRONG_HF = [
     (None, ["--target-pipeline-parallel-size", "3"], "7 layers"),
     (None, ["--ckpt-step", "3"], "leave it out with --to megatron"),
     (None, ["--evaluation", "x.json"], "leave it out with --to megatron"),
+    (None, ["--weights", "ema"], "--weights ema chooses weights of a Megatron checkpoint"),
     (None, ["--workers", "0"], "--workers 0 is out of range"),
     (None, ["--make-vocab-size-divisible-by", "0"], "at least 1"),
 ]

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from driver import TINY_RUN, Run, train
-from upscaled import BASE, read_tensors, write_upscaled
+from upscaled import BASE, read_tensors, write_averages, write_upscaled
 
 STEPS = "--train-iters 8 --lr 1e-2 --lr-warmup-iters 2 --lr-decay-style cosine"
 LORA = "--train lora --lora-rank 3"
@@ -81,7 +81,7 @@ def test_adapters_of_experts(mixture, tmp_path):
     runs, saved = [], []
     for flags, processes in (("", 1), ("--expert-model-parallel-size 2", 2)):
         save = tmp_path / str(processes)
-        evaluate = "--eval-interval 3 --eval-iters 2 --exit-interval 3"
+        evaluate = "--eval-interval 3 --eval-iters 2 --exit-interval 3 --ema-decay 0.9"
         words = (*TINY_RUN, STEPS, LORA, flags, evaluate, "--load", mixture, "--save", save)
         runs.append(train(*words, processes=processes).check())
         saved.append(read_tensors(save, 3))
@@ -89,6 +89,11 @@ def test_adapters_of_experts(mixture, tmp_path):
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     plain = train(*TINY_RUN, "--skip-train --eval-iters 2 --load", tmp_path / "1").check()
     assert plain.evaluations["validation", 3] == pytest.approx(runs[0].evaluations["validation", 3], rel=1e-5)
+    # The average of the weights is the model of averaged adapters.
+    alone = write_averages(tmp_path / "1", 3, tmp_path / "averages")
+    plain = train(*TINY_RUN, "--skip-train --eval-iters 2 --load", alone).check()
+    assert plain.evaluations["validation", 0] == pytest.approx(runs[0].evaluations["EMA", 3], rel=1e-5)
+    assert runs[0].evaluations["EMA", 3] != pytest.approx(runs[0].evaluations["validation", 3], rel=1e-5)
     before = read_tensors(mixture, 0)
     changed = {key for key in before if not torch.equal(before[key], saved[0][key])}
     experts = [f"decoder.layers.{block}.mlp.experts.experts.linear_fc{i}.weight" for block in (0, 2) for i in (1, 2)]
@@ -102,11 +107,13 @@ def test_adapters_of_experts(mixture, tmp_path):
         assert torch.equal(saved[0][f"lora.{key}"], before[key])
         torch.testing.assert_close(saved[0][key], before[key] + torch.cat(deltas, 1), rtol=1e-5, atol=1e-6)
         assert all((saved[0][key][expert] != before[key][expert]).any() for expert in range(4)), "every expert learns"
-    # The run goes on exactly from the frozen weights and the adapters.
-    words = (*TINY_RUN, STEPS, LORA, "--expert-model-parallel-size 2 --load")
+    # The run goes on exactly from the frozen weights, the adapters, and their average.
+    averaged = "--eval-interval 8 --eval-iters 2 --ema-decay 0.9"
+    words = (*TINY_RUN, STEPS, LORA, averaged, "--expert-model-parallel-size 2 --load")
     second = train(*words, tmp_path / "2", processes=2).check()
     whole = train(*words, mixture, processes=2).check()
     assert second.losses == {i: loss for i, loss in whole.losses.items() if i > 3}
+    assert second.evaluations == whole.evaluations and ("EMA", 8) in whole.evaluations
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from driver import TINY_MODEL, TINY_RUN, Run, train
-from upscaled import read_tensors, write_upscaled
+from upscaled import read_tensors, write_averages, write_upscaled
 
 from megatron_midus.checkpoint.checksums import write_checksums
 
 # The schedule is made for eight steps; --exit-interval ends a run in the middle of it.
+AVERAGED = "--ema-decay 0.9 --eval-interval 3 --eval-iters 2"
 STEPS = "--train-iters 8 --lr-warmup-iters 2 --lr-decay-style cosine"
 
 
@@ -32,12 +33,21 @@ def after(run: Run, iteration: int) -> dict[int, str]:
 
 
 def test_resume_is_exact(upscaled, whole, tmp_path):
-    first = train(*TINY_RUN, STEPS, "--exit-interval 3 --load", upscaled, "--save", tmp_path).check()
+    first = train(*TINY_RUN, STEPS, AVERAGED, "--exit-interval 3 --load", upscaled, "--save", tmp_path / "run").check()
     assert list(first.losses) == [1, 2, 3]
-    second = train(*TINY_RUN, STEPS, "--load", tmp_path, "--save", tmp_path).check()
+    second = train(*TINY_RUN, STEPS, "--load", tmp_path / "run", "--save", tmp_path / "run").check()
     assert second.losses == after(whole, 3)
+    # An average changes nothing in training, and a run goes on without it.
+    assert "holds an average of weights, with which this run does not go on" in second.err
     assert [line["learning rate"] for line in second.lines] == [line["learning rate"] for line in whole.lines[3:]]
     assert [line["grad norm"] for line in second.lines] == [line["grad norm"] for line in whole.lines[3:]]
+    stored = read_tensors(tmp_path / "run", 3)
+    averages = {key.removeprefix("ema.") for key in stored if key.startswith("ema.")}
+    assert averages == {key for key, start in read_tensors(upscaled, 0).items() if not torch.equal(start, stored[key])}
+    alone = write_averages(tmp_path / "run", 3, tmp_path / "averages")
+    plain = train(*TINY_RUN, "--skip-train --eval-iters 2 --load", alone).check()
+    # The log and the checkpoint have one average; it is no other run's evaluation of the last weights.
+    assert plain.evaluations["validation", 0] == first.evaluations["EMA", 3] != first.evaluations["validation", 3]
 
 
 LAYOUTS = {
@@ -211,8 +221,10 @@ def test_load_equal_to_an_empty_save_begins_from_scratch_and_then_resumes(tmp_pa
 
 
 def test_stage_switch_drops_the_optimizer_and_says_so(upscaled, tmp_path):
-    train(*TINY_RUN, STEPS, "--train inserted --exit-interval 2 --load", upscaled, "--save", tmp_path).check()
-    second = train(*TINY_RUN, STEPS, "--train all --exit-interval 4 --load", tmp_path).check()
+    average = "--ema-decay 0.9"
+    train(*TINY_RUN, STEPS, average, "--train inserted --exit-interval 2 --load", upscaled, "--save", tmp_path).check()
+    second = train(*TINY_RUN, STEPS, average, "--train all --exit-interval 4 --load", tmp_path).check()
+    assert f"begins with the current weights; {tmp_path / 'iter_0000002'} has one of other parameters" in second.out
     assert "optimizer state is of other parameters and is DROPPED" in second.err
     assert list(second.losses) == [3, 4]
     # The schedule went on: cosine from step 2 of 8.

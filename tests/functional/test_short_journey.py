@@ -9,9 +9,12 @@ import pytest
 import torch
 from driver import train
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from safetensors.torch import load_file
 from tiny_models import load_model, logits_of, write_base
+from upscaled import read_tensors
 
 from megatron_midus import command
+from megatron_midus.errors import UserError
 
 RUN = (
     "--distributed-backend gloo --seq-length 16 --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --lr-decay-style constant "
@@ -43,16 +46,36 @@ def test_the_whole_way(tmp_path):
     where = f"--data-path {tmp_path / 'data'} --pretrained-checkpoint {tmp_path / 'up'} --load {saved} --save {saved}"
     tensor = "--tensor-model-parallel-size 2 --sequence-parallel"
     first = train(RUN, where, tensor, "--train-iters 3", processes=2, timeout=300).check()
-    second = train(RUN, where, tensor, "--train-iters 5 --use-distributed-optimizer", processes=2, timeout=300).check()
+    averaged = "--train-iters 5 --use-distributed-optimizer --ema-decay 0.9"
+    second = train(RUN, where, tensor, averaged, processes=2, timeout=300).check()
+    assert "begins with the current weights" in second.out and "has none" in second.out
     assert list(first.losses) == [1, 2, 3] and list(second.losses) == [4, 5]
 
     tool("convert", "--load", tmp_path / "up", "--save", tmp_path / "untrained", "--to", "hf")
     tool("convert", "--load", saved, "--save", tmp_path / "trained", "--to", "hf", "--verify", "logits")
+    ema = ("convert", "--load", saved, "--to", "hf", "--weights", "ema", "--save", tmp_path / "averaged")
+    tool(*ema, "--verify", "tensors")
+    check_averages(saved, tmp_path / "trained", tmp_path / "averaged")
+    with pytest.raises(UserError, match="iter_0000003 holds no average of weights; train with --ema-decay"):
+        tool(*ema, "--ckpt-step", 3, "--overwrite")
     before, untrained, trained = (logits_of(load_model(tmp_path / name)) for name in ("base", "untrained", "trained"))
     # A value bank of zeros adds zeros.
     torch.testing.assert_close(untrained, before, rtol=0, atol=1e-5)
     assert (trained - before).abs().max() > 0.01
     assert "5 iterations on 320 tokens" in (tmp_path / "trained/README.md").read_text()
+
+
+def check_averages(saved, trained, averaged) -> None:
+    """Tensors of an export of averages: those of the checkpoint; where nothing learns, the weights."""
+    stored, last, ema = read_tensors(saved, 5), *(load_file(each / "model.safetensors") for each in (trained, averaged))
+    assert last.keys() == ema.keys()
+    different = {name for name in last if not torch.equal(last[name], ema[name])}
+    memories = {name.split(".")[2] for name in last if ".memory." in name}
+    assert different == {name for name in last if name.startswith(tuple(f"model.layers.{i}." for i in memories))}
+    for index in memories:
+        for ours, theirs in (("row_keys", "row_keys"), ("value_bank", "values")):
+            key = f"ema.decoder.layers.{index}.self_attention.linear_proj.{theirs}"
+            assert torch.equal(ema[f"model.layers.{index}.memory.{ours}"], stored[key])
 
 
 def whole_way(tmp_path, family: str, layout: str):

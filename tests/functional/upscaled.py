@@ -67,6 +67,20 @@ def _write(directory: Path, base: ModelConfig, plan: UpscalePlan) -> None:
     torch.distributed.destroy_process_group()
 
 
+def write_averages(root: Path, iteration: int, directory: Path) -> Path:
+    """Makes a checkpoint of iteration 0 whose weights are the averages (``--ema-decay``) of another one."""
+    from megatron_midus.conversion.megatron_io import MegatronReader, write_model_tensors
+
+    source, target = iteration_directory(root, iteration), iteration_directory(directory, 0)
+    target.mkdir(parents=True)
+    plan, model = UpscalePlan.load(source), ModelConfig.load(source)
+    write_model_tensors(MegatronReader(source, model, plan, averaged=True), target, model, plan)
+    plan.save(target)
+    model.save(target)
+    write_latest_iteration(directory, 0)
+    return directory
+
+
 def read_tensors(root: Path, iteration: int) -> dict:
     """All tensors of a checkpoint by key, whole, those of the optimizer included."""
     import torch

@@ -28,12 +28,14 @@ from megatron_midus.errors import UserError
 from megatron_midus.megatron_compat import load_checkpoint
 from megatron_midus.model.checkpoint import sharded_state_dict
 from megatron_midus.training.checkpoint.optimizer_state import load_optimizer_state, optimizer_metadata, stored_groups
-from megatron_midus.training.messages import warn_rank_0
+from megatron_midus.training.messages import print_rank_0, warn_rank_0
 from megatron_midus.training.schedule import describe_change, flags_of, without_effect
+from megatron_midus.training.weight_average import WeightAverage
 
 _TRAINING_STATE = "training_state"
 _SCHEDULE = "opt_param_scheduler"
 _LAYOUT = "parallel_layout"
+_AVERAGE_UPDATES = "average_updates"
 
 
 @dataclasses.dataclass
@@ -66,6 +68,7 @@ def training_state(
     with_rng: bool,
     memory_usage: dict[str, Any] | None = None,
     flags: dict[str, Any] | None = None,
+    average: WeightAverage | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint holds.
 
@@ -78,17 +81,20 @@ def training_state(
         with_rng: include the random number states.
         memory_usage: of ``MemoryTelemetry.state``.
         flags: of ``schedule_flags``.
+        average: of the weights.
     """
     model_state = sharded_state_dict(model_chunks)
     state: dict[str, Any] = {
         **model_state,
         **(memory_usage or {}),
+        **(average.state() if average is not None else {}),
         _TRAINING_STATE: {
             **dataclasses.asdict(progress),
             "train": train,
             **({"sft": True} if sft else {}),
             "has_optimizer": optimizer is not None,
             "has_rng": with_rng,
+            **({_AVERAGE_UPDATES: average.updates} if average is not None else {}),
         },
         "iteration": progress.iteration,
         "consumed_samples": progress.consumed_train_samples,
@@ -232,6 +238,26 @@ def load_training_state(
     if load_rng and stored["has_rng"]:
         _load_rng(directory, common)
     return progress
+
+
+def load_average(directory: Path, average: WeightAverage | None, *, train: str) -> None:
+    """Goes on with the average of a checkpoint; says so where one begins or ends instead. Collective over all ranks."""
+    stored = read_common_state(directory).get(_TRAINING_STATE)
+    if stored is None:  # the beginning of a run
+        return
+    updates = stored.get(_AVERAGE_UPDATES)
+    if average is None:
+        if updates is not None:
+            warn_rank_0(
+                f"{directory} holds an average of weights, with which this run does not go on: no --ema-decay was given"
+            )
+    elif updates is None or stored["train"] != train:
+        reason = "none" if updates is None else f"one of other parameters (--train {stored['train']})"
+        print_rank_0(f"average of weights: begins with the current weights; {directory} has {reason}")
+    else:
+        with readable(directory):
+            average.load(directory, updates)
+        print_rank_0(f"average of weights: goes on after {updates} updates")
 
 
 def _has_matching_optimizer(stored: dict[str, Any], train: str, directory: Path) -> bool:

@@ -176,6 +176,7 @@ WRONG = [
     ("--value-lr-mult 0", "value_lr_mult=0.0 must be above 0"),
     ("--value-weight-decay 0.1 --weight-decay 0", "give --weight-decay as well"),
     ("--adam-beta2 1", "adam_beta2=1.0"),
+    ("--ema-decay 1", "ema_decay=1.0 must be above 0 and below 1"),
     ("--weight-decay-incr-style linear", "needs 0 <= --start-weight-decay"),
     ("--start-weight-decay 0.1", "--weight-decay-incr-style linear or cosine"),
     ("--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler", "exclude each other"),
