@@ -23,7 +23,7 @@ from megatron_midus.upscaling.policies import none
 
 # What the tool itself says to the driver.
 RESERVED_FLAGS = (
-    "load", "save", "pretrained_checkpoint", "train", "train_iters", "train_samples", "exit_interval", "seq_length",
+    "load", "save", "pretrained_checkpoint", "train", "train_iters", "train_samples", "train_epochs", "exit_interval", "seq_length",
     "micro_batch_size", "global_batch_size", "lr", "min_lr", "lr_decay_iters", "lr_decay_samples", "seed", "data_path",
     "train_data_path", "valid_data_path", "test_data_path", "split", "data_cache_path", "mock_data", "tokenizer_type",
     "tokenizer_model", "eval_interval", "eval_iters", "eval_at_start", "full_validation", "tensorboard_dir",

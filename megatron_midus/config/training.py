@@ -13,11 +13,19 @@ class TrainingConfig:
     """Training"""
 
     train_iters: int | None = None
-    """Optimizer steps in total, the ones of earlier runs included. Give this or --train-samples."""
+    """Optimizer steps in total, the ones of earlier runs included. Give this, --train-samples or --train-epochs."""
 
     train_samples: int | None = None
     """Sequences in total, the ones of earlier runs included, whatever batch sizes they came in; what is left after the last
-    whole batch is not trained on. Give this or --train-iters."""
+    whole batch is not trained on. Give this, --train-iters or --train-epochs."""
+
+    train_epochs: int | None = None
+    """Passes over the training data in total, the ones of earlier runs included; as --train-samples of so many times the samples
+    that one pass has (with --sft packed ones, of several datasets without weights those of all). Give this, --train-iters
+    or --train-samples."""
+
+    samples_per_epoch: int | None = dataclasses.field(default=None, metadata={"flag": False})
+    """Sequences in one pass over the training data; the driver fills it in for --train-epochs."""
 
     micro_batch_size: int = 1
     """Sequences per forward pass of one model replica."""
@@ -116,14 +124,16 @@ class TrainingConfig:
     """Release cached GPU memory: 1 = before the optimizer step, 2 = after it as well."""
 
     def __post_init__(self) -> None:
-        if (self.train_iters is None) == (self.train_samples is None) and not self.skip_train:
+        lengths = [self.train_iters, self.train_samples, self.train_epochs]
+        if len([length for length in lengths if length is not None]) != 1 and not self.skip_train:
             raise UserError(
-                f"train_iters={self.train_iters} and train_samples={self.train_samples}: give exactly one of "
-                "--train-iters and --train-samples"
+                f"train_iters={self.train_iters}, train_samples={self.train_samples} and train_epochs={self.train_epochs}: "
+                "give exactly one of --train-iters, --train-samples and --train-epochs"
             )
         for name in (
             "train_iters",
             "train_samples",
+            "train_epochs",
             "micro_batch_size",
             "global_batch_size",
             "exit_interval",
@@ -149,6 +159,13 @@ class TrainingConfig:
             )
         self._check_rampup()
 
+    @property
+    def total_samples(self) -> int | None:
+        """Sequences in total; ``None`` where steps are counted, and of epochs before their data were looked at."""
+        if self.train_epochs is None or self.samples_per_epoch is None:
+            return self.train_samples
+        return self.train_epochs * self.samples_per_epoch
+
     def _check_rampup(self) -> None:
         if self.rampup_batch_size is None:
             return
@@ -157,8 +174,10 @@ class TrainingConfig:
                 f"rampup_batch_size={self.rampup_batch_size} needs three numbers: "
                 "start batch size, increment, ramp-up samples"
             )
-        if self.train_samples is None:
-            raise UserError("rampup_batch_size counts samples; give --train-samples instead of --train-iters")
+        if self.train_samples is None and self.train_epochs is None:
+            raise UserError(
+                "rampup_batch_size counts samples; give --train-samples or --train-epochs instead of --train-iters"
+            )
         start, increment, samples = self.rampup_batch_size
         if start < 1 or increment < 1 or samples < 1:
             raise UserError(f"rampup_batch_size={self.rampup_batch_size}: every number must be at least 1")

@@ -100,10 +100,14 @@ def check_arguments(arguments: Arguments) -> None:
         raise UserError("no learning rate was given; give --lr")
     if training.skip_train and not (arguments.checkpoint.load or arguments.checkpoint.pretrained_checkpoint):
         raise UserError("skip_train evaluates a checkpoint; give --load DIR")
-    if training.train_samples is not None and (optimizer.lr_decay_iters or optimizer.lr_warmup_iters):
-        raise UserError(
-            "--train-samples counts samples; give --lr-decay-samples and --lr-warmup-samples, not the -iters flags"
-        )
+    for flag, length in (("--train-samples", training.train_samples), ("--train-epochs", training.train_epochs)):
+        if length is not None and (optimizer.lr_decay_iters or optimizer.lr_warmup_iters):
+            raise UserError(
+                f"{flag} counts samples; give --lr-decay-samples and --lr-warmup-samples, or --lr-warmup-fraction, not the "
+                "-iters flags"
+            )
+    if training.train_epochs is not None and arguments.data.mock_data:
+        raise UserError(f"train_epochs={training.train_epochs}: --mock-data has no end; give --train-iters")
     if training.train_iters is not None and (optimizer.lr_decay_samples or optimizer.lr_warmup_samples):
         raise UserError(
             "--train-iters counts steps; give --lr-decay-iters and --lr-warmup-iters, not the -samples flags"

@@ -205,8 +205,8 @@ class Trainer:
         return None
 
     def _describe_samples_left(self) -> None:
-        """What ``--train-samples`` asks for and no whole batch holds."""
-        total, consumed = self.arguments.training.train_samples, self.progress.consumed_train_samples
+        """What ``--train-samples`` or ``--train-epochs`` asks for and no whole batch holds."""
+        total, consumed = self.arguments.training.total_samples, self.progress.consumed_train_samples
         if total is not None and consumed < total:
             print_rank_0(f"{total - consumed} of {total} samples are less than a global batch and are not trained on")
 
@@ -366,6 +366,7 @@ class Trainer:
             self.progress,
             train=self.architecture.train,
             sft=self.arguments.data.sft,
+            samples_per_epoch=self.arguments.training.samples_per_epoch,
             with_rng=checkpoint.save_rng,
             memory_usage=self.memory_telemetry.state() if self.memory_telemetry is not None else None,
             flags=schedule_flags(self.arguments.optimizer, self.arguments.training, self.sizes.global_batch_size),

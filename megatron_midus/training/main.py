@@ -72,7 +72,7 @@ def prepare(arguments: Arguments) -> Start:
     """
     check_environment(arguments)
     sizes = resolve_sizes(arguments, int(os.environ.get("WORLD_SIZE", "1")))
-    if not arguments.training.skip_train:
+    if not arguments.training.skip_train and arguments.training.train_epochs is None:
         schedule_lengths(arguments.optimizer, arguments.training, sizes.global_batch_size)
     check_files(arguments)
     checkpoint, source = find_start(arguments.checkpoint)

@@ -70,7 +70,8 @@ def check_run_to_come(
     arguments = parse_arguments(words)
     check_environment(arguments)
     sizes = resolve_sizes(arguments, processes)
-    schedule_lengths(arguments.optimizer, arguments.training, sizes.global_batch_size)
+    if arguments.training.train_epochs is None:
+        schedule_lengths(arguments.optimizer, arguments.training, sizes.global_batch_size)
     train = resolve_train(arguments.training.train, plan)
     architecture = Architecture(plan.applied_to(model), plan, train, None)
     check_model_fits(arguments, architecture, warn)
@@ -86,7 +87,9 @@ def check_run_to_come(
 def _split_sizes(arguments: Arguments) -> list[int | None]:
     """As many samples of train, valid and test as say which of them are read at all, and which in one pass."""
     training = arguments.training
-    train = 0 if training.skip_train and not (training.train_iters or training.train_samples) else 1
+    train: int | None = 0 if training.skip_train and not (training.train_iters or training.train_samples) else 1
+    if training.train_epochs and not training.skip_train:
+        train = None
     evaluated = None if training.full_validation else training.eval_iters
     return [train, evaluated, evaluated]
 

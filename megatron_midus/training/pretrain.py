@@ -22,6 +22,7 @@ from megatron.core.timers import Timers
 
 from megatron_midus import platform
 from megatron_midus.data import sft_dataset
+from megatron_midus.errors import UserError
 from megatron_midus.files import write_text_atomically
 from megatron_midus.training import build
 from megatron_midus.training.architecture import Architecture, resolve_model
@@ -29,6 +30,7 @@ from megatron_midus.training.arguments import Arguments
 from megatron_midus.training.checkpoint.source import RUN_FILE, Source
 from megatron_midus.training.checkpoint.state import (
     Progress,
+    check_epoch,
     load_average,
     load_training_state,
     read_common_state,
@@ -42,7 +44,7 @@ from megatron_midus.training.loop import Trainer
 from megatron_midus.training.memory.value_updates import ValueUpdates
 from megatron_midus.training.messages import is_last_rank, print_rank_0, rank, warn_rank_0
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
-from megatron_midus.training.schedule import schedule_flags
+from megatron_midus.training.schedule import schedule_flags, schedule_lengths
 from megatron_midus.training.signals import TerminationSignal
 from megatron_midus.training.start import Start
 from megatron_midus.training.step import Learner
@@ -124,6 +126,7 @@ def _record_configuration(arguments: Arguments) -> None:
 
 
 def _build_trainer(start: Start, signal: TerminationSignal) -> Trainer:
+    start = _count_epoch(start)
     arguments, source, architecture, sizes = start.arguments, start.source, start.architecture, start.sizes
     training = arguments.training
     timers = Timers(arguments.logging.timing_log_level, arguments.logging.timing_log_option)
@@ -197,6 +200,27 @@ def _build_trainer(start: Start, signal: TerminationSignal) -> Trainer:
     return trainer
 
 
+def _count_epoch(start: Start) -> Start:
+    """Finds out what ``--train-epochs`` means, before anything that has a length is built: from the dataset of one pass."""
+    arguments, training = start.arguments, start.arguments.training
+    if training.train_epochs is None or training.skip_train:
+        return start
+    dataset, _, _ = build.build_datasets(arguments.data, start.tokenizer, num_samples=(None, 0, 0), seed=training.seed)
+    # Rank 0 always has it.
+    counted = torch.tensor([len(dataset) if rank() == 0 else 0], dtype=torch.int64, device="cuda")
+    torch.distributed.broadcast(counted, 0)
+    training = dataclasses.replace(training, samples_per_epoch=int(counted))
+    if not training.total_samples:
+        raise UserError(f"the training data are less than one sample of --seq-length {arguments.data.seq_length}")
+    schedule_lengths(arguments.optimizer, training, start.sizes.global_batch_size)
+    print_rank_0(
+        f"{training.train_epochs} epochs of {training.samples_per_epoch:,} samples: {training.total_samples:,} samples"
+    )
+    if start.source.resume and start.source.directory is not None:
+        check_epoch(start.source.directory, training.samples_per_epoch)
+    return dataclasses.replace(start, arguments=dataclasses.replace(arguments, training=training))
+
+
 def _value_updates(
     arguments: Arguments, architecture: Architecture, chunks: list[torch.nn.Module], optimizer: MegatronOptimizer | None
 ) -> ValueUpdates | None:
@@ -249,18 +273,19 @@ def _set_damaged_aside(arguments: Arguments, source: Source) -> None:
 def _train_iters(arguments: Arguments, progress: Progress) -> int:
     """Steps of the whole run, earlier starts included.
 
-    ``--train-samples`` is counted from the samples consumed so far, whatever batch sizes they came in. As in Megatron-LM
+    ``--train-samples`` and ``--train-epochs`` are counted from the samples consumed so far, whatever batch sizes they came in. As in Megatron-LM
     the samples that are left after the last whole batch are not trained on.
     """
     training = arguments.training
-    if training.train_samples is None:
+    total = training.total_samples
+    if total is None:
         return training.train_iters or 0
     consumed, iterations = progress.consumed_train_samples, progress.iteration
     ramp = training.rampup_batch_size[2] if training.rampup_batch_size is not None else 0
     while True:
         update_num_microbatches(consumed, consistency_check=False)
         step = get_current_running_global_batch_size()
-        left = max(training.train_samples - consumed, 0)
+        left = max(total - consumed, 0)
         if consumed > ramp or left < step:
             update_num_microbatches(progress.consumed_train_samples, consistency_check=False)
             return iterations + left // step
@@ -273,8 +298,8 @@ def _num_samples(
 ) -> tuple[int | None, int | None, int | None]:
     """Samples of train, validation and test that the run will ask for."""
     training = arguments.training
-    if training.train_samples is not None:
-        train = training.train_samples
+    if training.total_samples is not None:
+        train = training.total_samples
     else:
         # Earlier steps of the run may have had another batch size.
         left = max((training.train_iters or 0) - progress.iteration, 0)

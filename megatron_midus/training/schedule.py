@@ -22,14 +22,14 @@ class ScheduleLengths:
 
 
 def schedule_lengths(settings: OptimizationConfig, training: TrainingConfig, global_batch_size: int) -> ScheduleLengths:
-    """Turns counts of steps into counts of samples.
+    """Turns counts of steps into counts of samples; ``training`` has a length, an epoch among its samples.
 
     Raises:
         ValueError: a warm-up that is not shorter than the decay.
     """
-    unit = 1 if training.train_samples is not None else global_batch_size
-    if training.train_samples is not None:
-        total = training.train_samples
+    unit = 1 if training.total_samples is not None else global_batch_size
+    if training.total_samples is not None:
+        total = training.total_samples
         decay = settings.lr_decay_samples or total
         warmup, wsd_decay = settings.lr_warmup_samples, settings.lr_wsd_decay_samples
     else:
@@ -37,7 +37,7 @@ def schedule_lengths(settings: OptimizationConfig, training: TrainingConfig, glo
         total = training.train_iters
         decay = settings.lr_decay_iters or total
         warmup, wsd_decay = settings.lr_warmup_iters, settings.lr_wsd_decay_iters
-    name = "samples" if training.train_samples is not None else "iters"
+    name = "samples" if training.total_samples is not None else "iters"
     if settings.lr_warmup_fraction is not None:
         warmup = int(settings.lr_warmup_fraction * decay)
     if warmup >= decay:
@@ -53,7 +53,7 @@ def schedule_lengths(settings: OptimizationConfig, training: TrainingConfig, glo
 
 
 # Flags that make what Megatron-Core's schedule keeps.
-_LENGTH = ("--train-iters", "--train-samples", "--global-batch-size")
+_LENGTH = ("--train-iters", "--train-samples", "--train-epochs", "--global-batch-size")
 _FLAGS = {
     "max_lr": ("--lr",),
     "min_lr": ("--min-lr",),
@@ -74,7 +74,7 @@ def schedule_flags(settings: OptimizationConfig, training: TrainingConfig, globa
     """``{flag: value}`` of all that makes a schedule, as a user types them; ``None`` = absent."""
     values = {**dataclasses.asdict(settings), **dataclasses.asdict(training)}
     # Steps become samples by it, so it counts where steps are counted, and there also when it was not typed.
-    values["global_batch_size"] = global_batch_size if training.train_samples is None else None
+    values["global_batch_size"] = global_batch_size if training.total_samples is None else None
     names = dict.fromkeys(flag for flags in _FLAGS.values() for flag in flags)
     return {flag: values[flag.removeprefix("--").replace("-", "_")] for flag in names}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -151,20 +152,45 @@ def test_kill_minus_nine_and_start_again(many_files, tokenizer, tmp_path, worker
     directory, expected = many_files
     more = [*KILLED, "--workers", workers, "--commit-seconds", 0]
     command = [sys.executable, str(TOOL), *arguments(directory, tokenizer, tmp_path / "again", *more)]
-    process, children = start_until_committed(command, tmp_path, tmp_path / ".again.partial")
+    kill_and_start_again(command, tmp_path, workers)
+    assert_same_files(expected, tmp_path / "again", ["text"])
+
+
+def kill_and_start_again(command, cwd, workers):
+    """With the output prefix ``cwd/again``."""
+    process, children = start_until_committed(command, cwd, cwd / ".again.partial")
     process.kill()
     assert process.wait() == -9
-    assert not (tmp_path / "again_train_text_document.idx").exists()
+    assert not list(cwd.glob("again_*.idx"))
     assert len(children) >= (workers if workers > 1 else 0)
     wait_for_end(children)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert " MB before) in " in done.stdout
-    for split in ("train", "valid"):
-        for suffix in ("bin", "idx", "json"):
-            whole, again = (f"{prefix}_{split}_text_document.{suffix}" for prefix in (expected, tmp_path / "again"))
-            assert Path(whole).read_bytes() == Path(again).read_bytes()
-    assert not (tmp_path / ".again.partial").exists()
+    assert not (cwd / ".again.partial").exists()
+
+
+def assert_same_files(expected, found, keys):
+    for split, key, suffix in itertools.product(("train", "valid"), keys, ("bin", "idx", "json")):
+        whole, again = (Path(f"{prefix}_{split}_{key}_document.{suffix}") for prefix in (expected, found))
+        assert whole.read_bytes() == again.read_bytes(), whole
+
+
+def test_kill_minus_nine_of_conversations(tmp_path):
+    """Ids and loss masks, two datasets, go on from the same conversation."""
+    path, examples = tmp_path / "chats.jsonl", Path(__file__).parents[2] / "examples"
+    rows = [
+        {"messages": [{"role": role, "content": f"{role} {i * j} says {j}"} for j in range(i % 3 + 1) for role in ("user", "assistant")]}
+        for i in range(4200)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--sft", "--input", path, "--tokenizer-model", examples / "tiny_base", *KILLED]
+    flags = list(map(str, [*flags, "--chat-template", examples / "sft/chat_template.jinja", "--output-prefix"]))
+    preprocess_data.main([*flags, str(tmp_path / "whole")])
+    kill_and_start_again(
+        [sys.executable, str(TOOL), *flags, str(tmp_path / "again"), "--commit-seconds", "0"], tmp_path, 1
+    )
+    assert_same_files(tmp_path / "whole", tmp_path / "again", ["sft", "sft_loss"])
 
 
 def wait_for_end(pids):

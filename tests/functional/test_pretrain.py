@@ -256,6 +256,26 @@ def test_evaluation_is_the_same_at_every_layout(upscaled):
         assert two == pytest.approx(one, rel=1e-6)
 
 
+def test_an_epoch_is_one_pass_over_the_training_part_of_all_datasets(upscaled, tmp_path):
+    random = numpy.random.default_rng(3)
+    samples = 0
+    for name, documents in (("a", 13), ("b", 30)):
+        builder = IndexedDatasetBuilder(str(tmp_path / f"{name}.bin"), dtype=numpy.uint16)
+        lengths = random.integers(20, 60, documents).tolist()
+        for length in lengths:
+            builder.add_document(random.integers(0, 101, length), [length])
+        builder.finalize(str(tmp_path / f"{name}.idx"))
+        samples += (sum(lengths[: round(documents * 0.8)]) - 1) // 32
+    flags = [*(flag.replace("--mock-data", "") for flag in TINY_RUN), "--tokenizer-type NullTokenizer --split 8,2,0"]
+    flags += ["--train-epochs 2 --global-batch-size 2 --load", upscaled, "--data-path"]
+    run = train(*flags, f"{tmp_path}/a {tmp_path}/b", log_samples=True).check()
+    assert f"2 epochs of {samples} samples: {2 * samples} samples" in run.out
+    read = [int(index) for index in re.findall(r"^sample (\d+)$", run.out, re.MULTILINE)]
+    assert read == list(range(2 * samples)) and int(run.lines[-1]["consumed samples"]) == 2 * samples
+    error = train(*flags, f"0.5 {tmp_path}/a 0.5 {tmp_path}/b").error
+    assert "one pass over a blend with weights is not defined; leave the weights of train out" in error
+
+
 def test_skip_train_only_evaluates(upscaled):
     run = train(*TINY_RUN, "--skip-train --eval-iters 2 --load", upscaled).check()
     assert set(run.evaluations) == {("validation", 0), ("test", 0)}

@@ -51,15 +51,16 @@ def root(tmp_path_factory, conversations):
 
 @pytest.fixture(scope="module")
 def run(root):
-    """``run(flags, processes=1, data=…)``: a run of the driver on the conversations."""
+    """``run(flags, processes=1, data=…)``: a run of the driver on the conversations; ``fails``: it is not to succeed."""
 
-    def call(*flags, processes: int = 1, data: str = "data") -> Run:
+    def call(*flags, processes: int = 1, data: str = "data", fails: bool = False) -> Run:
         words = (
             "--distributed-backend gloo --sft --num-workers 0 --seq-length 32 --global-batch-size 8 --lr 1e-2 --log-interval 1",
             "--lr-decay-style constant --eval-interval 0 --eval-iters 0 --make-vocab-size-divisible-by 1 --tokenizer-type NullTokenizer",
             f"--chat-template {root}/template.jinja --train-data-path {root / data}_sft_document",
         )
-        return train(*words, *flags, processes=processes).check()
+        found = train(*words, *flags, processes=processes)
+        return found if fails else found.check()
 
     return call
 
@@ -116,6 +117,24 @@ def test_layouts_agree(layout, run, root, whole):
     assert found == pytest.approx(expected, rel=2e-5) and len(found) == 8
     norms, theirs = ([float(line["grad norm"]) for line in r.lines] for r in (other, whole))
     assert norms == pytest.approx(theirs, abs=2e-3)
+
+
+def test_epochs_are_passes_over_the_packed_samples(run, root, conversations, tmp_path):
+    """Also where a start ends within one; with data of which an epoch is another number, the run does not go on."""
+    samples = Packing(numpy.array(LENGTHS) - 1, 32, seed=0).per_epoch
+    epochs = f"--train-epochs 2 --micro-batch-size 1 --global-batch-size 7 --lr-decay-style linear --save {tmp_path}"
+    first = run(f"{epochs} --load {root}/upscaled --exit-interval 3")
+    assert f"2 epochs of {samples} samples: {2 * samples} samples" in first.out
+    ids, masks = conversations
+    write_conversations(root / "fewer", ids[:30], masks[:30])
+    error = run(f"{epochs} --load {tmp_path}", data="fewer", fails=True).error
+    assert f"iter_0000003 was trained on data with {samples}: the data, --split or --seq-length changed" in error
+    second = run(f"{epochs} --load {tmp_path}")
+    assert int(second.lines[-1]["consumed samples"]) == 2 * samples // 7 * 7
+    # A linear decay from 1e-2 that ends with the last sample.
+    for line in (*first.lines, *second.lines):
+        expected = 1e-2 * (1 - int(line["consumed samples"]) / (2 * samples))
+        assert float(line["learning rate"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_resume_is_exact(run, root, whole, tmp_path):

@@ -35,6 +35,7 @@ from megatron_midus.training.weight_average import WeightAverage
 _TRAINING_STATE = "training_state"
 _SCHEDULE = "opt_param_scheduler"
 _LAYOUT = "parallel_layout"
+_SAMPLES_PER_EPOCH = "samples_per_epoch"
 _AVERAGE_UPDATES = "average_updates"
 
 
@@ -65,6 +66,7 @@ def training_state(
     *,
     train: str,
     sft: bool = False,
+    samples_per_epoch: int | None = None,
     with_rng: bool,
     memory_usage: dict[str, Any] | None = None,
     flags: dict[str, Any] | None = None,
@@ -78,6 +80,7 @@ def training_state(
         progress: where the run is.
         train: the resolved ``--train``, because optimizer state of other parameters cannot be resumed.
         sft: whether the run fine-tunes on conversations.
+        samples_per_epoch: where the run counts epochs.
         with_rng: include the random number states.
         memory_usage: of ``MemoryTelemetry.state``.
         flags: of ``schedule_flags``.
@@ -92,6 +95,7 @@ def training_state(
             **dataclasses.asdict(progress),
             "train": train,
             **({"sft": True} if sft else {}),
+            **({} if samples_per_epoch is None else {_SAMPLES_PER_EPOCH: samples_per_epoch}),
             "has_optimizer": optimizer is not None,
             "has_rng": with_rng,
             **({_AVERAGE_UPDATES: average.updates} if average is not None else {}),
@@ -238,6 +242,17 @@ def load_training_state(
     if load_rng and stored["has_rng"]:
         _load_rng(directory, common)
     return progress
+
+
+def check_epoch(directory: Path, samples_per_epoch: int | None) -> None:
+    """Raises ``ValueError`` where a run that counts epochs goes on with data of which an epoch is another number of samples."""
+    before = (read_common_state(directory).get(_TRAINING_STATE) or {}).get(_SAMPLES_PER_EPOCH)
+    if None not in (before, samples_per_epoch) and before != samples_per_epoch:
+        raise UserError(
+            f"an epoch of these training data has {samples_per_epoch} samples, and {directory} was trained on data with {before}: the "
+            "data, --split or --seq-length changed; give those of that run, --train-samples instead of --train-epochs, or --finetune to "
+            "begin a new run"
+        )
 
 
 def load_average(directory: Path, average: WeightAverage | None, *, train: str) -> None:

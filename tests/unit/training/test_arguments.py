@@ -159,7 +159,8 @@ def test_megatrons_spellings():
 
 
 WRONG = [
-    ("--train-samples 4", "exactly one of --train-iters and --train-samples"),
+    ("--train-samples 4", "exactly one of --train-iters, --train-samples and --train-epochs"),
+    ("--train-epochs 4", "exactly one of --train-iters, --train-samples and --train-epochs"),
     ("--micro-batch-size 0", "micro_batch_size=0 must be at least 1"),
     ("--global-batch-size -1", "global_batch_size=-1 must be at least 1"),
     ("--bf16 --fp16", "exclude each other"),
@@ -226,6 +227,8 @@ def test_values_that_do_not_fit_are_named(flags, words):
         ("--mock-data --train-iters 3", "no learning rate was given"),
         ("--mock-data --lr 1", "exactly one of --train-iters"),
         ("--mock-data --lr 1 --train-samples 8 --lr-warmup-iters 1", "--train-samples counts samples"),
+        ("--mock-data --lr 1 --train-epochs 2 --lr-warmup-iters 1", "--train-epochs counts samples"),
+        ("--mock-data --lr 1 --train-epochs 2", "--mock-data has no end; give --train-iters"),
         (
             "--mock-data --lr 1 --train-samples 8 --rampup-batch-size 2 3 4 --global-batch-size 6",
             "not a positive multiple of the increment 3",

@@ -29,7 +29,7 @@ MISTAKES = {
     "no number": (f"{RUN} --train-iters 5x", 1, "--train-iters: '5x' is not a whole number"),
     "no value": (f"{RUN} --save", 1, "--save: needs a value, and none follows"),
     "no such choice": (f"{RUN} --lr-decay-style cosin", 1, "did you mean cosine?"),
-    "no length": (RUN.replace("--train-iters 4 ", ""), 1, "give exactly one of --train-iters and --train-samples"),
+    "no length": (RUN.replace("--train-iters 4 ", ""), 1, "give exactly one of --train-iters, --train-samples and --train-epochs"),
     "no learning rate": (RUN.replace("--lr 1e-3 ", ""), 1, "give --lr"),
     "no data": (WITHOUT_DATA, 1, "give --data-path, --train-data-path or --mock-data"),
     "no such data": (f"{WITHOUT_DATA} --data-path nowhere", 1, "nowhere.idx does not exist; give the prefix"),
