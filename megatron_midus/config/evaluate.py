@@ -43,6 +43,12 @@ class TaskConfig:
     save_task_data: str | None = dataclasses.field(default=None, metadata={"metavar": "DIR"})
     """Write the data of --tasks to this directory, for --task-data, and exit."""
 
+    task_engine: Literal["transformers", "vllm"] = "transformers"
+    """What computes the tasks: transformers, or vLLM, which is faster, batches by itself and is one process."""
+
+    task_engine_args: list[str] = dataclasses.field(default_factory=list, metadata={"metavar": "NAME=VALUE"})
+    """Arguments of vLLM's LLM, for instance gpu_memory_utilization=0.8 enforce_eager=True."""
+
     max_length: int | None = None
     """Most tokens that a model reads in a task. When absent: the shortest context of the models, at most 2048."""
 
@@ -51,6 +57,11 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "max_length", "task_limit")
+        if self.task_engine_args and self.task_engine != "vllm":
+            raise UserError(f"--task-engine-args {' '.join(self.task_engine_args)} are vLLM's; give --task-engine vllm")
+        for argument in self.task_engine_args:
+            if not argument.partition("=")[2]:
+                raise UserError(f"--task-engine-args {argument}: give NAME=VALUE")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,41 +107,34 @@ def load_tasks(manager: Any, tasks: Sequence[str]) -> dict[str, Any]:
     return loaded
 
 
-def run_tasks(
+def transformers_engine(
     model: Any,
     tokenizer: Any,
-    tasks: Sequence[str],
-    manager: Any,
     *,
     max_length: int,
     batch_size: int = 8,
-    limit: int | None = None,
     add_bos: bool = False,
     processes: Processes = ALONE,
-) -> TaskResults:
-    """Measures ``model`` on ``tasks`` without examples in the prompt.
+) -> Any:
+    """``model`` as lm-eval sees it.
 
     Args:
         model: a transformers model, in evaluation mode.
         tokenizer: its transformers tokenizer.
-        tasks: names that ``manager`` knows.
-        manager: of ``open_tasks``.
         max_length: tokens that the model reads at most; longer prompts lose their beginning.
         batch_size: requests in one call of the model.
-        limit: only the first items of each task, for a trial.
         add_bos: start every request with the beginning-of-sequence token; otherwise as the tokenizer does by default.
         processes: share the items of every task; batches then hold other items than those of one process, so likelihoods
             differ by rounding.
 
     Raises:
-        ValueError: a setting out of range, an answer longer than ``max_length``, or a likelihood that is NaN.
+        ValueError: a setting out of range.
     """
-    for name, number in (("batch_size", batch_size), ("max_length", max_length), ("limit", limit)):
-        if number is not None and number < 1:
+    for name, number in (("batch_size", batch_size), ("max_length", max_length)):
+        if number < 1:
             raise UserError(f"{name}={number} must be at least 1")
     if add_bos and tokenizer.bos_token_id is None:
         raise UserError("the tokenizer has no beginning-of-sequence token to start requests with")
-    import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     class SharedLM(HFLM):
@@ -157,26 +150,48 @@ def run_tasks(
         def barrier(self) -> None:
             torch.distributed.barrier()
 
+    wrapped = SharedLM(
+        pretrained=model,
+        backend="causal",
+        tokenizer=tokenizer,
+        max_length=max_length,
+        batch_size=batch_size,
+        add_bos_token=True if add_bos else None,
+    )
+    wrapped._rank, wrapped._world_size = processes.rank, processes.size
+    return wrapped
+
+
+def run_tasks(
+    engine: Any, tasks: Sequence[str], manager: Any, *, limit: int | None = None, processes: Processes = ALONE
+) -> TaskResults:
+    """Measures a model on ``tasks`` without examples in the prompt.
+
+    Args:
+        engine: of ``transformers_engine`` or ``vllm_engine``.
+        tasks: names that ``manager`` knows.
+        manager: of ``open_tasks``.
+        limit: only the first items of each task, for a trial.
+        processes: those of ``engine``.
+
+    Raises:
+        ValueError: a setting out of range, an answer longer than what the model reads, or a likelihood that is NaN.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit} must be at least 1")
+    import lm_eval
+
     with _count_truncations() as counter:
-        wrapped = SharedLM(
-            pretrained=model,
-            backend="causal",
-            tokenizer=tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            add_bos_token=True if add_bos else None,
-        )
-        wrapped._rank, wrapped._world_size = processes.rank, processes.size
         try:
             output = lm_eval.simple_evaluate(
-                model=wrapped, tasks=list(tasks), num_fewshot=0, limit=limit, task_manager=manager, log_samples=True
+                model=engine, tasks=list(tasks), num_fewshot=0, limit=limit, task_manager=manager, log_samples=True
             )
         except AssertionError as error:
             # lm-eval cuts prompts, never answers, and asserts that they fit.
             if "max_length" not in (traceback.extract_tb(error.__traceback__)[-1].line or ""):
                 raise
             raise UserError(
-                f"an answer is longer than max_length={max_length} tokens and cannot be scored; give a larger one"
+                f"an answer is longer than max_length={engine.max_length} tokens and cannot be scored; give a larger one"
             ) from error
     truncated = sum(processes.all_of([counter.count]))
 
@@ -247,12 +262,12 @@ class _TruncationCounter(logging.Handler):
         self.count = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.count += record.getMessage().startswith("Combined length of context")
+        self.count += record.getMessage().startswith(("Combined length of context", "Context length"))
 
 
 @contextlib.contextmanager
 def _count_truncations() -> Iterator[_TruncationCounter]:
-    logger, counter = logging.getLogger("lm_eval.models.huggingface"), _TruncationCounter()
+    logger, counter = logging.getLogger("lm_eval.models"), _TruncationCounter()
     before = logger.level, logger.propagate
     logger.addHandler(counter)
     logger.setLevel(logging.WARNING)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
 ARCHITECTURE = "MidusForCausalLM"
 # A name, so that it is imported when a model needs it and not before a process has chosen its GPU.
 BACKEND = "megatron_midus.integrations.vllm_model:MidusForCausalLM"
+
+
+def is_installed() -> bool:
+    """Whether vLLM finds this plugin; from a checkout that is not installed it does not."""
+    return any(entry.name == "midus" for entry in importlib.metadata.entry_points(group="vllm.general_plugins"))
 
 
 def register() -> None:

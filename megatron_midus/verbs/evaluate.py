@@ -12,10 +12,13 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from megatron_midus.config.evaluate import EvaluateConfig
 from megatron_midus.data.corpus import find_inputs, read_documents, read_raw, unescape
 from megatron_midus.data.tokenizer import HuggingFaceTokenizer, check_tokenizer_fits, load_hf_tokenizer
 from megatron_midus.errors import UserError
+from megatron_midus.evaluation import vllm_engine
 from megatron_midus.evaluation.generation import generate_text
 from megatron_midus.evaluation.latency import measure_latency
 from megatron_midus.evaluation.loading import check_context, choose_device, load_model, num_embeddings, read_config
@@ -57,8 +60,11 @@ def _evaluate(config: EvaluateConfig, progress: Progress, processes: Processes) 
             work = _OneModel(config, directory, name, tokenizer, progress, processes)
             result.models.append(work.measure(data, manager, facts))
             result.notes += work.notes
+            is_midus = work.model.config.model_type == "midus"
             del work
             gc.collect()
+            if manager is not None and config.zero_shot.task_engine == "vllm":
+                _measure_tasks_by_vllm(config, result.models[-1], manager, is_midus=is_midus)
     if config.timing.latency:
         _measure_latencies(config, result, progress)
     if processes.rank:
@@ -92,8 +98,15 @@ def _checked(config: EvaluateConfig, processes: Processes) -> EvaluateConfig:
     configs = [read_config(directory) for directory in config.model]
     for directory in config.model:
         check_safetensors(directory)
+    contexts = [found["max_position_embeddings"] for found in configs if found.get("max_position_embeddings")]
     if tasks.max_length is None:
         tasks = dataclasses.replace(tasks, max_length=default_max_length(configs))
+        if tasks.task_engine == "vllm":
+            tasks = dataclasses.replace(tasks, max_length=vllm_engine.default_max_length(tasks.max_length, contexts))
+    if tasks.tasks and tasks.task_engine == "vllm":
+        vllm_engine.check_engine(
+            num_processes=processes.size, device=runtime.device, max_length=tasks.max_length, contexts=contexts
+        )
     return dataclasses.replace(config, runtime=runtime, zero_shot=tasks)
 
 
@@ -154,7 +167,7 @@ class _OneModel:
         self.notes += [note for note in notes if note]
         for name, documents in data.items():
             self._measure_text(name, documents)
-        if tasks is not None:
+        if tasks is not None and self.config.zero_shot.task_engine == "transformers":
             self._measure_tasks(tasks)
         for name, questions in facts.items():
             self._measure_facts(name, questions)
@@ -179,22 +192,20 @@ class _OneModel:
         )
 
     def _measure_tasks(self, manager: Any) -> None:
-        from megatron_midus.evaluation.zero_shot import run_tasks
+        from megatron_midus.evaluation.zero_shot import run_tasks, transformers_engine
 
         tasks = self.config.zero_shot
         if self.processes.rank == 0:
             print(f"{self.figures.name}: zero-shot tasks", flush=True)
-        self.figures.tasks = run_tasks(
+        engine = transformers_engine(
             self.model,
             load_hf_tokenizer(self.figures.directory),
-            tasks.tasks,
-            manager,
-            batch_size=self.config.runtime.batch_size,
             max_length=tasks.max_length,
-            limit=tasks.task_limit,
+            batch_size=self.config.runtime.batch_size,
             add_bos=self.config.add_bos,
             processes=self.processes,
         )
+        self.figures.tasks = run_tasks(engine, tasks.tasks, manager, limit=tasks.task_limit, processes=self.processes)
 
     def _measure_facts(self, name: str, questions: list[Question]) -> None:
         figures = self.figures
@@ -223,6 +234,30 @@ class _OneModel:
             seed=sampling.seed,
             add_bos=self.config.add_bos,
         )
+
+
+def _measure_tasks_by_vllm(config: EvaluateConfig, figures: ModelFigures, manager: Any, *, is_midus: bool) -> None:
+    """Once the model of transformers is gone: vLLM takes the memory that it finds."""
+    from megatron_midus.evaluation.zero_shot import run_tasks
+
+    tasks, runtime = config.zero_shot, config.runtime
+    if config.add_bos and load_hf_tokenizer(figures.directory).bos_token_id is None:
+        raise UserError("the tokenizer has no beginning-of-sequence token to start requests with")
+    print(f"{figures.name}: zero-shot tasks in vLLM", flush=True)
+    torch.cuda.empty_cache()
+    with vllm_engine.vllm_engine(
+        figures.directory,
+        dtype=figures.dtype,
+        device=runtime.device or "cpu",
+        max_length=tasks.max_length,
+        add_bos=config.add_bos,
+        is_midus=is_midus,
+        trust_remote_code=runtime.trust_remote_code,
+        options=tasks.task_engine_args,
+    ) as engine:
+        found = run_tasks(engine, tasks.tasks, manager, limit=tasks.task_limit)
+    recall = figures.tasks
+    figures.tasks = found if recall is None else with_scores(found, list(recall.scores.values()))
 
 
 def _measure_latencies(config: EvaluateConfig, result: EvaluationResult, progress: Progress) -> None:
@@ -284,6 +319,8 @@ def _settings(config: EvaluateConfig) -> dict[str, Any]:
     found["device"] = runtime.device
     if tasks.tasks:
         has_lm_eval = importlib.util.find_spec("lm_eval") is not None
+        if tasks.task_engine == "vllm":
+            found |= {"task_engine": "vllm", "vllm": vllm_engine.version()}
         found |= {"num_fewshot": 0, "lm_eval": importlib.metadata.version("lm_eval") if has_lm_eval else None}
     return found
 

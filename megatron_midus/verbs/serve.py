@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import shlex
@@ -13,6 +12,7 @@ from pathlib import Path
 from megatron_midus.config.chat import ServeConfig
 from megatron_midus.errors import UserError
 from megatron_midus.hub import fetched_model, short_name
+from megatron_midus.integrations.vllm import is_installed
 from megatron_midus.json_files import read_json_object
 from megatron_midus.progress import Progress
 from megatron_midus.verbs.verb import verb
@@ -54,14 +54,9 @@ def _vllm(config: ServeConfig, directory: str, is_midus: bool) -> list[str]:
     words += ["--tensor-parallel-size", str(config.tensor_parallel_size)]
     if config.max_length is not None:
         words += ["--max-model-len", str(config.max_length)]
-    if is_midus and not _has_plugin():
+    if is_midus and not is_installed():
         words.append("--trust-remote-code")
     return words
-
-
-def _has_plugin() -> bool:
-    """Whether vLLM finds this package's classes; from a checkout that is not installed it does not."""
-    return any(entry.name == "midus" for entry in importlib.metadata.entry_points(group="vllm.general_plugins"))
 
 
 def _transformers(config: ServeConfig, directory: str, is_midus: bool) -> list[str]:

@@ -14,7 +14,14 @@ import torch
 from megatron_midus.data.tokenizer import load_hf_tokenizer
 from megatron_midus.evaluation.loading import load_model
 from megatron_midus.evaluation.task_data import LOCAL_TASKS, TASKS, find_task_files, save_task_data, write_task_yamls
-from megatron_midus.evaluation.zero_shot import collect, default_max_length, load_tasks, open_tasks, run_tasks
+from megatron_midus.evaluation.zero_shot import (
+    collect,
+    default_max_length,
+    load_tasks,
+    open_tasks,
+    run_tasks,
+    transformers_engine,
+)
 
 ROOT = Path(__file__).parents[3]
 DATA = ROOT / "examples" / "task_data"
@@ -38,10 +45,14 @@ def tokenizer():
     return load_hf_tokenizer(ROOT / "examples" / "tiny_base")
 
 
+def run(model, tokenizer, tasks, manager, *, limit=None, **settings):
+    return run_tasks(transformers_engine(model, tokenizer, **settings), tasks, manager, limit=limit)
+
+
 @pytest.fixture(scope="module")
 def results(model, tokenizer):
     with open_tasks(LOCAL_TASKS, DATA) as manager:
-        return run_tasks(model, tokenizer, LOCAL_TASKS, manager, max_length=MAX_LENGTH, batch_size=3)
+        return run(model, tokenizer, LOCAL_TASKS, manager, max_length=MAX_LENGTH, batch_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -199,12 +210,12 @@ def test_items_of_another_shape(data):
 def test_settings_out_of_range(model, tokenizer, setting):
     settings = {"max_length": 32, setting: 0}
     with pytest.raises(ValueError, match=f"{setting}=0 must be at least 1"):
-        run_tasks(model, tokenizer, ["piqa"], None, **settings)
+        run(model, tokenizer, ["piqa"], None, **settings)
 
 
 def test_an_answer_that_does_not_fit(model, tokenizer):
     with open_tasks(["piqa"], DATA) as manager, pytest.raises(ValueError, match="longer than max_length=4 tokens"):
-        run_tasks(model, tokenizer, ["piqa"], manager, max_length=4)
+        run(model, tokenizer, ["piqa"], manager, max_length=4)
 
 
 def test_likelihoods_that_are_not_numbers_are_no_accuracy(model, tokenizer, monkeypatch):
@@ -215,7 +226,7 @@ def test_likelihoods_that_are_not_numbers_are_no_accuracy(model, tokenizer, monk
     with open_tasks(["piqa", "wikitext"], DATA) as manager:
         for task in ("piqa", "wikitext"):
             with pytest.raises(ValueError, match=f"item 0 of task {task} has the likelihood NaN"):
-                run_tasks(model, tokenizer, [task], manager, max_length=MAX_LENGTH, limit=1)
+                run(model, tokenizer, [task], manager, max_length=MAX_LENGTH, limit=1)
 
 
 def test_without_lm_eval_the_extra_is_named():
