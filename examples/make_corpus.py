@@ -1,8 +1,9 @@
-"""Two corpora of real text that every machine with this project has: the Python standard library, and English documentation.
+"""Corpora of real text that every machine with this project has: Python's standard library, English documentation, C++ headers.
 
 ``stdlib``  source files of the standard library, without its tests: what the tiny base model was trained on.
 ``docs``    English prose: the language reference in pydoc_data.topics, and the docstrings and package descriptions of the
             installed packages. No code files. What the quickstart continues pre-training on.
+``headers`` torch's C++ headers: a third domain, to see what becomes of text that is neither old nor new.
 
 Each is written as train.jsonl and heldout.jsonl, one document a line. Documents are split by a hash of their name, so
 a document is held out on every machine or on none, whatever else is there.
@@ -14,6 +15,7 @@ import argparse
 import ast
 import hashlib
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import re
@@ -87,6 +89,16 @@ def package_documents() -> Iterator[Document]:
                 yield f"{name}/{file.as_posix()}", partial(docstrings, Path(str(file.locate())), seen)
 
 
+def header_documents() -> Iterator[Document]:
+    """The C++ headers that ship with torch."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    root = Path(spec.origin).parent / "include"
+    for path in root.rglob("*.h"):
+        name = path.relative_to(root).as_posix()
+        yield f"headers/{name}", partial(path.read_text, encoding="utf-8", errors="replace")
+
+
 def clean(text: str) -> str:
     text = re.sub(r"[ \t]+\n", "\n", text.replace("\r\n", "\n"))
     return re.sub(r"\n{4,}", "\n\n\n", text)[:MAX_DOCUMENT_CHARACTERS].strip() + "\n"
@@ -123,8 +135,12 @@ def collect(
 
 def collect_corpus(corpus: str, budget_bytes: float) -> list[tuple[str, str]]:
     """All documents of a corpus, with one bar: over bytes where there is a budget, over documents where there is none."""
-    parts = [stdlib_documents] if corpus == "stdlib" else [language_topics, package_documents]
-    sources = [list(part()) for part in parts]
+    parts = {
+        "stdlib": [stdlib_documents],
+        "docs": [language_topics, package_documents],
+        "headers": [header_documents],
+    }
+    sources = [list(part()) for part in parts[corpus]]
     is_limited = budget_bytes != float("inf")
     total = round(budget_bytes) if is_limited else sum(map(len, sources))
     collected: list[tuple[str, str]] = []
@@ -137,7 +153,7 @@ def collect_corpus(corpus: str, budget_bytes: float) -> list[tuple[str, str]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description=inspect.cleandoc(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", choices=["stdlib", "docs"], required=True, help="which text to collect")
+    parser.add_argument("--corpus", choices=["stdlib", "docs", "headers"], required=True, help="which text to collect")
     parser.add_argument("--output-dir", type=Path, required=True, help="receives train.jsonl and heldout.jsonl")
     parser.add_argument("--held-out", type=float, default=0.05, help="fraction of documents held out (default: 0.05)")
     parser.add_argument(

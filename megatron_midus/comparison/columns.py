@@ -17,6 +17,7 @@ COLUMNS: dict[str, str] = {
     "new ppl ↓": "perplexity on the held-out text of the new domain",
     "Δ loss ↓": "held-out loss (new domain, nats/token) minus that of the reference, seed by seed",
     "old ppl ↓": "the same as new ppl on the base's own domain: what was forgotten",
+    "third ppl ↓": "the same on a third domain, which no arm trained on, replayed or fitted its domain gate on",
     "loss at equal time ↓": "loss on the validation batches when the arm had trained as many seconds as the quickest arm in all; "
     "its learning rate was not yet at its end then",
     "added": "parameters that the base does not have",
@@ -33,7 +34,7 @@ COLUMNS: dict[str, str] = {
 
 # The figures a reader decides by; the rest says how they came about.
 RESULT_COLUMNS = (
-    "arm", "trains", "recall % ↑", "answer nats ↑", "new ppl ↓", "Δ loss ↓", "old ppl ↓", "trained", "tokens/s", "s/iteration",
+    "arm", "trains", "recall % ↑", "answer nats ↑", "new ppl ↓", "Δ loss ↓", "old ppl ↓", "third ppl ↓", "trained", "tokens/s", "s/iteration",
     "peak MB", "decode ms",
 )  # fmt: skip
 SETTING_COLUMNS = ("arm", "trains", "added", "lr", "tokens", "GFLOP/token", "loss at equal time ↓")
@@ -59,6 +60,7 @@ def _row(results: Results, arm: ArmResult) -> dict[str, Cell]:
         "new ppl ↓": mean_cell(arm.perplexity("new"), 3),
         "Δ loss ↓": Cell("reference", 0.0) if is_reference else difference_cell(difference),
         "old ppl ↓": mean_cell(arm.perplexity("old"), 3),
+        "third ppl ↓": mean_cell(arm.perplexity("third"), 3),
         "loss at equal time ↓": mean_cell(at_time, 4),
         "added": number_cell(arm.added, "{:,.0f}"),
         "trained": _trained_cell(arm, reference),

@@ -52,6 +52,8 @@ class Data:
     """Held-out text of the new domain."""
     old: str | None = None
     """Held-out text of the base's own domain, to see what is forgotten."""
+    third: str | None = None
+    """Held-out text of a third domain, which no arm trains on, replays or fits its domain gate on."""
     valid: str | None = None
     """Text of the loss curves and of the choice among learning rates; the held-out text of the new domain when absent."""
     facts: str | None = None
@@ -428,7 +430,7 @@ def _resolve_paths(experiment: Experiment, home: Path, output: Path) -> Experime
         return [dataclasses.replace(e, text=resolve(e.text), dataset=resolve(e.dataset)) for e in entries]
 
     train, replay = sources(experiment.data.train), sources(experiment.data.replay)
-    texts = {name: resolve(getattr(experiment.data, name)) for name in ("new", "old", "valid", "facts")}
+    texts = {name: resolve(getattr(experiment.data, name)) for name in ("new", "old", "third", "valid", "facts")}
     return dataclasses.replace(
         experiment,
         base=model(experiment.base),

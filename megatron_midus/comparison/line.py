@@ -24,7 +24,7 @@ class LinePoint:
 
     Attributes:
         point: the strength, ``KEY=VALUE,…``.
-        gained: on the new domain; forgotten: on the old one.
+        gained: on the new domain; forgotten: on the old one; third: forgotten of a third domain, where one was given.
         trained: parameters.
         seconds: of training steps; ``None`` where they were not recorded.
     """
@@ -37,6 +37,7 @@ class LinePoint:
     trained: int
     tokens: int
     seconds: float | None
+    third: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,7 @@ def line_points(results: Results) -> list[LinePoint]:
     new, old = (None, None) if base is None else (base.loss("new"), base.loss("old"))
     if new is None or old is None:
         return []
+    third = base.loss("third") if base is not None else None
     found = []
     for arm in results.arms:
         method, _, point = arm.name.partition("@")
@@ -92,7 +94,8 @@ def line_points(results: Results) -> list[LinePoint]:
             assert run.old_loss is not None
             seconds = run.curves.validation[-1].seconds if run.curves and run.curves.validation else None
             gained, forgotten = new.mean - run.new_loss, run.old_loss - old.mean
-            entry = LinePoint(method, point, run.seed, gained, forgotten, arm.trainable, arm.tokens, seconds)
+            of_third = None if third is None or run.third_loss is None else run.third_loss - third.mean
+            entry = LinePoint(method, point, run.seed, gained, forgotten, arm.trainable, arm.tokens, seconds, of_third)
             found.append(entry)
     return found
 

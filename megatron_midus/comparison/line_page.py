@@ -41,6 +41,10 @@ _COLUMNS = {
 }
 
 
+_THIRD = "third domain ↓"
+_OF_RUNS = {_THIRD: "what is forgotten of a text that no method trained on, replayed or fitted its domain gate on"}
+
+
 def write_line(results: Results) -> dict[str, str]:
     """``{file name: content}`` of the report; nothing where there is no base, no old domain or no run."""
     points = line_points(results)
@@ -120,18 +124,21 @@ def _share_cell(share: Mean | None) -> Cell:
     return Cell(MISSING) if share is None else Cell(f"{100 * share.mean:.0f} %", share.mean)
 
 
-_RUNS = ("method", "strength", "gained ↑", "forgotten ↓", "trained", "tokens")
-
-
-def _run_rows(points: Sequence[LinePoint], styles: dict[str, int]) -> list[list[Cell]]:
+def _runs(points: Sequence[LinePoint], styles: dict[str, int]) -> tuple[list[str], list[list[Cell]]]:
+    """Header and a row for every strength, over its seeds."""
+    has_third = any(point.third is not None for point in points)
+    header = ["method", "strength", "gained ↑", "forgotten ↓", *([_THIRD] if has_third else []), "trained", "tokens"]
     rows = []
     for method in dict.fromkeys(point.method for point in points):
         for name, gained, forgotten in mean_points(points, method):
             run = next(p for p in points if (p.method, p.point) == (method, name))
             cells = [Cell(method, method, style=styles.get(method)), Cell(name, name)]
             cells += [mean_cell(gained, 3), mean_cell(forgotten, 3)]
+            if has_third:
+                third = [p.third for p in points if (p.method, p.point) == (method, name) and p.third is not None]
+                cells.append(mean_cell(Mean.of(third), 3))
             rows.append([*cells, number_cell(run.trained, "{:,.0f}"), number_cell(run.tokens, "{:,.0f}")])
-    return rows
+    return header, rows
 
 
 def _notes(line: Line) -> str:
@@ -145,7 +152,7 @@ def _markdown(results: Results, points: Sequence[LinePoint], lines: dict[str, Li
     for title, line in lines.items():
         header, rows = _rows(line, {})
         text += [f"## {title[0].upper()}{title[1:]}", "", _notes(line), "", *markdown_table(header, rows), ""]
-    text += ["## Runs", "", *markdown_table(_RUNS, _run_rows(points, {}), text_columns=2)]
+    text += ["## Runs", "", *markdown_table(*_runs(points, {}), text_columns=2)]
     return "\n".join(text) + "\n"
 
 
@@ -160,8 +167,8 @@ def _html(results: Results, points: Sequence[LinePoint], lines: dict[str, Line])
         page.table(header, rows, hints=_COLUMNS)
         page.paragraph(_notes(line), is_note=True)
     page.heading("Runs")
-    page.table(_RUNS, _run_rows(points, styles), text_columns=2)
-    page.details("What the columns are", [f"{name}: {text}" for name, text in _COLUMNS.items()])
+    page.table(*_runs(points, styles), text_columns=2)
+    page.details("What the columns are", [f"{name}: {text}" for name, text in (_COLUMNS | _OF_RUNS).items()])
     page.bullets(results.notes)
     return page.html()
 
@@ -169,10 +176,10 @@ def _html(results: Results, points: Sequence[LinePoint], lines: dict[str, Line])
 def _csv(points: Sequence[LinePoint]) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(("method", "strength", "seed", "gained", "forgotten", "trained", "tokens", "seconds"))
+    writer.writerow(("method", "strength", "seed", "gained", "forgotten", "trained", "tokens", "seconds", "third"))
     for p in points:
         seconds = "" if p.seconds is None else f"{p.seconds:.1f}"
-        writer.writerow(
-            (p.method, p.point, p.seed, f"{p.gained:.5f}", f"{p.forgotten:.5f}", p.trained, p.tokens, seconds)
-        )
+        losses = (f"{p.gained:.5f}", f"{p.forgotten:.5f}")
+        third = "" if p.third is None else f"{p.third:.5f}"
+        writer.writerow((p.method, p.point, p.seed, *losses, p.trained, p.tokens, seconds, third))
     return stream.getvalue()

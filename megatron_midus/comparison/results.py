@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_midus.comparison.arms import ResolvedArm
 from megatron_midus.comparison.curves import Curves, Point, make_curves, read_scalars, thin
+from megatron_midus.comparison.experiment import Data
 from megatron_midus.comparison.runner import choose_rate, finished, rate_losses
 from megatron_midus.comparison.runs import Chain, Runs, one_of_each_architecture
 from megatron_midus.comparison.steps import FileHashes, read_marker
@@ -53,6 +54,7 @@ class RunResult:
     """Share of the questions about facts whose answer greedy decoding writes."""
     answer_log_likelihood: float | None = None
     """Mean of these answers', nats."""
+    third_loss: float | None = None
 
 
 @dataclasses.dataclass
@@ -79,7 +81,7 @@ class ArmResult:
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def loss(self, domain: str) -> Mean | None:
-        """Held-out loss on ``new`` or ``old``."""
+        """Held-out loss on ``new``, ``old`` or ``third``."""
         values = [getattr(run, f"{domain}_loss") for run in self.runs]
         return Mean.of([value for value in values if value is not None])
 
@@ -165,7 +167,7 @@ class Results:
         for arm, entry in zip(self.arms, values["arms"]):
             summary: dict[str, Any] = {name: getattr(arm, name) for name in (
                 "seconds_per_iteration", "tokens_per_second", "training_seconds", "peak_memory_bytes")}  # fmt: skip
-            for domain in ("new", "old"):
+            for domain in ("new", "old", "third"):
                 for figure in ("loss", "perplexity"):
                     found = getattr(arm, figure)(domain)
                     summary[f"{domain}_{figure}"] = found and dataclasses.asdict(found)
@@ -265,13 +267,14 @@ def _arm_result(
         tokens=arm.iterations * tokens_per_iteration,
         lr=rate,
         rate_losses=tried,
-        runs=[_run_result(chain, tokens_per_iteration) for chain in chains],
+        runs=[_run_result(chain, experiment.data, tokens_per_iteration) for chain in chains],
     )
 
 
-def _run_result(chain: Chain, tokens_per_iteration: int) -> RunResult:
+def _run_result(chain: Chain, data: Data, tokens_per_iteration: int) -> RunResult:
     (model,) = json.loads(chain.evaluation.read_text())["models"]
-    losses = [entry["loss"] for entry in model["results"].values()]
+    domains = [name for name in ("new", "old", "third") if getattr(data, name) is not None]
+    losses = dict(zip(domains, (entry["loss"] for entry in model["results"].values()), strict=True))
     curves = None
     if chain.train is not None:
         curves = make_curves(read_scalars(chain.tensorboard), tokens_per_iteration=tokens_per_iteration)
@@ -282,11 +285,12 @@ def _run_result(chain: Chain, tokens_per_iteration: int) -> RunResult:
     answers: dict[str, Any] = next(iter(model.get("tasks", {}).values()), {})
     return RunResult(
         chain.seed,
-        losses[0],
-        losses[1] if len(losses) > 1 else None,
+        losses["new"],
+        losses.get("old"),
         curves,
         recall=answers["recall"]["value"] if answers else None,
         answer_log_likelihood=answers["log_likelihood"]["value"] if answers else None,
+        third_loss=losses.get("third"),
     )
 
 

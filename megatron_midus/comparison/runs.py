@@ -101,7 +101,14 @@ class Runs:
     def prepared_paths(self) -> list[str]:
         """What the experiment reads from its own output directory, and so expects ``prepare`` to make."""
         data = self.experiment.data
-        texts = [*(source.text for source in (*data.train, *data.replay)), data.new, data.old, data.valid, data.facts]
+        texts = [
+            *(source.text for source in (*data.train, *data.replay)),
+            data.new,
+            data.old,
+            data.third,
+            data.valid,
+            data.facts,
+        ]
         texts += [text for arm in self.arms for text in (arm.arm.calibration_data, arm.arm.background_data)]
         return [text for text in texts if text is not None and Path(text).is_relative_to(self.output)]
 
@@ -307,7 +314,7 @@ class Runs:
 
     def _evaluate(self, directory: Path, model: Step) -> Step:
         data, settings = self.experiment.data, self.experiment.evaluation
-        texts = [data.new, *([data.old] if data.old is not None else [])]
+        texts = [text for text in (data.new, data.old, data.third) if text is not None]
         words = ["evaluate", "--model", str(directory / "hf"), "--data", *texts, "--json-key", data.json_key]
         words += ["--seq-length", str(settings.seq_length or self.experiment.seq_length)]
         words += ["--batch-size", str(settings.batch_size), "--dtype", settings.dtype]

@@ -35,7 +35,7 @@ def experiment(directory: Path, **midus_flags: float) -> Path:
     memory = {"num_keys": 8, "topk": 4, "latent_size": 16, "query_norm": "rms"}
     entries = {
         "base": str(ROOT / "examples/tiny_base"),
-        "data": {"train": [{"text": "train.jsonl"}], "new": "new.jsonl"},
+        "data": {"train": [{"text": "train.jsonl"}], "new": "new.jsonl", "third": "train.jsonl"},
         "budget": {"tokens": STEPS * 64},
         "seeds": [1],
         "seq_length": 32,
@@ -83,6 +83,7 @@ def figures(output: Path) -> dict:
     for arm in arms:
         (run,) = arm["runs"]
         curves = {kind: [(p["tokens"], p["loss"]) for p in run["curves"][kind]] for kind in ("training", "validation")}
+        assert run["old_loss"] is None and run["third_loss"] not in (None, run["new_loss"])
         found[arm["name"]] = (run["new_loss"], curves, arm["lr"])
     return found
 

@@ -52,6 +52,17 @@ def test_what_a_run_gained_and_forgot():
     assert line_points(without_base) == [] and write_line(without_base) == {}
 
 
+def test_a_third_domain_is_a_column_of_the_runs():
+    results = make()
+    assert "third domain" not in write_line(results)["line.md"]
+    for found in results.arms:
+        for run in found.runs:
+            run.third_loss = 4.0 if found.name == "base" else 4.0 + 0.01 * run.seed
+    written = write_line(results)
+    assert "| pro | lr=1 | 0.210 ± 0.014 | 0.110 ± 0.014 | 0.015 ± 0.007 | 1,000 |" in written["line.md"]
+    assert written["line.csv"].splitlines()[2].endswith(",10.0,0.02000")
+
+
 def test_figures_are_means_over_seeds():
     line = make_line(line_points(make()), "pro")
     pro, midus, full = line.methods
