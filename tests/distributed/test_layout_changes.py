@@ -1,4 +1,5 @@
-"""Checkpoints from every layout to every other: the run goes on along the curve of the one that was never interrupted."""
+"""Checkpoints from every layout to every other: the run goes on along the curve of the one that was never interrupted, and so does
+the average of its weights."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import training_runs
 from launcher import launch
+from scenarios import assemble
 from training_runs import Run
 
 LAYOUTS = {
@@ -27,6 +29,7 @@ LAYOUTS = {
 }
 FAST = ("tp2 sp, latent",)
 FIRST, LAST = 3, 6
+AVERAGED = "--ema-decay 0.9"
 
 
 def sources_of(target: str) -> tuple[str, ...]:
@@ -44,10 +47,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(checkpoint: Path) -> torch.Tensor:
-    """``[steps, (iteration, loss, gradient norm)]`` after the interruption, of one process without one."""
-    (curves,) = launch(training_runs.train_runs, 1, {"whole": Run(checkpoint, steps=LAST)}, "")
-    return torch.tensor(curves["whole"], dtype=torch.float64)[FIRST:]
+def whole(checkpoint: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """``[steps, (iteration, loss, gradient norm)]`` after the interruption, and the average, of one process without one."""
+    (found,) = launch(training_runs.train_and_average, 1, {"whole": Run(checkpoint, AVERAGED, LAST)}, "")
+    curve, average = found["whole"]
+    return torch.tensor(curve, dtype=torch.float64)[FIRST:], assemble([average])
+
+
+@pytest.fixture(scope="module")
+def expected(whole: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> torch.Tensor:
+    return whole[0]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +68,7 @@ def saved(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
         directory = root / layout.replace(" ", "_")
         if not directory.exists():
             world_size, flags = LAYOUTS[layout]
-            run = Run(checkpoint, steps=FIRST, save=directory)
+            run = Run(checkpoint, AVERAGED, FIRST, directory)
             launch(training_runs.train_runs, world_size, {"first": run}, flags)
         return directory
 
@@ -73,12 +82,18 @@ def on_the_last_stage(ranks: list[dict[str, list]], name: str) -> list[torch.Ten
 
 
 @pytest.mark.parametrize("target", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])
-def test_the_curve_goes_on(target: str, checkpoint: Path, expected: torch.Tensor, saved) -> None:
+def test_the_curve_and_the_average_go_on(target: str, expected: torch.Tensor, whole, saved) -> None:
     """From each layout, with or without a distributed optimizer; the moments are part of what decides the curve."""
     world_size, flags = LAYOUTS[target]
-    runs = {source: Run(saved(source), steps=LAST) for source in sources_of(target)}
-    ranks = launch(training_runs.train_runs, world_size, runs, flags)
+    runs = {source: Run(saved(source), AVERAGED, LAST) for source in sources_of(target)}
+    outcomes = launch(training_runs.train_and_average, world_size, runs, flags)
+    ranks = [{source: curve for source, (curve, _) in rank.items()} for rank in outcomes]
     for source in runs:
+        found = assemble([rank[source][1] for rank in outcomes])
+        for key, average in whole[1].items():
+            torch.testing.assert_close(
+                found[key], average, rtol=1e-5, atol=1e-5, msg=lambda m, key=key, source=source: f"{source}, {key}: {m}"
+            )
         for found in on_the_last_stage(ranks, source):
             # As close as two layouts without a checkpoint between them.
             torch.testing.assert_close(

@@ -19,7 +19,7 @@ from megatron.core.num_microbatches_calculator import (
     init_num_microbatches_calculator,
 )
 from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_machine
-from scenarios import fill_with_random_numbers, generator
+from scenarios import fill_with_random_numbers, generator, weights
 
 from megatron_midus.checkpoint.layout import find_checkpoint, iteration_directory, write_latest_iteration
 from megatron_midus.config import MemoryConfig, ModelConfig
@@ -167,6 +167,17 @@ class _Recorder:
 def train_runs(runs: dict[str, Run], layout_flags: str) -> dict[str, list[tuple]]:
     """The runs one after the other: ``(iteration, loss, gradient norm)`` of every step, loss off the last stage None."""
     return {name: train(run, layout_flags).curve for name, run in runs.items()}
+
+
+def train_and_average(runs: dict[str, Run], layout_flags: str) -> dict[str, tuple[list[tuple], list]]:
+    """As ``train_runs``, of runs with ``--ema-decay``; beside each curve ``weights`` of the average."""
+    found = {}
+    for name, run in runs.items():
+        outcome = train(run, layout_flags)
+        assert outcome.average is not None
+        with outcome.average.in_place_of_weights():
+            found[name] = (outcome.curve, weights(outcome.chunks))
+    return found
 
 
 def train(
