@@ -88,18 +88,23 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-# Eight processes take seconds a step where there are two cores: what splits a bank, and what adds up gradients.
-OF_EIGHT = ("hive", "full", "block, latent", "frozen base")
+# Variants and placements differ in what tensor-parallel ranks share: all of them at these, elsewhere one, or one of each placement.
+VARIANTS_AT = ("one", "tp2", "tp2 sp", "tp4 sp")
+OTHERS = {"tp8": ("full", "block, latent"), "tp2 sp pp2": ("block",), "tp4": ("full",)}
 
 
 def runs_of(checkpoints: Path, layout: str) -> dict[str, Run]:
-    processes = LAYOUTS[layout][0] if layout in LAYOUTS else 1
+    def is_run(name: str) -> bool:
+        if "tp" not in layout and name in REFERENCE:
+            return False
+        if name in NORMS:
+            return layout in ("one", *NORMS_AT)
+        return layout in VARIANTS_AT or name in ("hive", "hive, latent", *OTHERS.get(layout, ()))
+
     return {
-        name: Run(checkpoints / variant, flags, steps if processes == 1 or layout in FAST else 3)
+        name: Run(checkpoints / variant, flags, steps if layout in ("one", *FAST) else 3)
         for name, (variant, flags, steps) in RUNS.items()
-        if ("tp" in layout or name not in REFERENCE)
-        and (name not in NORMS or layout in ("one", *NORMS_AT))
-        and (processes < 8 or name in OF_EIGHT)
+        if is_run(name)
     }
 
 
@@ -160,7 +165,7 @@ EXPERT_LAYOUTS = {
 }
 # The load-balancing loss is of a micro-batch, so batches must be cut alike; it is left out of runs where they are not.
 EXPERT_RUNS = {
-    "all": ("experts", "--moe-aux-loss-coeff 0", 10),
+    "all": ("experts", "--moe-aux-loss-coeff 0", 6),
     "balanced": ("experts", "--micro-batch-size 2 --no-calculate-per-token-loss", 4),
     "frozen base": ("experts", "--train inserted --micro-batch-size 2", 4),
     "copied blocks": ("experts_copied", "--train inserted --moe-aux-loss-coeff 0", 4),
