@@ -127,7 +127,8 @@ class Trainer:
         directory = Path(arguments.checkpoint.save or ".") / "profile"
         self.profiler = StepProfiler(arguments.logging, directory=directory, rank=rank())
         self._start = time.monotonic()
-        self._gathers_ahead = arguments.parallel.overlap_param_gather
+        # Chunks that only evaluate are in no DDP.
+        self._gathers_ahead = arguments.parallel.overlap_param_gather and learner.optimizer is not None
         self.memory_telemetry = self._watch_memories()
         self.router_losses = router_losses(arguments, architecture)
 

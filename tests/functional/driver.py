@@ -67,7 +67,7 @@ class Run:
     @property
     def evaluations(self) -> dict[tuple[str, int], float]:
         """``{(split, iteration): loss}``."""
-        pattern = r" (\w+) loss at iteration (\d+) \| lm loss value: (\S+) \|"
+        pattern = r" (\w+(?: EMA)?) loss at iteration (\d+) \| lm loss value: (\S+) \|"
         return {(m[1], int(m[2])): float(m[3]) for m in re.finditer(pattern, self.out)}
 
     @property

@@ -92,8 +92,8 @@ def test_adapters_of_experts(mixture, tmp_path):
     # The average of the weights is the model of averaged adapters.
     alone = write_averages(tmp_path / "1", 3, tmp_path / "averages")
     plain = train(*TINY_RUN, "--skip-train --eval-iters 2 --load", alone).check()
-    assert plain.evaluations["validation", 0] == pytest.approx(runs[0].evaluations["EMA", 3], rel=1e-5)
-    assert runs[0].evaluations["EMA", 3] != pytest.approx(runs[0].evaluations["validation", 3], rel=1e-5)
+    assert plain.evaluations["validation", 0] == pytest.approx(runs[0].evaluations["validation EMA", 3], rel=1e-5)
+    assert runs[0].evaluations["validation EMA", 3] != pytest.approx(runs[0].evaluations["validation", 3], rel=1e-5)
     before = read_tensors(mixture, 0)
     changed = {key for key in before if not torch.equal(before[key], saved[0][key])}
     experts = [f"decoder.layers.{block}.mlp.experts.experts.linear_fc{i}.weight" for block in (0, 2) for i in (1, 2)]
@@ -113,7 +113,7 @@ def test_adapters_of_experts(mixture, tmp_path):
     second = train(*words, tmp_path / "2", processes=2).check()
     whole = train(*words, mixture, processes=2).check()
     assert second.losses == {i: loss for i, loss in whole.losses.items() if i > 3}
-    assert second.evaluations == whole.evaluations and ("EMA", 8) in whole.evaluations
+    assert second.evaluations == whole.evaluations and ("validation EMA", 8) in whole.evaluations
 
 
 @pytest.mark.parametrize(

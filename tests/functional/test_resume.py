@@ -46,8 +46,15 @@ def test_resume_is_exact(upscaled, whole, tmp_path):
     assert averages == {key for key, start in read_tensors(upscaled, 0).items() if not torch.equal(start, stored[key])}
     alone = write_averages(tmp_path / "run", 3, tmp_path / "averages")
     plain = train(*TINY_RUN, "--skip-train --eval-iters 2 --load", alone).check()
+    overlapped = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ema-decay 0.9"
+    both = train(*TINY_RUN, overlapped, "--skip-train --eval-iters 2 --load", tmp_path / "run --ckpt-step 3").check()
+    assert both.evaluations["validation EMA", 3] == first.evaluations["validation EMA", 3]
     # The log and the checkpoint have one average; it is no other run's evaluation of the last weights.
-    assert plain.evaluations["validation", 0] == first.evaluations["EMA", 3] != first.evaluations["validation", 3]
+    assert (
+        plain.evaluations["validation", 0]
+        == first.evaluations["validation EMA", 3]
+        != first.evaluations["validation", 3]
+    )
 
 
 LAYOUTS = {
