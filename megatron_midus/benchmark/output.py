@@ -10,15 +10,19 @@ from megatron_midus.benchmark.timing import Summary
 from megatron_midus.report.machine import versions_text
 from megatron_midus.report.table import MISSING, Cell, markdown_table, terminal_table, text_cells
 
+_RATIO = "time / "
+_MAX_WIDTH = 10_000
+
 
 def print_result(result: BenchmarkResult, console: Console | None = None) -> None:
-    """Machine, one table per section, and what was left out."""
+    """Machine, one table per section (ratios below it where there is no room beside), and what was left out."""
     # Wide enough for all columns when the output is a file.
     console = console or Console(width=None if Console().is_terminal else 170, highlight=False)
     console.print(f"{result.device_text}; {versions_text(result.machine)}")
     for section in result.sections:
-        console.print()
-        console.print(section_table(section))
+        for table in section_tables(section, console):
+            console.print()
+            console.print(table)
         for note in section.notes:
             console.print(f"  not timed: {note}", style="dim")
 
@@ -33,11 +37,22 @@ def result_to_markdown(result: BenchmarkResult) -> str:
     return "\n".join(lines) + "\n"
 
 
-def section_table(section: Section) -> Table:
-    """Medians with quartiles; a ratio under 1 is faster than the baseline."""
+def section_tables(section: Section, console: Console) -> list[Table]:
+    """Medians with quartiles; a ratio under 1 is faster than the baseline. Two tables where one is too wide for the console."""
     header, rows = section_rows(section)
     caption = "\n".join(section_captions(section)) or None
-    return terminal_table(header, rows, title=f"{section.title}: {section.description}", caption=caption)
+    title = f"{section.title}: {section.description}"
+    whole = terminal_table(header, rows, title=title, caption=caption)
+    # Measured for a console as it is, a table is never wider than that.
+    if console.measure(whole, options=console.options.update(max_width=_MAX_WIDTH)).maximum <= console.width:
+        return [whole]
+    is_ratio = [name.startswith(_RATIO) for name in header]
+    others, ratios = ([i for i, ratio in enumerate(is_ratio) if ratio == wanted or not i] for wanted in (False, True))
+    parts = ((others, title, None), (ratios, f"{section.title}: ratios", caption))
+    return [
+        terminal_table([header[i] for i in part], [[row[i] for i in part] for row in rows], title=text, caption=below)
+        for part, text, below in parts
+    ]
 
 
 def section_captions(section: Section) -> list[str]:
@@ -63,7 +78,7 @@ def section_rows(section: Section) -> tuple[list[str], list[list[Cell]]]:
     header = ["contender", *(f"{phase}, ms" for phase in phases)] + (["total, ms"] if len(phases) > 1 else [])
     speeds = list(section.rows[0].tokens_per_second)
     header += [f"{phase}, tokens/s" for phase in speeds]
-    header += [f"time / {baseline}" for baseline in baselines]
+    header += [f"{_RATIO}{baseline}" for baseline in baselines]
     header += ["peak, MB"] * has_memory + ["GB/s", "TFLOP/s", "roofline"] * has_rates
     rows = []
     for row in section.rows:

@@ -75,6 +75,15 @@ def test_table_names_everything(report):
         assert words in text.getvalue()
 
 
+def test_ratios_stand_below_where_there_is_no_room_beside(report):
+    text = io.StringIO()
+    print_result(report, Console(file=text, width=130))
+    assert "hml tiny: ratios" in text.getvalue() and text.getvalue().count("parity: ") == 1
+    header = [line for line in text.getvalue().splitlines() if "contender" in line][:2]
+    assert ["time / ffn" in line for line in header] == [False, True] and "roofline" in header[0]
+    assert max(map(len, text.getvalue().splitlines())) <= 130
+
+
 def test_plot(report, tmp_path):
     target = tmp_path / "new" / "plot.png"
     plot_result(report, target)
