@@ -16,6 +16,8 @@ from upscaled import read_tensors
 from megatron_midus import command
 from megatron_midus.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("warm_executable")
+
 RUN = (
     "--distributed-backend gloo --seq-length 16 --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --lr-decay-style constant "
     "--num-workers 0 --split 100,0,0 --eval-interval 0 --eval-iters 0 --log-interval 1 --override-opt_param-scheduler"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,10 @@ from pathlib import Path
 import pytest
 from tiny_models import write_base
 
+pytestmark = pytest.mark.usefixtures("warm_executable")
+
 TOOLS = Path(__file__).parents[2] / "tools"
+COLD = sys.executable
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
 MEMORY = ["--num-blocks", "2", "--memory-num-keys", "16"]
 JOURNEYS = {
@@ -22,10 +24,20 @@ JOURNEYS = {
 }
 
 
-def command(journey, save, where, *arguments, limit=lambda: None):
+# A full disk for one program: no file of its may pass 50 KB. What is written first fits, a large tensor later on does not.
+FULL_DISK = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def command(journey, save, where, *arguments, python=None, is_full=False, before=lambda: None):
     words = [word.format(**where) for word in JOURNEYS[journey]]
-    line = [sys.executable, TOOLS / words[0], *words[1:], "--save", save, *arguments]
-    return subprocess.run([*map(str, line)], capture_output=True, text=True, timeout=120, preexec_fn=limit)
+    line = [python or sys.executable, *(["-c", FULL_DISK] if is_full else []), TOOLS / words[0], *words[1:]]
+    line += ["--save", save, *arguments]
+    return subprocess.run([*map(str, line)], capture_output=True, text=True, timeout=120, preexec_fn=before)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +46,7 @@ def where(tmp_path_factory):
     directory = tmp_path_factory.mktemp("sources")
     write_base(directory / "base")
     where = {"base": directory / "base", "megatron": directory / "megatron"}
-    assert command("upscale to megatron", where["megatron"], where).returncode == 0
+    assert command("upscale to megatron", where["megatron"], where, python=COLD).returncode == 0
     return where
 
 
@@ -54,7 +66,7 @@ def without_override():
 def test_read_only_directory(tmp_path, where, journey):
     parent = tmp_path / "read only"
     parent.mkdir(mode=0o555)
-    done = command(journey, parent / "out", where, limit=without_override)
+    done = command(journey, parent / "out", where, python=COLD, before=without_override)
     assert_one_line(done, f"{parent} is not writable")
     assert not list(parent.iterdir())
 
@@ -62,15 +74,7 @@ def test_read_only_directory(tmp_path, where, journey):
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("journey", JOURNEYS)
 def test_full_disk(tmp_path, where, journey, workers):
-    """No file may pass 50 KB: what is written first fits, a large tensor later on does not."""
-    done = command(
-        journey,
-        tmp_path / "results/out",
-        where,
-        "--workers",
-        workers,
-        limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
-    )
+    done = command(journey, tmp_path / "results/out", where, "--workers", workers, is_full=True)
     assert_one_line(done, "File too large")
     assert not list((tmp_path / "results").iterdir())
 
@@ -87,13 +91,7 @@ def test_an_output_that_is_there_survives_a_failure(tmp_path, where):
     """With --overwrite the old output goes only when the new one is whole."""
     assert command("upscale to hf", tmp_path / "out", where).returncode == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    done = command(
-        "convert to hf",
-        tmp_path / "out",
-        where,
-        "--overwrite",
-        limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
-    )
+    done = command("convert to hf", tmp_path / "out", where, "--overwrite", is_full=True)
     assert_one_line(done, "File too large")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
