@@ -13,6 +13,8 @@ import yaml
 from megatron_midus.config.compare import CompareConfig
 from megatron_midus.verbs import compare as verbs_compare
 
+pytestmark = pytest.mark.usefixtures("warm_executable")
+
 ROOT = Path(__file__).parents[2]
 NEW = ["layer", "memory", "token", "of", "the", "loss"]
 OLD = ["def", "return", "self", "import", "for", "class"]
