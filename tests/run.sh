@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up the environment and runs every check: tests/run.sh [--fast] [pytest arguments]
-#   --fast   leaves out the tests marked slow (about 10 minutes on 2 cores instead of 30)
+#   --fast   leaves out the tests marked slow (all of them take about 19 minutes on 2 idle cores)
 # MIDUS_TEST_WORKERS: processes that share the tests (default: 2, for 2 cores)
 # MIDUS_COVERAGE=1: also the share of lines that unit tests execute; they then take a third longer
 set -euo pipefail
