@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from megatron_midus.config.fields import default_of
 from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.config.values import Kind, convert, did_you_mean
 from megatron_midus.errors import UserError
@@ -96,7 +97,7 @@ def _entries(group: Any, only_changed: bool) -> dict[str, Any]:
     entries = {}
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
-        if value is None or not field.metadata.get("flag", True) or (only_changed and value == field.default):
+        if value is None or not field.metadata.get("flag", True) or (only_changed and value == default_of(field)):
             continue
         entries[field.name] = value
     return entries

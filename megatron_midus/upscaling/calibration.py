@@ -27,7 +27,8 @@ def calibration_tokens(path: str | Path, tokenizer: Any, *, num_tokens: int, seq
     """
     ids: list[int] = []
     for text in _texts(Path(path)):
-        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+        # Not verbose: a document may be longer than the model's context, its pieces are not.
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= num_tokens:
             break
     if not ids:
