@@ -165,7 +165,7 @@ EXPERT_LAYOUTS = {
 }
 # The load-balancing loss is of a micro-batch, so batches must be cut alike; it is left out of runs where they are not.
 EXPERT_RUNS = {
-    "all": ("experts", "--moe-aux-loss-coeff 0", 6),
+    "all": ("experts", "--moe-aux-loss-coeff 0", 10),
     "balanced": ("experts", "--micro-batch-size 2 --no-calculate-per-token-loss", 4),
     "frozen base": ("experts", "--train inserted --micro-batch-size 2", 4),
     "copied blocks": ("experts_copied", "--train inserted --moe-aux-loss-coeff 0", 4),

@@ -13,9 +13,9 @@ from launcher import launch
 from scenarios import Layout, Setting, assemble, compare_weights, train_all
 
 SETTINGS = {
-    "hive": Setting(),
-    "full": Setting(memory={"memory_variant": "full"}),
-    "block": Setting(memory={"memory_variant": "block", "memory_num_heads": 2}),
+    "hive": Setting(steps=10),
+    "full": Setting(steps=10, memory={"memory_variant": "full"}),
+    "block": Setting(steps=10, memory={"memory_variant": "block", "memory_num_heads": 2}),
     "attention mixed, query norm, temperature": Setting(
         memory={
             "memory_output_projection": "attention",
