@@ -164,8 +164,7 @@ class OptimizationConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise UserError(f"ema_decay={self.ema_decay} must be above 0 and below 1")
+        check_ema_decay(self.ema_decay)
         if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
             raise UserError(
                 "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler exclude each other; give one"
@@ -185,3 +184,9 @@ class OptimizationConfig:
                 f"weight_decay_incr_style={self.weight_decay_incr_style} needs "
                 f"0 <= --start-weight-decay (here {start}) <= --end-weight-decay (here {end})"
             )
+
+
+def check_ema_decay(decay: float | None) -> None:
+    """Raises ``UserError`` for what is no share of an average; ``None`` passes."""
+    if decay is not None and not 0 < decay < 1:
+        raise UserError(f"ema_decay={decay} must be above 0 and below 1")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from megatron_midus.config.fields import part
 from megatron_midus.config.memory import MemoryConfig
+from megatron_midus.config.optimizer import check_ema_decay
 from megatron_midus.config.text import check_at_least_one
 from megatron_midus.config.upscale import MEMORY_TITLE, PolicyConfig
 from megatron_midus.errors import UserError
@@ -79,6 +80,9 @@ class PlanConfig:
     train: Literal["inserted", "all"] = "inserted"
     """What learns."""
 
+    ema_decay: float | None = None
+    """As in pretraining: count the moving average of the weights that learn; any decay takes as much."""
+
     fp32: bool = False
     """Weights and activations in fp32 instead of bf16."""
 
@@ -100,3 +104,4 @@ class PlanConfig:
             raise UserError("give --hf-model DIR (a base and what it becomes) or --load DIR (an up-scaled checkpoint)")
         names = ("nodes", "gpus_per_node", "seq_length", "global_batch_size", "max_micro_batch_size", "show")
         check_at_least_one(self, *names, "make_vocab_size_divisible_by")
+        check_ema_decay(self.ema_decay)

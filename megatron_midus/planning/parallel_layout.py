@@ -20,6 +20,7 @@ class Workload:
         global_batch_size: sequences of a step, over all replicas.
         itemsize: bytes of an activation and of a weight: 2 (bf16, with fp32 master weights) or 4.
         train: which blocks learn.
+        averages_weights: whether the run keeps a moving average of what learns (``--ema-decay``).
     """
 
     seq_length: int
@@ -27,6 +28,7 @@ class Workload:
     global_batch_size: int = 1
     itemsize: int = 2
     train: Train = "inserted"
+    averages_weights: bool = False
 
     @property
     def tokens(self) -> int:

@@ -10,6 +10,8 @@ from counting import CountMessages, KeptForBackward
 from megatron.core import parallel_state
 from scenarios import Layout, Setting, build, run_schedule, wrap
 
+from megatron_midus.training.weight_average import WeightAverage
+
 
 def measure(setting: Setting, layout: Layout) -> dict[str, Any]:
     """Of one rank: its stage, parameters, optimizer bytes, bytes kept for one backward pass, bytes of messages."""
@@ -29,6 +31,7 @@ def measure(setting: Setting, layout: Layout) -> dict[str, Any]:
         "parameters": sum(p.numel() for chunk in chunks for p in chunk.parameters()),
         "trained": sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad),
         "optimizer": _state_bytes(optimizer),
+        "average": WeightAverage(wrapped, 0.9).num_bytes(),
         "activations": sum(each.bytes for each in kept),
         "messages": dict(messages.bytes),
     }

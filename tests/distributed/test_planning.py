@@ -71,7 +71,12 @@ def planned(layout: Layout, setting: Setting):
         latent_values=setting.value_placement == "latent",
     )
     workload = planning.Workload(
-        SEQUENCE, MICRO_BATCH, GLOBAL_BATCH, itemsize=2 if setting.config.get("bf16") else 4, train=setting.train
+        SEQUENCE,
+        MICRO_BATCH,
+        GLOBAL_BATCH,
+        itemsize=2 if setting.config.get("bf16") else 4,
+        train=setting.train,
+        averages_weights=True,
     )
     return model_config(plan.num_layers, **setting.model), plan, ours, workload
 
@@ -97,6 +102,7 @@ def test_what_a_rank_holds_and_sends(name):
         assert found["trained"] == memory.trained
         # The distributed optimizer pads its buffers.
         assert found["optimizer"] == pytest.approx(memory.optimizer, rel=0.02 if setting.distributed_optimizer else 0)
+        assert found["average"] == memory.average
         assert found["activations"] * wanted["kept"] == pytest.approx(memory.activations, rel=0.01)
         for key in found["messages"].keys() | wanted["messages"].keys():
             # Grad norm, flags, losses and how many rows go to which expert are a few numbers a step; the distributed
@@ -115,5 +121,5 @@ def test_sixteen_bits():
     for found in launch(measure, 2, setting, layout):
         memory = expected(layout, setting, 0)["memory"]
         assert (found["parameters"], found["trained"]) == (memory.parameters, memory.trained)
-        assert found["optimizer"] == memory.optimizer
+        assert (found["optimizer"], found["average"]) == (memory.optimizer, memory.average)
         assert found["activations"] == pytest.approx(memory.activations, rel=0.01)

@@ -63,9 +63,10 @@ def base(tmp_path):
 
 def test_a_table_flags_and_json(base, tmp_path, capsys):
     out = tmp_path / "layouts.json"
-    assert tool.main(["--hf-model", base, *MIDUS, "--nodes", "2", "--gpu-memory-gib", "24", "--json", str(out)]) == 0
+    small = ["--nodes", "2", "--gpu-memory-gib", "24", "--ema-decay", "0.999"]
+    assert tool.main(["--hf-model", base, *MIDUS, *small, "--json", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "16 -> 24 blocks" in shown and "s/step" in shown
+    assert "16 -> 24 blocks" in shown and "average" in shown and "s/step" in shown
     layouts = json.loads(out.read_text())
     assert layouts[0]["fits"] and layouts[0]["memory"]["total"] < 24 * 2**30
     assert all(flag.split()[0] in shown for flag in layouts[0]["flags"])
@@ -117,6 +118,7 @@ WRONG = [
     (["--nodes", "31", "--global-batch-size", "3"], "divides a global batch of 3"),
     (["--gpu-memory-gib", "1"], "nothing fits into 1 GiB"),
     (["--gpu-memory-gib", "-1"], "--gpu-memory-gib -1"),
+    (["--ema-decay", "1"], "ema_decay=1.0 must be above 0 and below 1"),
     (["--policy", "none"], "nothing would be trained"),
     (["--policy", "solar", "--memory-topk", "3"], "--memory-topk"),
     (["--num-blocks", "99"], "num_blocks=99"),

@@ -90,6 +90,16 @@ def test_a_latent_bank_is_held_once_by_the_tensor_parallel_ranks():
     assert held[0] - held[1] == 16 * 512**2 * 128 * 3 // 4
 
 
+def test_an_average_of_weights_counts():
+    layout = ParallelLayout((tuple(range(PLAN.num_layers)),))
+    without, held = (
+        rank_memory(BASE, PLAN, layout, Workload(4096, averages_weights=averages), stage=0)
+        for averages in (False, True)
+    )
+    assert (without.average, held.average) == (0, 4 * held.trained)
+    assert held.total - without.total == held.average
+
+
 @pytest.mark.parametrize("kind, factor", [("all_reduce", 1.5), ("all_gather", 0.75), ("all_to_all", 0.75), ("send", 1)])
 def test_bytes_on_the_wire(kind, factor):
     assert Message("tensor", kind, 100.0, 4).wire_bytes == 100 * factor
