@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from megatron_midus.errors import UserError
@@ -55,6 +56,11 @@ class TrainingConfig:
 
     lora_alpha: float = 16.0
     """Factor on the adapters' output, divided by --lora-rank."""
+
+    kl_to_base: float = 0.0
+    """Weight of a second term of the loss, nats a token: KL(base || model) of the next-token distributions, the base being the
+    model without inserted blocks and adapters. Costs a forward pass of the base. Needs the base frozen (--train inserted,
+    lora or values); 0 = none."""
 
     bf16: bool = False
     """Compute in bfloat16 with float32 master weights."""
@@ -148,6 +154,8 @@ class TrainingConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be 0 (never) or more")
         if self.dry_run and self.skip_train:
             raise UserError("dry_run builds a training run and skip_train has none; give one of the two flags")
+        if not 0 <= self.kl_to_base < math.inf:
+            raise UserError(f"kl_to_base={self.kl_to_base} must be 0 (none) or more")
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")

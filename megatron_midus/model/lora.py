@@ -10,6 +10,7 @@ training goes on from, the frozen weight and the adapters, lies beside it under 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,7 @@ class Adapter(torch.nn.Module):
         outputs, inputs = weight.shape
         assert groups * sum(rows) == outputs, (groups, rows, outputs)
         self.groups, self.rows, self.rank, self.scale = groups, tuple(rows), rank, alpha / rank
+        self.is_on = True
         generator = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(inputs)
         down = torch.empty(len(rows) * rank, inputs).uniform_(-bound, bound, generator=generator)
@@ -130,6 +132,8 @@ def _rows(name: str, config: TransformerConfig, outputs: int) -> tuple[int, list
 
 def _add_output(linear: Any, inputs: tuple, output: tuple) -> tuple:
     """Forward hook of a linear layer of Megatron, whose result is (output, bias)."""
+    if not linear.adapter.is_on:
+        return output
     return (output[0] + linear.adapter(inputs[0]), *output[1:])
 
 
@@ -138,6 +142,19 @@ def adapters(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     return (
         (name, module) for name, module in model.named_modules() if isinstance(getattr(module, _MODULE, None), Adapter)
     )
+
+
+@contextlib.contextmanager
+def adapters_off(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, adapters contribute nothing."""
+    found = [linear.adapter for _, linear in adapters(model)]
+    for adapter in found:
+        adapter.is_on = False
+    try:
+        yield
+    finally:
+        for adapter in found:
+            adapter.is_on = True
 
 
 def merge_state(model: torch.nn.Module, state: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from megatron_midus.errors import UserError
 from megatron_midus.training.build import build_iterators
 from megatron_midus.training.checkpoint.state import Progress, training_state
 from megatron_midus.training.checkpoint.writer import CheckpointWriter
+from megatron_midus.training.kl_to_base import kl_to_base
 from megatron_midus.training.memory.telemetry import MemoryReport, MemoryTelemetry
 from megatron_midus.training.messages import print_rank_0, rank, warn_rank_0
 from megatron_midus.training.optimizer import learning_rates
@@ -114,7 +115,11 @@ class Trainer:
             start.tokenizer.eod,
             documents_by_position=arguments.data.sft,
         )
-        self.forward_step = make_forward_step(self.shape, check_loss=training.check_for_nan_in_loss_and_grad)
+        self.forward_step = make_forward_step(
+            self.shape,
+            check_loss=training.check_for_nan_in_loss_and_grad,
+            kl_to_base=kl_to_base(arguments, architecture, learner.model_chunks),
+        )
         self.writer: CheckpointWriter | None = None
         if arguments.checkpoint.save is not None:
             self.writer = CheckpointWriter(
@@ -296,6 +301,7 @@ class Trainer:
                 consumed_samples=progress.consumed_train_samples,
                 batch_size=samples,
                 loss=result.loss,
+                kl_to_base=result.kl_to_base,
                 skipped=result.skipped,
                 grad_norm=result.grad_norm,
                 learning_rate=learning_rate,

@@ -23,6 +23,7 @@ from megatron_midus.training.checks import (
     check_background,
     check_environment,
     check_experts,
+    check_kl_to_base,
     check_memory_settings,
     check_schedule,
     resolve_pipeline,
@@ -90,6 +91,7 @@ def prepare(arguments: Arguments) -> Start:
     check_schedule(arguments, sizes, architecture.plan.num_layers)
     check_memory_settings(arguments, architecture.plan)
     check_experts(arguments, architecture, sizes.world_size)
+    check_kl_to_base(arguments, architecture)
     check_background(arguments, architecture)
     _prepare_environment(arguments)
     check_data_contents(arguments, tokenizer)

@@ -18,6 +18,7 @@ from megatron_midus.training.checks import (
     check_background,
     check_environment,
     check_experts,
+    check_kl_to_base,
     check_memory_settings,
     check_schedule,
     resolve_pipeline,
@@ -81,6 +82,7 @@ def check_run_to_come(
     check_schedule(dataclasses.replace(arguments, parallel=parallel), sizes, plan.num_layers)
     check_memory_settings(arguments, plan)
     check_experts(arguments, architecture, processes)
+    check_kl_to_base(arguments, architecture)
     check_background(arguments, architecture)
 
 

@@ -24,6 +24,7 @@ from megatron_midus import platform
 from megatron_midus.config.optimizer import OptimizationConfig
 from megatron_midus.data import get_batch
 from megatron_midus.errors import UserError
+from megatron_midus.training.kl_to_base import KlToBase
 from megatron_midus.training.memory.value_updates import ValueUpdates
 from megatron_midus.training.optimizer import optimizer_step
 from megatron_midus.training.replicas import is_of_expert
@@ -53,11 +54,13 @@ class StepResult:
 
     Attributes:
         loss: mean over the tokens of the global batch, nats; ``None`` off the last pipeline stage.
+        kl_to_base: as ``loss``, the divergence from the base; ``None`` without ``--kl-to-base``.
         exit_code: not ``None`` when the loss was refused: the run must end with it, without the optimizer's step.
         save_before_exit: whether a checkpoint of the state before this step is wanted then.
     """
 
     loss: float | None
+    kl_to_base: float | None = None
     skipped: bool = False
     grad_norm: float | None = None
     num_zeros: int | None = None
@@ -78,8 +81,14 @@ class Evaluation:
     num_batches: int
 
 
-def make_forward_step(shape: BatchShape, *, check_loss: bool) -> Callable[..., tuple[torch.Tensor, Callable]]:
-    """The function that Megatron-Core's schedules call for every micro-batch."""
+def make_forward_step(
+    shape: BatchShape, *, check_loss: bool, kl_to_base: KlToBase | None = None
+) -> Callable[..., tuple[torch.Tensor, Callable]]:
+    """The function that Megatron-Core's schedules call for every micro-batch.
+
+    Args:
+        kl_to_base: a second term of the loss in training; evaluations are of the cross-entropy alone.
+    """
 
     def forward_step(iterator: Iterator | None, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
@@ -97,31 +106,46 @@ def make_forward_step(shape: BatchShape, *, check_loss: bool) -> Callable[..., t
             eod=shape.eod,
             documents_by_position=shape.documents_by_position,
         )
-        output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
-        return output, functools.partial(loss_function, batch["loss_mask"], check_loss)
+        inputs = batch["tokens"], batch["position_ids"], batch["attention_mask"]
+        divergence = None
+        if kl_to_base is not None and torch.is_grad_enabled():
+            kl_to_base.run_base(*inputs)
+        output = model(*inputs, labels=batch["labels"])
+        if kl_to_base is not None and torch.is_grad_enabled():
+            divergence = kl_to_base.coefficient, kl_to_base.take()
+        return output, functools.partial(loss_function, batch["loss_mask"], check_loss, divergence)
 
     return forward_step
 
 
 def loss_function(
-    loss_mask: torch.Tensor | None, check_loss: bool, losses: torch.Tensor
+    loss_mask: torch.Tensor | None,
+    check_loss: bool,
+    divergence: tuple[float, torch.Tensor] | None,
+    losses: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of the losses that count, their number, and both for the log.
+    """Sum of the losses that count, their number, and what the log says of it.
 
     Args:
         loss_mask: ``[b, s]``, 0 where a prediction does not count.
+        divergence: a second term of the loss: its weight, and ``[b, s]``, nats.
         losses: ``[b, s]``, nats.
     """
     assert loss_mask is not None
-    total = (losses.float() * loss_mask).sum()
+    cross_entropy = total = (losses.float() * loss_mask).sum()
+    sums = {"lm loss": cross_entropy}
+    if divergence is not None:
+        coefficient, of_tokens = divergence
+        sums["kl to base"] = (of_tokens.float() * loss_mask).sum()
+        total = cross_entropy + coefficient * sums["kl to base"]
     if check_loss and torch.is_grad_enabled():
         validate = get_rerun_state_machine().validate_result
         for name, is_bad in (("nan", torch.isnan), ("infinite", torch.isinf)):
             validate(result=total, rejection_func=is_bad, message=f"{name} loss", tolerance=0.0, fatal=True)
     num_tokens = loss_mask.sum().to(torch.int)
-    # A copy: the schedule divides the total in place by tokens and micro-batches.
-    report = torch.stack([total.detach().clone(), num_tokens.to(total.dtype)])
-    return total, num_tokens, {"lm loss": report}
+    # Copies: the schedule divides the total in place by tokens and micro-batches.
+    report = {name: torch.stack([value.detach(), num_tokens.to(value.dtype)]) for name, value in sums.items()}
+    return total, num_tokens, report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +210,8 @@ def train_step(
             learner.average.count_step()
     if empty_cache_level >= 2:
         torch.cuda.empty_cache()
-    return StepResult(loss=loss, skipped=not updated, grad_norm=grad_norm, num_zeros=num_zeros)
+    divergence = mean_loss(reports, "kl to base") if reports and "kl to base" in reports[0] else None
+    return StepResult(loss=loss, kl_to_base=divergence, skipped=not updated, grad_norm=grad_norm, num_zeros=num_zeros)
 
 
 def forward_backward(
@@ -221,11 +246,11 @@ def run_schedule(
     )
 
 
-def mean_loss(reports: list[dict[str, torch.Tensor]]) -> float | None:
-    """Loss per token over the micro-batches of all data-parallel ranks; ``None`` off the last pipeline stage."""
+def mean_loss(reports: list[dict[str, torch.Tensor]], name: str = "lm loss") -> float | None:
+    """Loss per token, or another figure of the reports, over the micro-batches of all data-parallel ranks; ``None`` off the last pipeline stage."""
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None
-    total = torch.stack([report["lm loss"] for report in reports]).double().sum(dim=0)
+    total = torch.stack([report[name] for report in reports]).double().sum(dim=0)
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     # No token that counts in the whole batch: the loss is 0, as the schedule's clamp makes the gradient.
     return float(total[0] / total[1].clamp(min=1))

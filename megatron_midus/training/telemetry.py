@@ -29,6 +29,7 @@ class StepReport:
         skipped: whether the optimizer left the step out (float16 overflow).
         grad_norm: global L2 norm of the gradient before clipping.
         learning_rate, value_learning_rate: of the next step, as Megatron logs it.
+        kl_to_base: as ``loss``, the divergence from the base; ``None`` without ``--kl-to-base``.
         load_balancing_loss: mean of the routers that learn since the last report, 1 = balanced; ``None`` where there is none.
     """
 
@@ -44,6 +45,7 @@ class StepReport:
     num_zeros: int | None
     params_norm: float | None = None
     load_balancing_loss: float | None = None
+    kl_to_base: float | None = None
 
 
 class Telemetry:
@@ -101,6 +103,8 @@ class Telemetry:
         self._interval_tokens += report.batch_size * self.seq_length
         if report.loss is not None and math.isfinite(report.loss) and not report.skipped:
             self._losses.append(report.loss)
+            if report.kl_to_base is not None:
+                self._divergences.append(report.kl_to_base)
         elif report.loss is not None and not math.isfinite(report.loss):
             self._nan_steps += 1
         self._skipped_steps += int(report.skipped)
@@ -112,6 +116,7 @@ class Telemetry:
         self._skipped_steps = 0
         self._nan_steps = 0
         self._losses: list[float] = []
+        self._divergences: list[float] = []
 
     def pause(self, seconds: float) -> None:
         """Leaves ``seconds`` (an evaluation, a save) out of the time per iteration."""
@@ -158,6 +163,8 @@ class Telemetry:
             fields.append(f"load_balancing_loss: {report.load_balancing_loss:.6E}")
         fields.append(f"number of skipped iterations: {self._skipped_steps:3d}")
         fields.append(f"number of nan iterations: {self._nan_steps:3d}")
+        if self._divergences:
+            fields.append(f"kl to base: {sum(self._divergences) / len(self._divergences):.6E}")
         fields.append(f"tokens per second: {tokens_per_second:.0f}")
         fields.append(f"time left: {format_seconds((self.train_iters - report.iteration) * seconds)}")
         return " | ".join(fields) + " |"
@@ -177,6 +184,7 @@ class Telemetry:
             "value-learning-rate": report.value_learning_rate,
             "batch-size": report.batch_size,
             "lm loss": report.loss,
+            "kl to base": report.kl_to_base,
             "loss-scale": report.loss_scale,
             "grad-norm": report.grad_norm,
             "num-zeros": report.num_zeros,

@@ -155,6 +155,12 @@ def forward_flops_per_token(model: ModelConfig, plan: UpscalePlan, seq_length: i
     return sum(block.weights + block.activations for block in blocks) + logits
 
 
+def base_flops_per_token(model: ModelConfig, plan: UpscalePlan, seq_length: int) -> float:
+    """As ``forward_flops_per_token``, of the base inside the up-scaled model, which ``--kl-to-base`` runs before each pass."""
+    kept = [block_flops(model, plan, index, seq_length) for index, block in enumerate(plan.blocks) if block.is_kept]
+    return sum(block.weights + block.activations for block in kept) + 2.0 * model.hidden_size * model.vocab_size
+
+
 def flops_per_token(
     model: ModelConfig, plan: UpscalePlan, seq_length: int, *, train: Train = "all", lora_rank: int | None = None
 ) -> float:

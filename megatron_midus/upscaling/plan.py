@@ -198,11 +198,22 @@ class UpscalePlan:
         return self if self.blocks == kept else UpscalePlan(num_base_layers=self.num_base_layers, blocks=kept)
 
     @property
+    def contains_base(self) -> bool:
+        """Whether the blocks that are kept are the base's, all of them and in their order."""
+        kept = [block.source[0] for block in self.blocks if block.is_kept]
+        return kept == list(range(self.num_base_layers))
+
+    @property
     def is_identity(self) -> bool:
         """Whether the up-scaled model computes the base's function before any training."""
-        kept = [block.source[0] for block in self.blocks if block.is_kept]
         added = [block for block in self.blocks if not block.is_kept]
-        return kept == list(range(self.num_base_layers)) and all(b.init not in ("exact", "mean") for b in added)
+        return self.contains_base and all(b.init not in ("exact", "mean") for b in added)
+
+    def keeps_base(self, train: str) -> bool:
+        """Whether ``--train`` leaves every weight of the base as it is, with the base still in the model."""
+        if train == "lora":  # adapters stand beside the weights
+            return self.contains_base
+        return self.contains_base and not any(block.is_kept and block.learns(train) for block in self.blocks)
 
     @property
     def block_types(self) -> tuple[str, ...]:

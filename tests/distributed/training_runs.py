@@ -32,6 +32,7 @@ from megatron_midus.training.checkpoint.source import Source, find_source
 from megatron_midus.training.checkpoint.state import Progress, load_average, load_training_state, training_state
 from megatron_midus.training.checkpoint.writer import CheckpointWriter
 from megatron_midus.training.checks import check_experts, check_schedule, resolve_pipeline, resolve_sizes
+from megatron_midus.training.kl_to_base import KlToBase, kl_to_base
 from megatron_midus.training.memory.telemetry import MemoryTelemetry
 from megatron_midus.training.memory.value_updates import ValueUpdates
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
@@ -246,7 +247,8 @@ def train(
         if source.resume:
             memory_telemetry.load(source.directory)
     learner = Learner(chunks, optimizer, scheduler, value_updates, average)
-    curve = _steps(arguments, learner, progress, run, memory_telemetry, after_step)
+    term = kl_to_base(arguments, architecture, chunks)
+    curve = _steps(arguments, learner, progress, run, memory_telemetry, after_step, term)
     if average is not None:
         average.catch_up()
     if run.save is not None:
@@ -266,10 +268,11 @@ def _steps(
     run: Run,
     memory_telemetry: MemoryTelemetry | None,
     after_step: Callable[[list, Any], None] | None,
+    term: KlToBase | None,
 ) -> list[tuple]:
     chunks = list(learner.model_chunks)
     shape = BatchShape(arguments.training.micro_batch_size, SEQUENCE, False, None)
-    forward_step = make_forward_step(shape, check_loss=False)
+    forward_step = make_forward_step(shape, check_loss=False, kl_to_base=term)
     iterator = build.build_iterators(
         NumberedSamples(),
         arguments,
