@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 from megatron_midus.errors import UserError
@@ -154,7 +153,7 @@ class TrainingConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be 0 (never) or more")
         if self.dry_run and self.skip_train:
             raise UserError("dry_run builds a training run and skip_train has none; give one of the two flags")
-        if not 0 <= self.kl_to_base < math.inf:
+        if self.kl_to_base < 0:
             raise UserError(f"kl_to_base={self.kl_to_base} must be 0 (none) or more")
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:

@@ -242,30 +242,20 @@ def check_experts(arguments: Arguments, architecture: Architecture, world_size: 
 
 
 def check_kl_to_base(arguments: Arguments, architecture: Architecture) -> None:
-    """Refuses a divergence from a base that training moves, that the model does not hold, or that no process holds whole."""
+    """Refuses a divergence from a base that training changes, or that no process holds whole."""
     coefficient, plan, train = arguments.training.kl_to_base, architecture.plan, architecture.train
     if not coefficient or arguments.training.skip_train:
         return
     stages = arguments.parallel.pipeline_model_parallel_size
     if stages > 1:
         raise UserError(
-            f"kl_to_base={coefficient:g} runs the base on every process whole, and pipeline_model_parallel_size={stages} divides "
+            f"kl_to_base={coefficient:g} runs the base whole on every process, and pipeline_model_parallel_size={stages} divides "
             "it; choose 1"
-        )
-    check_keeps_base(coefficient, plan, train)
-
-
-def check_keeps_base(coefficient: float, plan: UpscalePlan, train: Train) -> None:
-    """Raises ``ValueError`` where ``--kl-to-base`` would not find the base in the model."""
-    if not plan.contains_base:
-        raise UserError(
-            f"kl_to_base={coefficient:g} needs all layers of the base in their order, and policy {plan.policy} does not keep "
-            "them; leave it out"
         )
     if not plan.keeps_base(train):
         raise UserError(
-            f"kl_to_base={coefficient:g} needs the base as it was, and --train {train} of policy {plan.policy} changes its "
-            "weights; choose --train lora, or --train inserted of a policy that inserts blocks, or leave it out"
+            f"kl_to_base={coefficient:g} needs the base as it was, and --train {train} of policy {plan.policy} changes it; choose "
+            "--train lora, or --train inserted where blocks were inserted, or leave it out"
         )
 
 

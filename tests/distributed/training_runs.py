@@ -90,9 +90,11 @@ class NumberedSamples(torch.utils.data.Dataset):
         }
 
 
-def write_checkpoints(root: Path) -> None:
+def write_checkpoints(root: Path, only: str | None = None) -> None:
     """``root/<variant>``: a checkpoint of iteration 0 of each variant, every weight random, value banks too."""
     for variant, settings in {**VARIANTS, "experts": {}, "experts_copied": None}.items():
+        if only not in (None, variant):
+            continue
         plan = make_plan("llama_pro", num_layers=4, insert_after=(1, 3))
         if settings is not None:
             memory = MemoryConfig(memory_num_keys=9, memory_topk=3, memory_latent_size=8, **settings)

@@ -58,7 +58,7 @@ def test_counts_are_in_the_checkpoint(upscaled):
     assert all(torch.equal(tensor, counts[name]) for name, tensor in load_file(again).items())
 
 
-BF16 = "--bf16 --use-distributed-optimizer --async-save"
+BF16 = "--bf16 --use-distributed-optimizer --async-save --kl-to-base 0.5"
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,8 @@ def test_resume_is_exact_and_counts_travel(runs, upscaled):
     whole, first, second = (runs[name][1] for name in ("whole", "first", "second"))
     assert "5 slots of a bank a step, by tfidf against 3 background batches of 2 samples" in whole.out
     assert {**first.losses, **second.losses} == whole.losses
+    divergences = [line["kl to base"] for line in whole.lines]
+    assert [line["kl to base"] for line in (*first.lines, *second.lines)] == divergences and float(divergences[0]) > 0
     found, expected = (read_tensors(runs[name][0], 4) for name in ("second", "whole"))
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
     counts = (upscaled / "iter_0000000" / BACKGROUND_FILE).read_bytes()
@@ -130,6 +132,7 @@ def test_values_alone_by_sgd(upscaled, tmp_path):
             "--memory-update-slots 0 --train lora --lora-rank 2 --memory-log-interval 2 --memory-revive-interval 2",
             "memory_revive_interval=2 moves keys, which --train lora freezes",
         ),
+        ("--train all --kl-to-base 2", "kl_to_base=2 needs the base as it was, and --train all of policy interleave"),
         ("--memory-update-slots -1", "memory_update_slots=-1 must not be negative"),
     ],
 )

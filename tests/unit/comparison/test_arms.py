@@ -9,7 +9,7 @@ from megatron_midus.comparison.arms import RESERVED_FLAGS, count_iterations, res
 from megatron_midus.comparison.experiment import Arm, Budget, Evaluation
 from megatron_midus.training.arguments import build_parser
 from megatron_midus.upscaling import POLICIES
-from megatron_midus.upscaling.cost import flops_per_token
+from megatron_midus.upscaling.cost import flops_per_token, forward_flops_per_token
 
 
 def with_budget(experiment, points=1, **budget):
@@ -33,6 +33,9 @@ def test_flops_buy_a_cheaper_arm_more_steps(tmp_path):
         assert arm.flops_per_token == flops_per_token(experiments.MODEL, arm.plan, 32, train="inserted")
         steps = arm.flops_per_token * 128
         assert arm.iterations * steps <= 1e9 < (arm.iterations + 1) * steps
+    held = dataclasses.replace(midus.arm, driver={"kl-to-base": "1e-1"})
+    base_flops = forward_flops_per_token(experiments.MODEL, base.plan, 32)
+    assert resolve_arm(experiment, held, experiments.MODEL).flops_per_token == midus.flops_per_token + base_flops
     assert pro.iterations != midus.iterations and base.iterations == 0
     assert pro.added == pro.trainable and midus.added == midus.trainable and (base.added, base.trainable) == (0, 0)
     assert len({arm.architecture for arm in (pro, midus, base)}) == 3

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 
 import pytest
 
 from megatron_midus.config import MemoryConfig, ModelConfig
+from megatron_midus.training.architecture import Architecture, resolve_train
 from megatron_midus.training.arguments import parse_arguments
 from megatron_midus.training.checks import (
     RunSizes,
     check_environment,
+    check_kl_to_base,
     check_schedule,
     num_virtual_stages,
     resolve_pipeline,
@@ -67,6 +70,44 @@ def test_virtual_stages():
         num_virtual_stages(parallel, 10)
     with pytest.raises(ValueError, match="leaves one chunk per stage"):
         num_virtual_stages(parallel, 4)
+
+
+@pytest.mark.parametrize(
+    ("policy", "flags", "words"),
+    [
+        ("interleave", "", None),
+        ("interleave", "--train values", None),
+        (
+            "interleave",
+            "--train all",
+            "needs the base as it was, and --train all of policy interleave changes it; choose",
+        ),
+        ("interleave", "--pipeline-model-parallel-size 2", "pipeline_model_parallel_size=2 divides it; choose 1"),
+        ("none", "--train lora --lora-rank 2", None),
+        ("none", "", "--train all of policy none"),
+        ("control", "--train inserted", "--train inserted of policy control"),
+        ("control", "--train lora --lora-rank 2", None),
+        ("solar", "", "--train all of policy solar"),
+        ("solar", "--train inserted", None),
+    ],
+)
+def test_whether_there_is_a_base_to_diverge_from(policy, flags, words):
+    plan = make_plan(policy, num_layers=4, num_blocks=None if policy == "none" else 2, memory=MemoryConfig())
+
+    def check(coefficient):
+        given = arguments(f"{flags} --kl-to-base {coefficient}")
+        train = resolve_train(given.training.train, plan)
+        check_kl_to_base(given, Architecture(plan.applied_to(MODEL), plan, train, None))
+
+    check(0)
+    with contextlib.nullcontext() if words is None else pytest.raises(ValueError) as caught:
+        check(0.5)
+    assert words is None or (str(caught.value).startswith("kl_to_base=0.5 ") and words in str(caught.value))
+
+
+def test_the_divergence_has_no_negative_weight():
+    with pytest.raises(ValueError, match="kl_to_base=-1.0 must be 0"):
+        arguments("--kl-to-base=-1")
 
 
 MODEL = ModelConfig(

@@ -69,6 +69,13 @@ def test_a_line_every_interval_with_the_mean_loss(capsys):
     assert "lm loss: 6.000000E+00" in second and "throughput" not in first and "loss scale" not in first
 
 
+def test_the_divergence_from_the_base_comes_behind_what_megatron_says(capsys):
+    log = telemetry()
+    log.step(report(1, kl_to_base=0.0))
+    log.step(report(2, kl_to_base=0.5))
+    assert "number of nan iterations:   0 | kl to base: 2.500000E-01 | tokens per second" in capsys.readouterr().out
+
+
 def test_skipped_and_nan_steps_are_counted_and_left_out_of_the_mean(capsys):
     log = telemetry(log_interval=4)
     log.step(report(1, 2.0))

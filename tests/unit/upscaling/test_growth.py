@@ -62,6 +62,8 @@ def test_blocks_of_the_second_plan():
     assert plan.is_identity and plan.base == FIRST
     trained = grow("interleave", FIRST, memory=MEMORY, insert_after=[3, 5], train_earlier_memory=True)
     assert trained.inserted_indices == (3, 4, 7, 8) and trained.added_indices == (4, 7) and trained.is_identity
+    # Whether the Memory blocks that the base has stay as they are.
+    assert plan.keeps_base("inserted") and not trained.keeps_base("inserted") and not plan.keeps_base("values")
     assert trained.blocks[3].describe() == "memory(3, exact, trained)"
 
 
