@@ -32,6 +32,8 @@ ASSETS_DIRECTORY = "hf_assets"
 BACKGROUND_FILE = "memory_background.safetensors"
 # Keys of averaged weights (--ema-decay) begin with it, and go on as those of the weights.
 AVERAGE_PREFIX = "ema."
+# Keys of the weights that a run began with (--l2-to-start), likewise.
+START_PREFIX = "start."
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
 # Weights and their indices are converted, never copied; everything else of a Hugging Face directory is an asset.

@@ -118,6 +118,10 @@ class OptimizationConfig:
     the rest from the weights; after step t the share is t / (t + 9) where that is less. It is evaluated beside the weights,
     lies in checkpoints (midus convert --weights ema) and takes 4 bytes a trained weight; absent = none."""
 
+    l2_to_start: float = 0.0
+    """Decoupled decay towards the weights that the run began with, in place of 0 (L2-SP), to hold a model near its base: a step
+    first takes away lr * this share of the distance, with lr of the weight's group. Adds a copy of the weights that learn."""
+
     loss_scale: float | None = None
     """Constant loss scale of fp16; dynamic when absent."""
 
@@ -149,6 +153,7 @@ class OptimizationConfig:
             "value_weight_decay",
             "clip_grad",
             "value_clip_grad",
+            "l2_to_start",
             "lr_warmup_iters",
             "memory_update_slots",
         ):
@@ -165,6 +170,11 @@ class OptimizationConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         check_ema_decay(self.ema_decay)
+        if self.l2_to_start and self.memory_update_slots:
+            raise UserError(
+                f"l2_to_start={self.l2_to_start} moves every slot and memory_update_slots={self.memory_update_slots} leaves most of "
+                "them as they are; give one"
+            )
         if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
             raise UserError(
                 "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler exclude each other; give one"

@@ -35,6 +35,7 @@ class RankUse:
     optimizer: int
     peak: int
     average: int = 0
+    start: int = 0
 
 
 def dry_run(trainer: Trainer) -> str:
@@ -72,6 +73,7 @@ def rank_use(learner: Learner, kind: str) -> RankUse:
         optimizer=elements * (_STATE_BYTES[kind] + (4 if is_16_bit else 0)),
         peak=peak_memory_bytes(),
         average=0 if learner.average is None else learner.average.num_bytes(),
+        start=0 if learner.start_weights is None else learner.start_weights.num_bytes(),
     )
 
 
@@ -96,11 +98,12 @@ def describe_ranks(uses: Sequence[RankUse]) -> list[str]:
         members = list(group)
         use, last = members[0], first + len(members) - 1
         name = f"rank {first}" if last == first else f"ranks {first}-{last}, each"
-        held = use.weights + use.gradients + use.optimizer + use.average
+        held = use.weights + use.gradients + use.optimizer + use.average + use.start
         average = f"average of weights {size(use.average)}, " if use.average else ""
+        start = f"weights of the start {size(use.start)}, " if use.start else ""
         lines.append(
             f"{name}: {use.parameters:,} parameters, {use.trainable:,} trainable; weights {size(use.weights)}, "
-            f"gradients {size(use.gradients)}, optimizer {size(use.optimizer)}, {average}together {size(held)}; "
+            f"gradients {size(use.gradients)}, optimizer {size(use.optimizer)}, {average}{start}together {size(held)}; "
             f"peak of a pass {size(max(member.peak for member in members))}, the optimizer's state not included"
         )
         first = last + 1

@@ -378,6 +378,7 @@ class Trainer:
             memory_usage=self.memory_telemetry.state() if self.memory_telemetry is not None else None,
             flags=schedule_flags(self.arguments.optimizer, self.arguments.training, self.sizes.global_batch_size),
             average=self.learner.average,
+            start_weights=self.learner.start_weights,
         )
         self.writer.save(self.progress.iteration, state)
         seconds = time.perf_counter() - start

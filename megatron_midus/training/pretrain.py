@@ -32,6 +32,7 @@ from megatron_midus.training.checkpoint.state import (
     Progress,
     check_epoch,
     load_average,
+    load_start_weights,
     load_training_state,
     read_common_state,
     read_progress,
@@ -47,6 +48,7 @@ from megatron_midus.training.optimizer import build_optimizer, build_scheduler
 from megatron_midus.training.schedule import schedule_flags, schedule_lengths
 from megatron_midus.training.signals import TerminationSignal
 from megatron_midus.training.start import Start
+from megatron_midus.training.start_weights import StartWeights
 from megatron_midus.training.step import Learner
 from megatron_midus.training.summary import describe_groups, describe_run
 from megatron_midus.training.telemetry import Telemetry
@@ -160,7 +162,9 @@ def _build_trainer(start: Start, signal: TerminationSignal) -> Trainer:
     value_updates = _value_updates(arguments, architecture, chunks, optimizer)
     decay = arguments.optimizer.ema_decay
     average = WeightAverage(chunks, decay) if decay is not None else None
-    learner = Learner(chunks, optimizer, scheduler, value_updates, average)
+    pull = arguments.optimizer.l2_to_start
+    start_weights = StartWeights(chunks, optimizer, pull) if optimizer is not None and pull else None
+    learner = Learner(chunks, optimizer, scheduler, value_updates, average, start_weights)
     progress = _restore(start, learner)
     train_iters = _train_iters(arguments, progress)
     datasets = build.build_datasets(
@@ -243,6 +247,7 @@ def _restore(start: Start, learner: Learner) -> Progress:
         return Progress()
     _set_damaged_aside(arguments, source)
     load_average(source.directory, learner.average, train=start.architecture.train)
+    load_start_weights(source.directory, learner.start_weights, train=start.architecture.train)
     if learner.optimizer is None or learner.scheduler is None:
         return read_progress(read_common_state(source.directory))
     progress = load_training_state(

@@ -28,6 +28,7 @@ from megatron_midus.training.kl_to_base import KlToBase
 from megatron_midus.training.memory.value_updates import ValueUpdates
 from megatron_midus.training.optimizer import optimizer_step
 from megatron_midus.training.replicas import is_of_expert
+from megatron_midus.training.start_weights import StartWeights
 from megatron_midus.training.weight_average import WeightAverage
 
 DataIterator = RerunDataIterator | list[RerunDataIterator | None] | None
@@ -157,6 +158,7 @@ class Learner:
         optimizer, scheduler: of the trainable parameters; ``None`` to evaluate only.
         value_updates: how memory values are updated, if not as the rest.
         average: of the weights, if one is kept.
+        start_weights: towards which the weights decay, if they do.
     """
 
     model_chunks: Sequence[torch.nn.Module]
@@ -164,6 +166,7 @@ class Learner:
     scheduler: OptimizerParamScheduler | None
     value_updates: ValueUpdates | None = None
     average: WeightAverage | None = None
+    start_weights: StartWeights | None = None
 
 
 def train_step(

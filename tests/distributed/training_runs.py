@@ -29,7 +29,13 @@ from megatron_midus.training.architecture import Architecture, resolve_architect
 from megatron_midus.training.arguments import Arguments, parse_arguments
 from megatron_midus.training.checkpoint.optimizer_state import stored_groups
 from megatron_midus.training.checkpoint.source import Source, find_source
-from megatron_midus.training.checkpoint.state import Progress, load_average, load_training_state, training_state
+from megatron_midus.training.checkpoint.state import (
+    Progress,
+    load_average,
+    load_start_weights,
+    load_training_state,
+    training_state,
+)
 from megatron_midus.training.checkpoint.writer import CheckpointWriter
 from megatron_midus.training.checks import check_experts, check_schedule, resolve_pipeline, resolve_sizes
 from megatron_midus.training.kl_to_base import KlToBase, kl_to_base
@@ -37,6 +43,7 @@ from megatron_midus.training.memory.telemetry import MemoryTelemetry
 from megatron_midus.training.memory.value_updates import ValueUpdates
 from megatron_midus.training.optimizer import build_optimizer, build_scheduler
 from megatron_midus.training.schedule import schedule_flags
+from megatron_midus.training.start_weights import StartWeights
 from megatron_midus.training.step import BatchShape, Learner, make_forward_step, train_step
 from megatron_midus.training.weight_average import WeightAverage
 from megatron_midus.upscaling import make_plan
@@ -183,6 +190,19 @@ def train_and_average(runs: dict[str, Run], layout_flags: str) -> dict[str, tupl
     return found
 
 
+def train_and_watch(runs: dict[str, Run], layout_flags: str) -> dict[str, list[list]]:
+    """``weights`` before the first step and after every step of each run."""
+    found: dict[str, list[list]] = {}
+    for name, run in runs.items():
+        kept = found[name] = []
+
+        def keep(chunks: list, optimizer: Any = None, kept: list = kept) -> None:
+            kept.append(weights(chunks))
+
+        train(run, layout_flags, before_steps=keep, after_step=keep)
+    return found
+
+
 def train(
     run: Run,
     layout_flags: str,
@@ -220,6 +240,8 @@ def train(
         value_updates = ValueUpdates(arguments.optimizer, chunks, optimizer, architecture.background)
     decay = arguments.optimizer.ema_decay
     average = None if decay is None else WeightAverage(chunks, decay)
+    pull = arguments.optimizer.l2_to_start
+    start_weights = StartWeights(chunks, optimizer, pull) if pull else None
     progress = Progress()
     if source.resume:
         assert source.directory is not None
@@ -235,6 +257,7 @@ def train(
             load_rng=False,
         )
         load_average(source.directory, average, train=architecture.train)
+        load_start_weights(source.directory, start_weights, train=architecture.train)
     before_steps(chunks)
     recorder, memory_telemetry = _Recorder(), None
     if arguments.memory_telemetry.memory_log_interval and architecture.plan.memory is not None:
@@ -248,7 +271,7 @@ def train(
         )
         if source.resume:
             memory_telemetry.load(source.directory)
-    learner = Learner(chunks, optimizer, scheduler, value_updates, average)
+    learner = Learner(chunks, optimizer, scheduler, value_updates, average, start_weights)
     term = kl_to_base(arguments, architecture, chunks)
     curve = _steps(arguments, learner, progress, run, memory_telemetry, after_step, term)
     if average is not None:
@@ -257,7 +280,7 @@ def train(
         usage = memory_telemetry.state() if memory_telemetry is not None else None
         state = training_state(
             chunks, optimizer, scheduler, progress, train=architecture.train, with_rng=False, memory_usage=usage,
-            average=average,
+            average=average, start_weights=start_weights,
         )  # fmt: skip
         CheckpointWriter(run.save, architecture, is_async=False, keep_last=0).save(progress.iteration, state)
     return Outcome(curve, chunks, optimizer, memory_telemetry, recorder.figures, recorder.revived, average)

@@ -30,6 +30,7 @@ from megatron_midus.model.checkpoint import sharded_state_dict
 from megatron_midus.training.checkpoint.optimizer_state import load_optimizer_state, optimizer_metadata, stored_groups
 from megatron_midus.training.messages import print_rank_0, warn_rank_0
 from megatron_midus.training.schedule import describe_change, flags_of, without_effect
+from megatron_midus.training.start_weights import StartWeights
 from megatron_midus.training.weight_average import WeightAverage
 
 _TRAINING_STATE = "training_state"
@@ -37,6 +38,7 @@ _SCHEDULE = "opt_param_scheduler"
 _LAYOUT = "parallel_layout"
 _SAMPLES_PER_EPOCH = "samples_per_epoch"
 _AVERAGE_UPDATES = "average_updates"
+_HAS_START_WEIGHTS = "has_start_weights"
 
 
 @dataclasses.dataclass
@@ -71,6 +73,7 @@ def training_state(
     memory_usage: dict[str, Any] | None = None,
     flags: dict[str, Any] | None = None,
     average: WeightAverage | None = None,
+    start_weights: StartWeights | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint holds.
 
@@ -85,12 +88,14 @@ def training_state(
         memory_usage: of ``MemoryTelemetry.state``.
         flags: of ``schedule_flags``.
         average: of the weights.
+        start_weights: towards which the weights decay.
     """
     model_state = sharded_state_dict(model_chunks)
     state: dict[str, Any] = {
         **model_state,
         **(memory_usage or {}),
         **(average.state() if average is not None else {}),
+        **(start_weights.state() if start_weights is not None else {}),
         _TRAINING_STATE: {
             **dataclasses.asdict(progress),
             "train": train,
@@ -99,6 +104,7 @@ def training_state(
             "has_optimizer": optimizer is not None,
             "has_rng": with_rng,
             **({_AVERAGE_UPDATES: average.updates} if average is not None else {}),
+            **({_HAS_START_WEIGHTS: True} if start_weights is not None else {}),
         },
         "iteration": progress.iteration,
         "consumed_samples": progress.consumed_train_samples,
@@ -273,6 +279,25 @@ def load_average(directory: Path, average: WeightAverage | None, *, train: str) 
         with readable(directory):
             average.load(directory, updates)
         print_rank_0(f"average of weights: goes on after {updates} updates")
+
+
+def load_start_weights(directory: Path, start_weights: StartWeights | None, *, train: str) -> None:
+    """Decays towards what the run of a checkpoint began with; says so where it is something else. Collective over all ranks."""
+    stored = read_common_state(directory).get(_TRAINING_STATE)
+    if stored is None:  # the beginning of a run
+        return
+    is_there = stored.get(_HAS_START_WEIGHTS, False)
+    if start_weights is None:
+        if is_there:
+            warn_rank_0(
+                f"the run of {directory} decayed towards its start, and this one does not: no --l2-to-start was given"
+            )
+    elif not is_there or stored["train"] != train:
+        reason = f"of other parameters (--train {stored['train']})" if is_there else "not kept there"
+        print_rank_0(f"--l2-to-start: towards the weights of {directory}; what its run began with is {reason}")
+    else:
+        with readable(directory):
+            start_weights.load(directory)
 
 
 def _has_matching_optimizer(stored: dict[str, Any], train: str, directory: Path) -> bool:

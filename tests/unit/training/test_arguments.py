@@ -178,6 +178,8 @@ WRONG = [
     ("--value-weight-decay 0.1 --weight-decay 0", "give --weight-decay as well"),
     ("--adam-beta2 1", "adam_beta2=1.0"),
     ("--ema-decay 1", "ema_decay=1.0 must be above 0 and below 1"),
+    ("--l2-to-start -1", "l2_to_start=-1.0 must not be negative"),
+    ("--l2-to-start 1 --memory-update-slots 9", "leaves most of them as they are; give one"),
     ("--weight-decay-incr-style linear", "needs 0 <= --start-weight-decay"),
     ("--start-weight-decay 0.1", "--weight-decay-incr-style linear or cosine"),
     ("--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler", "exclude each other"),
