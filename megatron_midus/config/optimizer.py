@@ -116,7 +116,8 @@ class OptimizationConfig:
     ema_decay: float | None = None
     """Keep a moving average of the weights that learn, for instance 0.999: after each step it keeps this share of itself and takes
     the rest from the weights; after step t the share is t / (t + 9) where that is less. It is evaluated beside the weights,
-    lies in checkpoints (midus convert --weights ema) and takes 4 bytes a trained weight; absent = none."""
+    lies in checkpoints (midus convert --weights ema) and takes 4 bytes a trained weight, which data-parallel ranks share under
+    --use-distributed-optimizer; absent = none."""
 
     l2_to_start: float = 0.0
     """Decoupled decay towards the weights that the run began with, in place of 0 (L2-SP), to hold a model near its base: a step

@@ -70,14 +70,14 @@ def rank_memory(
         trained_experts=experts,
         weights=total * workload.itemsize,
         gradients=trained * GRADIENT_BYTES,
-        optimizer=_optimizer_bytes(trained - experts, experts, layout, state),
-        average=trained * AVERAGE_BYTES * workload.averages_weights,
+        optimizer=_parted_bytes(trained - experts, experts, layout, state),
+        average=_parted_bytes(trained - experts, experts, layout, AVERAGE_BYTES * workload.averages_weights),
         activations=round(kept * stage_activations(model, plan, layout, workload, stage=stage)),
         transient=_transient(model, plan, layout, workload, stage=stage, vocab_divisible_by=vocab_divisible_by),
     )
 
 
-def _optimizer_bytes(others: int, experts: int, layout: ParallelLayout, state: int) -> int:
+def _parted_bytes(others: int, experts: int, layout: ParallelLayout, state: int) -> int:
     """Of what learns; the distributed optimizer parts it among the replicas that it has."""
     if not layout.distributed_optimizer:
         return (others + experts) * state

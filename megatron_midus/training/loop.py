@@ -364,7 +364,7 @@ class Trainer:
         if self.writer is None:
             return
         start = time.perf_counter()
-        self._catch_up()
+        self._synchronise_parameters()
         checkpoint = self.arguments.checkpoint
         state = training_state(
             self.learner.model_chunks,
@@ -394,12 +394,6 @@ class Trainer:
             for chunk in self.learner.model_chunks:
                 chunk.start_param_sync(force_sync=True)
 
-    def _catch_up(self) -> None:
-        """Makes the weights whole on every rank, and takes them into their average."""
-        self._synchronise_parameters()
-        if self.learner.average is not None:
-            self.learner.average.catch_up()
-
     # -- evaluation ----------------------------------------------------------------------------------------------
     def _due_evaluation(self) -> bool:
         interval = self.arguments.training.eval_interval
@@ -413,7 +407,7 @@ class Trainer:
         start = time.perf_counter()
         is_done = self._evaluate_model(split, split, num_batches, num_microbatches)
         if is_done and self.learner.average is not None:
-            self._catch_up()
+            self._synchronise_parameters()
             with self.learner.average.in_place_of_weights():
                 is_done = self._evaluate_model(split, f"{split} EMA", num_batches, num_microbatches)
         self.telemetry.pause(time.perf_counter() - start)

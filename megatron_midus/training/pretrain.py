@@ -161,7 +161,7 @@ def _build_trainer(start: Start, signal: TerminationSignal) -> Trainer:
         print_rank_0(describe_groups(optimizer))
     value_updates = _value_updates(arguments, architecture, chunks, optimizer)
     decay = arguments.optimizer.ema_decay
-    average = WeightAverage(chunks, decay) if decay is not None else None
+    average = WeightAverage(chunks, decay, optimizer) if decay is not None else None
     pull = arguments.optimizer.l2_to_start
     start_weights = StartWeights(chunks, optimizer, pull) if optimizer is not None and pull else None
     learner = Learner(chunks, optimizer, scheduler, value_updates, average, start_weights)
@@ -246,22 +246,23 @@ def _restore(start: Start, learner: Learner) -> Progress:
     if source.directory is None or not source.resume:
         return Progress()
     _set_damaged_aside(arguments, source)
-    load_average(source.directory, learner.average, train=start.architecture.train)
     load_start_weights(source.directory, learner.start_weights, train=start.architecture.train)
     if learner.optimizer is None or learner.scheduler is None:
-        return read_progress(read_common_state(source.directory))
-    progress = load_training_state(
-        source.directory,
-        learner.model_chunks,
-        learner.optimizer,
-        learner.scheduler,
-        settings=arguments.optimizer,
-        flags=schedule_flags(arguments.optimizer, arguments.training, start.sizes.global_batch_size),
-        train=start.architecture.train,
-        load_optim=arguments.checkpoint.load_optim,
-        load_rng=arguments.checkpoint.load_rng,
-    )
-    if progress.iteration:
+        progress = read_progress(read_common_state(source.directory))
+    else:
+        progress = load_training_state(
+            source.directory,
+            learner.model_chunks,
+            learner.optimizer,
+            learner.scheduler,
+            settings=arguments.optimizer,
+            flags=schedule_flags(arguments.optimizer, arguments.training, start.sizes.global_batch_size),
+            train=start.architecture.train,
+            load_optim=arguments.checkpoint.load_optim,
+            load_rng=arguments.checkpoint.load_rng,
+        )
+    load_average(source.directory, learner.average, train=start.architecture.train)
+    if learner.optimizer is not None and progress.iteration:
         print_rank_0(f"resuming after iteration {progress.iteration}, {progress.consumed_train_samples} samples")
     return progress
 

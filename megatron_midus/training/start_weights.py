@@ -19,7 +19,7 @@ from megatron_midus.checkpoint.layout import START_PREFIX
 from megatron_midus.megatron_compat import load_checkpoint
 from megatron_midus.model.builder import unwrap
 from megatron_midus.model.checkpoint import sharded_state_dict
-from megatron_midus.training.memory.masters import Master, find_master
+from megatron_midus.training.masters import Master, find_master
 
 
 class StartWeights:

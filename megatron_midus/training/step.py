@@ -202,15 +202,13 @@ def train_step(
     if check_loss and is_first and loss is not None and not math.isfinite(loss):
         # The rerun machine lets the first step pass, because it could not save a checkpoint yet.
         raise DivergedError(f"the loss of the first step is {loss}; check the checkpoint, the data and the precision")
-    if learner.average is not None:
-        learner.average.catch_up()  # the forward pass has gathered the weights of the step before
     with contextlib.nullcontext() if value_updates is None else value_updates.applied():
         outcome = optimizer_step(optimizer, settings)
     updated, grad_norm, num_zeros = _reduce(*outcome)
     if updated:
         scheduler.step(increment=samples)
         if learner.average is not None:
-            learner.average.count_step()
+            learner.average.update()
     if empty_cache_level >= 2:
         torch.cuda.empty_cache()
     divergence = mean_loss(reports, "kl to base") if reports and "kl to base" in reports[0] else None

@@ -31,7 +31,7 @@ def measure(setting: Setting, layout: Layout) -> dict[str, Any]:
         "parameters": sum(p.numel() for chunk in chunks for p in chunk.parameters()),
         "trained": sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad),
         "optimizer": _state_bytes(optimizer),
-        "average": WeightAverage(wrapped, 0.9).num_bytes(),
+        "average": WeightAverage(wrapped, 0.9, optimizer).num_bytes(),
         "activations": sum(each.bytes for each in kept),
         "messages": dict(messages.bytes),
     }

@@ -14,8 +14,8 @@ from training_runs import Run, train
 
 from megatron_midus.memory import HeadWiseMemory
 from megatron_midus.training.background import _count, _of_all_stages
+from megatron_midus.training.masters import find_master
 from megatron_midus.training.memory.counters import memories, watch
-from megatron_midus.training.memory.masters import find_master
 from megatron_midus.verbs.background import BackgroundConfig, _as_evaluation
 
 

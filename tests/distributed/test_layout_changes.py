@@ -127,6 +127,38 @@ def test_a_step_begins_with_the_share_of_the_way_back(checkpoint: Path) -> None:
         )
 
 
+def test_sixteen_bit_weights_are_averaged_as_their_masters(checkpoint: Path, tmp_path: Path) -> None:
+    """In steps far below a unit of bf16, which the weights themselves do not show; a distributed optimizer averages parts."""
+    slow = "--bf16 --lr 1e-5 --adam-eps 1e-8 --clip-grad 0"
+    runs = {}
+    for name, flags in {"plain": slow, "distributed": f"{slow} --use-distributed-optimizer"}.items():
+        runs[name] = Run(checkpoint, f"{flags} {AVERAGED}", 4)
+        runs[f"{name}, first"] = Run(checkpoint, f"{flags} {AVERAGED}", 2, tmp_path / name)
+        runs[f"{name}, resumed"] = Run(tmp_path / name, f"{flags} {AVERAGED}", 4)
+    runs["without"] = Run(checkpoint, slow, 2, tmp_path / "without")
+    runs["begins late"] = Run(tmp_path / "without", f"{slow} {AVERAGED}", 4)
+    for rank in launch(training_runs.average_of_masters, 2, runs, ""):
+        for run in ("plain", "begins late"):
+            for name, average in rank[run]["average"].items():
+                of_weights, of_masters = ([step[name][i] for step in rank[run]["steps"]] for i in (0, 1))
+                # Each of up to four updates is rounded to fp32.
+                message = f"{run}: {name}"
+                torch.testing.assert_close(average.double(), averaged(of_masters), rtol=5e-7, atol=1e-8, msg=message)
+                assert (average - averaged(of_weights)).abs().max() > 4e-6, message
+        for name, average in rank["plain"]["average"].items():
+            for run in ("plain, resumed", "distributed", "distributed, resumed"):
+                assert torch.equal(rank[run]["average"][name], average), f"{run}: {name}"
+
+
+def averaged(values: list[torch.Tensor]) -> torch.Tensor:
+    """By the recursion of ``--ema-decay 0.9``, in fp64."""
+    average = values[0].double()
+    for number, value in enumerate(values[1:], 1):
+        kept = min(0.9, number / (number + 9))
+        average = kept * average + (1 - kept) * value.double()
+    return average
+
+
 @pytest.mark.slow
 def test_optimizer_state_travels_between_the_kinds_of_optimizer(checkpoint: Path, tmp_path: Path) -> None:
     """Bit by bit, through a load and a save: moments, step counts and, in bf16, the masters that know more than weights.

@@ -23,6 +23,7 @@ from scenarios import fill_with_random_numbers, generator, weights
 
 from megatron_midus.checkpoint.layout import find_checkpoint, iteration_directory, write_latest_iteration
 from megatron_midus.config import MemoryConfig, ModelConfig
+from megatron_midus.model.builder import unwrap
 from megatron_midus.model.checkpoint import save_weights
 from megatron_midus.training import build
 from megatron_midus.training.architecture import Architecture, resolve_architecture
@@ -203,6 +204,27 @@ def train_and_watch(runs: dict[str, Run], layout_flags: str) -> dict[str, list[l
     return found
 
 
+def average_of_masters(runs: dict[str, Run], layout_flags: str) -> dict[str, dict[str, Any]]:
+    """By run, of every parameter that learns: the average as a checkpoint holds it (fp32); before and after every step the
+    weights and, where the optimizer is not distributed, their masters."""
+    found = {}
+    for name, run in runs.items():
+        steps: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
+
+        def keep(chunks: list, optimizer: Any = None, kept: list = steps) -> None:
+            if chunks[0].ddp_config.use_distributed_optimizer:
+                return
+            learning = [(n, p) for n, p in unwrap(chunks[0]).named_parameters() if p.requires_grad]
+            kept.append({n: (p.detach().float(), p.main_param.detach().clone()) for n, p in learning})
+
+        outcome = train(run, layout_flags, before_steps=keep, after_step=keep)
+        if outcome.average is None:
+            continue
+        entries = outcome.average.state()["weight_average"]["0"]
+        found[name] = {"average": {n: entry.data.clone() for n, entry in entries.items()}, "steps": steps}
+    return found
+
+
 def train(
     run: Run,
     layout_flags: str,
@@ -239,7 +261,7 @@ def train(
     if arguments.optimizer.memory_update_slots or arguments.optimizer.value_optimizer:
         value_updates = ValueUpdates(arguments.optimizer, chunks, optimizer, architecture.background)
     decay = arguments.optimizer.ema_decay
-    average = None if decay is None else WeightAverage(chunks, decay)
+    average = None if decay is None else WeightAverage(chunks, decay, optimizer)
     pull = arguments.optimizer.l2_to_start
     start_weights = StartWeights(chunks, optimizer, pull) if pull else None
     progress = Progress()
@@ -274,8 +296,6 @@ def train(
     learner = Learner(chunks, optimizer, scheduler, value_updates, average, start_weights)
     term = kl_to_base(arguments, architecture, chunks)
     curve = _steps(arguments, learner, progress, run, memory_telemetry, after_step, term)
-    if average is not None:
-        average.catch_up()
     if run.save is not None:
         usage = memory_telemetry.state() if memory_telemetry is not None else None
         state = training_state(

@@ -262,7 +262,10 @@ def check_epoch(directory: Path, samples_per_epoch: int | None) -> None:
 
 
 def load_average(directory: Path, average: WeightAverage | None, *, train: str) -> None:
-    """Goes on with the average of a checkpoint; says so where one begins or ends instead. Collective over all ranks."""
+    """Goes on with the average of a checkpoint; says so where one begins or ends instead. Collective over all ranks.
+
+    Comes after ``load_training_state``: an average that begins takes the master weights.
+    """
     stored = read_common_state(directory).get(_TRAINING_STATE)
     if stored is None:  # the beginning of a run
         return
@@ -273,6 +276,7 @@ def load_average(directory: Path, average: WeightAverage | None, *, train: str) 
                 f"{directory} holds an average of weights, with which this run does not go on: no --ema-decay was given"
             )
     elif updates is None or stored["train"] != train:
+        average.restart()
         reason = "none" if updates is None else f"one of other parameters (--train {stored['train']})"
         print_rank_0(f"average of weights: begins with the current weights; {directory} has {reason}")
     else:

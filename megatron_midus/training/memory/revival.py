@@ -12,7 +12,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_midus.memory import HeadWiseMemory
-from megatron_midus.training.memory.masters import find_master
+from megatron_midus.training.masters import find_master
 from megatron_midus.training.memory.usage import MemoryUsage
 
 NOISE = 0.1  # of the root mean square of the sub-key that a revived one is put beside

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_midus.training.memory.masters import Master
+from megatron_midus.training.masters import Master
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,8 @@ from megatron_midus.checkpoint.background import (
 )
 from megatron_midus.config.optimizer import OptimizationConfig
 from megatron_midus.memory import HeadWiseMemory
+from megatron_midus.training.masters import find_master
 from megatron_midus.training.memory.counters import memories
-from megatron_midus.training.memory.masters import find_master
 from megatron_midus.training.memory.row_step import RowStep, elements_of_rows, restricted
 from megatron_midus.training.memory.selection import highest_slots, slot_scores
 from megatron_midus.training.memory.slot_reads import SlotReads, bank_shape

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_midus.platform.fused_adam import FusedAdam
-from megatron_midus.training.memory.masters import Master
+from megatron_midus.training.masters import Master
 from megatron_midus.training.memory.row_step import RowStep, elements_of_rows, restricted
 
 ROWS, WIDTH = 11, 3
