@@ -11,10 +11,10 @@ from megatron_midus.config import MemoryConfig, ModelConfig
 from megatron_midus.config.fields import add_arguments, from_namespace
 from megatron_midus.config.parser import ArgumentParser
 from megatron_midus.config.run_file import words_of_entries
+from megatron_midus.config.values import scalar
 from megatron_midus.errors import UserError
 from megatron_midus.upscaling import UpscalePlan, make_plan
 from megatron_midus.upscaling.cost import (
-    base_flops_per_token,
     flops_per_token,
     forward_flops_per_token,
     total_parameters,
@@ -90,9 +90,10 @@ def resolve_arm(experiment: Experiment, arm: Arm, model: ModelConfig) -> Resolve
             rank = driver.get("lora_rank") if arm.train == "lora" else None
             if arm.train == "lora" and not isinstance(rank, int):
                 raise UserError(f"train: lora needs driver: {{lora-rank: R}} with a whole number, not {rank!r}")
-            flops = flops_per_token(model, plan, experiment.seq_length, train=arm.train, lora_rank=rank)
-            if float(driver.get("kl_to_base") or 0):
-                flops += base_flops_per_token(model, plan, experiment.seq_length)
+            kl_to_base = scalar(float, driver.get("kl_to_base") or 0) > 0
+            flops = flops_per_token(
+                model, plan, experiment.seq_length, train=arm.train, lora_rank=rank, kl_to_base=kl_to_base
+            )
             trainable = trainable_parameters(model, plan, arm.train, lora_rank=rank)
             iterations = count_iterations(experiment, flops, arm.tokens)
     except ValueError as error:

@@ -9,6 +9,7 @@ from megatron_midus.config.fields import part
 from megatron_midus.config.memory import MemoryConfig
 from megatron_midus.config.optimizer import check_ema_decay
 from megatron_midus.config.text import check_at_least_one
+from megatron_midus.config.training import check_kl_weight
 from megatron_midus.config.upscale import MEMORY_TITLE, PolicyConfig
 from megatron_midus.errors import UserError
 
@@ -80,6 +81,10 @@ class PlanConfig:
     train: Literal["inserted", "all"] = "inserted"
     """What learns."""
 
+    kl_to_base: float = 0.0
+    """As in pretraining: count the base's forward pass and logits, and leave out layouts with several pipeline stages; any
+    weight above 0 costs as much."""
+
     ema_decay: float | None = None
     """As in pretraining: count the moving average of the weights that learn; any decay takes as much."""
 
@@ -105,3 +110,4 @@ class PlanConfig:
         names = ("nodes", "gpus_per_node", "seq_length", "global_batch_size", "max_micro_batch_size", "show")
         check_at_least_one(self, *names, "make_vocab_size_divisible_by")
         check_ema_decay(self.ema_decay)
+        check_kl_weight(self.kl_to_base)

@@ -57,9 +57,9 @@ class TrainingConfig:
     """Factor on the adapters' output, divided by --lora-rank."""
 
     kl_to_base: float = 0.0
-    """Weight of a second term of the loss, nats a token: KL(base || model) of the next-token distributions, the base being the
-    model without inserted blocks and adapters. Costs a forward pass of the base. Needs the base frozen (--train inserted,
-    lora or values); 0 = none."""
+    """Weight of a second term of the loss: KL(base || model) of the next-token distributions, nats, the base being the model
+    without added blocks and adapters. Costs a forward pass of the base. Needs the base frozen (--train inserted, lora or values)
+    and pipeline-parallel size 1; 0 = none."""
 
     bf16: bool = False
     """Compute in bfloat16 with float32 master weights."""
@@ -153,8 +153,7 @@ class TrainingConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be 0 (never) or more")
         if self.dry_run and self.skip_train:
             raise UserError("dry_run builds a training run and skip_train has none; give one of the two flags")
-        if self.kl_to_base < 0:
-            raise UserError(f"kl_to_base={self.kl_to_base} must be 0 (none) or more")
+        check_kl_weight(self.kl_to_base)
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
@@ -195,3 +194,9 @@ class TrainingConfig:
                 f"rampup_batch_size: the way from {start} to global_batch_size={self.global_batch_size} is not a "
                 f"positive multiple of the increment {increment}"
             )
+
+
+def check_kl_weight(weight: float) -> None:
+    """Raises ``UserError`` for what is no weight of ``--kl-to-base``; 0 passes."""
+    if weight < 0:
+        raise UserError(f"kl_to_base={weight} must be 0 (none) or more")

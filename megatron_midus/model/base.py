@@ -23,7 +23,7 @@ def as_base(gpt: GPTModel, plan: UpscalePlan) -> Iterator[None]:
     """
     layers, is_training = gpt.decoder.layers, gpt.training
     gpt.eval()
-    gpt.decoder.layers = torch.nn.ModuleList(layer for layer in layers if plan.blocks[layer_index(layer)].is_kept)
+    gpt.decoder.layers = torch.nn.ModuleList(layer for layer in layers if layer_index(layer) in plan.kept_indices)
     try:
         with adapters_off(gpt):
             yield

@@ -265,10 +265,10 @@ def _memory_activations(model: ModelConfig, plan: UpscalePlan, layout: ParallelL
 
 
 def _head_activations(model: ModelConfig, layout: ParallelLayout, workload: Workload) -> float:
-    """Final norm, its output for the output layer, and the fp32 softmax of the logits."""
+    """Final norm, its output for the output layer, the fp32 softmax of the logits, and its difference from the base's."""
     trained = workload.train == "all"
     norm = _norm_activations(model, layout, workload.itemsize, trained=trained, needs_input=True)
-    return norm + 4 * model.vocab_size / layout.tensor
+    return norm + (4 + workload.itemsize * workload.kl_to_base) * model.vocab_size / layout.tensor
 
 
 def _transient(

@@ -21,6 +21,7 @@ class Workload:
         itemsize: bytes of an activation and of a weight: 2 (bf16, with fp32 master weights) or 4.
         train: which blocks learn.
         averages_weights: whether the run keeps a moving average of what learns (``--ema-decay``).
+        kl_to_base: whether the base has a forward pass of its own before each of the model (``--kl-to-base``).
     """
 
     seq_length: int
@@ -29,6 +30,7 @@ class Workload:
     itemsize: int = 2
     train: Train = "inserted"
     averages_weights: bool = False
+    kl_to_base: bool = False
 
     @property
     def tokens(self) -> int:
@@ -52,6 +54,10 @@ class Workload:
     def trained(self, plan: UpscalePlan) -> list[bool]:
         """Which blocks learn."""
         return [block.learns(self.train) for block in plan.blocks]
+
+    def base_pass(self, plan: UpscalePlan) -> tuple[int, ...]:
+        """Blocks of the base's own forward pass; none without ``kl_to_base``."""
+        return plan.kept_indices if self.kl_to_base else ()
 
     def gradient(self, plan: UpscalePlan, layout: ParallelLayout) -> list[Literal["none", "starts", "passes"]]:
         """What the backward pass does in each block: nothing, begins there, or goes through to the one below.

@@ -90,7 +90,7 @@ def _layouts(
         if model.num_attention_heads % tensor or memory_heads % tensor or workload.seq_length % tensor:
             continue
         for pipeline in _divisors(world // tensor):
-            if pipeline > plan.num_layers:
+            if pipeline > plan.num_layers or (workload.kl_to_base and pipeline > 1):
                 continue
             stages = _split(costs, pipeline)
             data = world // tensor // pipeline
@@ -194,16 +194,19 @@ def _stage_seconds(
 ) -> float:
     """Of one micro-batch, forward and backward, on one rank."""
     costs = estimate_costs(model, plan, workload.seq_length, train=workload.train, device=hardware.device())
+    gradient, trained = workload.gradient(plan, layout), workload.trained(plan)
+    # Of a block that has a backward pass a third where it is trained, half where it is frozen.
+    forward = [
+        cost / (1 if gradient[index] == "none" else 3 if trained[index] else 2)
+        for index, cost in enumerate(costs.blocks)
+    ]
     blocks = sum(costs.blocks[index] for index in layout.stages[stage])
     if layout.recompute:
-        # The forward pass of what has a backward pass, once more: a third of a trained block, half of a frozen one.
-        gradient, trained = workload.gradient(plan, layout), workload.trained(plan)
-        blocks += sum(
-            costs.blocks[index] / (3 if trained[index] else 2)
-            for index in layout.stages[stage]
-            if gradient[index] != "none"
-        )
+        blocks += sum(forward[index] for index in layout.stages[stage] if gradient[index] != "none")
+    blocks += sum(forward[index] for index in workload.base_pass(plan))
     ends = costs.embedding * (stage == 0) + costs.logits * (stage == layout.pipeline - 1)
+    if workload.kl_to_base:
+        ends += costs.logits / 2  # of a frozen output layer
     return (blocks + ends) * workload.tokens / layout.tensor
 
 

@@ -103,23 +103,44 @@ def _tensor_parallel(
     """Of one micro-batch: what enters and leaves the parts of the layers that tensor-parallel ranks share."""
     hidden = workload.tokens * model.hidden_size * workload.itemsize
     gradient, trained = workload.gradient(plan, layout), workload.trained(plan)
+    if workload.kl_to_base:
+        yield from _leave(hidden, layout, backward=False)
+        for index in workload.base_pass(plan):
+            yield from _block(model, plan, layout, workload, index, backward=False, trained=False)
+        yield from _enter(hidden, layout, backward=False, trained=False)
+        yield "all_reduce", 5 * 4 * workload.tokens  # largest logits and sums of exponentials of both, the divergence
     if stage == 0:
         yield from _leave(hidden, layout, backward=workload.train == "all")
     for index in layout.stages[stage]:
         backward = gradient[index] != "none"
-        if plan.blocks[index].kind == "memory":
-            assert plan.memory is not None
-            if plan.memory.has_attention:
-                yield from _enter(hidden, layout, backward=backward, trained=trained[index])
-            yield from _own_channels(hidden, plan.memory, layout, workload, backward=backward)
-            yield from _leave_memory(model, plan, layout, workload, backward=backward)
-        else:
-            for _ in range(2 if model.num_moe_experts is None else 1):  # attention, MLP; of experts below
-                yield from _enter(hidden, layout, backward=backward, trained=trained[index])
-                yield from _leave(hidden, layout, backward=backward)
+        yield from _block(model, plan, layout, workload, index, backward=backward, trained=trained[index])
     if stage == layout.pipeline - 1:
         yield from _enter(hidden, layout, backward=any(trained), trained=workload.train == "all")
         yield "all_reduce", 3 * 4 * workload.tokens  # cross entropy: largest logit, the label's, sum of exponentials
+
+
+def _block(
+    model: ModelConfig,
+    plan: UpscalePlan,
+    layout: ParallelLayout,
+    workload: Workload,
+    index: int,
+    *,
+    backward: bool,
+    trained: bool,
+) -> Iterator[tuple[Kind, float]]:
+    """Of one block and one micro-batch."""
+    hidden = workload.tokens * model.hidden_size * workload.itemsize
+    if plan.blocks[index].kind == "memory":
+        assert plan.memory is not None
+        if plan.memory.has_attention:
+            yield from _enter(hidden, layout, backward=backward, trained=trained)
+        yield from _own_channels(hidden, plan.memory, layout, workload, backward=backward)
+        yield from _leave_memory(model, plan, layout, workload, backward=backward)
+        return
+    for _ in range(2 if model.num_moe_experts is None else 1):  # attention, MLP; of experts below
+        yield from _enter(hidden, layout, backward=backward, trained=trained)
+        yield from _leave(hidden, layout, backward=backward)
 
 
 def _expert_parallel(
@@ -130,10 +151,11 @@ def _expert_parallel(
         return
     gradient = workload.gradient(plan, layout)
     item, tokens = workload.itemsize, workload.tokens / (layout.tensor if layout.sequence_parallel else 1)
-    for index in layout.stages[stage]:
+    passes = [(index, gradient[index] != "none") for index in layout.stages[stage]]
+    passes += [(index, False) for index in workload.base_pass(plan)]
+    for index, backward in passes:
         if plan.blocks[index].kind == "memory":
             continue
-        backward = gradient[index] != "none"
         if layout.all_to_all:
             rows = tokens * model.moe_router_topk
             if layout.expert > 1:  # there and back, and their gradients

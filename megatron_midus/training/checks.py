@@ -252,10 +252,15 @@ def check_kl_to_base(arguments: Arguments, architecture: Architecture) -> None:
             f"kl_to_base={coefficient:g} runs the base whole on every process, and pipeline_model_parallel_size={stages} divides "
             "it; choose 1"
         )
+    check_keeps_base(coefficient, plan, train)
+
+
+def check_keeps_base(coefficient: float, plan: UpscalePlan, train: Train) -> None:
+    """Raises ``ValueError`` where training changes the base that ``--kl-to-base`` needs."""
     if not plan.keeps_base(train):
         raise UserError(
             f"kl_to_base={coefficient:g} needs the base as it was, and --train {train} of policy {plan.policy} changes it; choose "
-            "--train lora, or --train inserted where blocks were inserted, or leave it out"
+            "--train lora, or --train inserted where blocks were inserted, or --l2-to-start in its place"
         )
 
 

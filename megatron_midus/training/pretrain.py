@@ -53,7 +53,7 @@ from megatron_midus.training.step import Learner
 from megatron_midus.training.summary import describe_groups, describe_run
 from megatron_midus.training.telemetry import Telemetry
 from megatron_midus.training.weight_average import WeightAverage
-from megatron_midus.upscaling.cost import base_flops_per_token, flops_per_token
+from megatron_midus.upscaling.cost import flops_per_token
 
 
 def pretrain(start: Start) -> int:
@@ -175,7 +175,14 @@ def _build_trainer(start: Start, signal: TerminationSignal) -> Trainer:
     telemetry = Telemetry(
         arguments.logging,
         train_iters=train_iters,
-        flops_per_token=_flops_per_token(arguments, architecture),
+        flops_per_token=flops_per_token(
+            architecture.model,
+            architecture.plan,
+            arguments.data.seq_length,
+            train=architecture.train,
+            lora_rank=training.lora_rank,
+            kl_to_base=training.kl_to_base > 0,
+        ),
         seq_length=arguments.data.seq_length,
         world_size=sizes.world_size,
         first_iteration=progress.iteration,
@@ -196,13 +203,6 @@ def _build_trainer(start: Start, signal: TerminationSignal) -> Trainer:
     if trainer.memory_telemetry is not None and source.resume and source.directory is not None:
         trainer.memory_telemetry.load(source.directory)
     return trainer
-
-
-def _flops_per_token(arguments: Arguments, architecture: Architecture) -> float:
-    """Of a training step, the base's pass of ``--kl-to-base`` included."""
-    training, of_run = arguments.training, (architecture.model, architecture.plan, arguments.data.seq_length)
-    base = base_flops_per_token(*of_run) if training.kl_to_base else 0.0
-    return base + flops_per_token(*of_run, train=architecture.train, lora_rank=training.lora_rank)
 
 
 def _count_epoch(start: Start) -> Start:

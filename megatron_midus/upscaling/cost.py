@@ -145,34 +145,41 @@ def block_flops(model: ModelConfig, plan: UpscalePlan, index: int, seq_length: i
     return BlockFlops(weights=qkv + output + mlp, activations=activations)
 
 
-def forward_flops_per_token(model: ModelConfig, plan: UpscalePlan, seq_length: int) -> float:
+def forward_flops_per_token(model: ModelConfig, plan: UpscalePlan, seq_length: int, *, of_base: bool = False) -> float:
     """FLOPs of one token's share of a forward pass over ``seq_length`` tokens, logits included.
 
     Norms, rotary embedding, softmax and the top-k selection are left out, as is usual for this figure.
+
+    Args:
+        of_base: through the blocks of the base alone, as ``--kl-to-base`` runs them.
     """
-    blocks = [block_flops(model, plan, index, seq_length) for index in range(plan.num_layers)]
+    indices = plan.kept_indices if of_base else range(plan.num_layers)
+    blocks = [block_flops(model, plan, index, seq_length) for index in indices]
     logits = 2.0 * model.hidden_size * model.vocab_size
     return sum(block.weights + block.activations for block in blocks) + logits
 
 
-def base_flops_per_token(model: ModelConfig, plan: UpscalePlan, seq_length: int) -> float:
-    """As ``forward_flops_per_token``, of the base inside the up-scaled model, which ``--kl-to-base`` runs before each pass."""
-    kept = [block_flops(model, plan, index, seq_length) for index, block in enumerate(plan.blocks) if block.is_kept]
-    return sum(block.weights + block.activations for block in kept) + 2.0 * model.hidden_size * model.vocab_size
-
-
 def flops_per_token(
-    model: ModelConfig, plan: UpscalePlan, seq_length: int, *, train: Train = "all", lora_rank: int | None = None
+    model: ModelConfig,
+    plan: UpscalePlan,
+    seq_length: int,
+    *,
+    train: Train = "all",
+    lora_rank: int | None = None,
+    kl_to_base: bool = False,
 ) -> float:
     """FLOPs of one token's share of a training step: forward and backward, no recomputation.
 
     ``all`` is three times the forward pass. With ``inserted`` the frozen base needs no weight gradients, and no
     gradients at all before the first inserted block. With ``lora`` every block needs gradients of its activations, and
-    the adapters need both. ``values`` needs no weight gradients but those of the slots read.
+    the adapters need both. ``values`` needs no weight gradients but those of the slots read. With ``kl_to_base`` the base
+    has a forward pass of its own.
     """
     if train == "all":
         return 3.0 * forward_flops_per_token(model, plan, seq_length)
     total = forward_flops_per_token(model, plan, seq_length)
+    if kl_to_base:
+        total += forward_flops_per_token(model, plan, seq_length, of_base=True)
     if train == "lora":
         blocks = [block_flops(model, plan, index, seq_length) for index in range(plan.num_layers)]
         total += sum(block.weights + 2.0 * block.activations for block in blocks)

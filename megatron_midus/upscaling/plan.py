@@ -174,6 +174,11 @@ class UpscalePlan:
         return tuple(i for i, block in enumerate(self.blocks) if block.inserted)
 
     @property
+    def kept_indices(self) -> tuple[int, ...]:
+        """0-based positions of the blocks of the base."""
+        return tuple(i for i, block in enumerate(self.blocks) if block.is_kept)
+
+    @property
     def added_indices(self) -> tuple[int, ...]:
         """0-based positions of the blocks that the base does not have."""
         return tuple(i for i, block in enumerate(self.blocks) if not block.is_kept)
@@ -200,8 +205,7 @@ class UpscalePlan:
     @property
     def contains_base(self) -> bool:
         """Whether the blocks that are kept are the base's, all of them and in their order."""
-        kept = [block.source[0] for block in self.blocks if block.is_kept]
-        return kept == list(range(self.num_base_layers))
+        return [self.blocks[i].source[0] for i in self.kept_indices] == list(range(self.num_base_layers))
 
     @property
     def is_identity(self) -> bool:
@@ -213,7 +217,7 @@ class UpscalePlan:
         """Whether ``--train`` leaves every weight of the base as it is, with the base still in the model."""
         if train == "lora":  # adapters stand beside the weights
             return self.contains_base
-        return self.contains_base and not any(block.is_kept and block.learns(train) for block in self.blocks)
+        return self.contains_base and not any(self.blocks[i].learns(train) for i in self.kept_indices)
 
     @property
     def block_types(self) -> tuple[str, ...]:

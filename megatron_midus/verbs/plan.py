@@ -21,6 +21,7 @@ from megatron_midus.planning.hardware import HARDWARE, LINK_SHARE, MATMUL_SHARE,
 from megatron_midus.planning.output import GIB, driver_flags, layout_table
 from megatron_midus.planning.search import RESERVED_SHARE, Candidate, find_layouts
 from megatron_midus.progress import Progress
+from megatron_midus.training.checks import check_keeps_base
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.arguments import plan_from_config
 from megatron_midus.upscaling.cost import active_parameters, flops_per_token, total_parameters, trainable_parameters
@@ -59,6 +60,8 @@ def plan(config: PlanConfig, progress: Progress) -> LayoutPlan:
     model, upscaled = _model_and_plan(config)
     if config.train == "inserted" and not upscaled.inserted_indices:
         raise UserError(f"policy {upscaled.policy} inserts no block, so nothing would be trained; give --train all")
+    if config.kl_to_base:
+        check_keeps_base(config.kl_to_base, upscaled, config.train)
     hardware = _hardware(config)
     workload = Workload(
         config.seq_length,
@@ -67,6 +70,7 @@ def plan(config: PlanConfig, progress: Progress) -> LayoutPlan:
         itemsize=4 if config.fp32 else 2,
         train=config.train,
         averages_weights=config.ema_decay is not None,
+        kl_to_base=config.kl_to_base > 0,
     )
     candidates = find_layouts(
         model,
@@ -75,7 +79,9 @@ def plan(config: PlanConfig, progress: Progress) -> LayoutPlan:
         workload,
         nodes=config.nodes,
         gpus_per_node=config.gpus_per_node,
-        training_flops_per_token=flops_per_token(model, upscaled, config.seq_length, train=config.train),
+        training_flops_per_token=flops_per_token(
+            model, upscaled, config.seq_length, train=config.train, kl_to_base=workload.kl_to_base
+        ),
         vocab_divisible_by=config.make_vocab_size_divisible_by,
     )
     if not candidates:

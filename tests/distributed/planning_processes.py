@@ -10,7 +10,9 @@ from counting import CountMessages, KeptForBackward
 from megatron.core import parallel_state
 from scenarios import Layout, Setting, build, run_schedule, wrap
 
+from megatron_midus.training.kl_to_base import KlToBase
 from megatron_midus.training.weight_average import WeightAverage
+from megatron_midus.upscaling import UpscalePlan
 
 
 def measure(setting: Setting, layout: Layout) -> dict[str, Any]:
@@ -23,6 +25,8 @@ def measure(setting: Setting, layout: Layout) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         for chunk in chunks:
             kept.append(_keep_first_forward(chunk, stack))
+            if setting.kl_to_base:
+                _run_base_before(chunk, plan)
         with CountMessages() as messages:
             run_schedule(wrapped, 0, logits=False)
             optimizer.step()
@@ -35,6 +39,19 @@ def measure(setting: Setting, layout: Layout) -> dict[str, Any]:
         "activations": sum(each.bytes for each in kept),
         "messages": dict(messages.bytes),
     }
+
+
+def _run_base_before(chunk: torch.nn.Module, plan: UpscalePlan) -> None:
+    """As the driver's forward step."""
+    term, forward = KlToBase(chunk, plan, 1.0), chunk.forward
+
+    def with_base(*inputs: Any, labels: torch.Tensor | None = None) -> Any:
+        if labels is None:  # the base's pass itself
+            return type(chunk).forward(chunk, *inputs)
+        term.run_base(*inputs)
+        return forward(*inputs, labels=labels)
+
+    chunk.forward = with_base
 
 
 def _keep_first_forward(chunk: torch.nn.Module, stack: contextlib.ExitStack) -> KeptForBackward:

@@ -62,6 +62,7 @@ class Setting:
     transformer_impl: str = "local"
     value_placement: str = "replicated"
     insert_after: tuple[int, ...] = (1, 3)
+    kl_to_base: bool = False
 
 
 def model_config(num_layers: int, **changes: Any) -> ModelConfig:

@@ -48,6 +48,9 @@ CASES = {
     "tp sp ep": (Layout(tp=2, sp=True, ep=2, etp=1), Setting(model=ALL_EXPERTS, config=ALL_TO_ALL)),
     "tp sp ep, experts split": (Layout(tp=2, dp=2, sp=True, ep=2), Setting(model=ALL_EXPERTS, config=ALL_TO_ALL)),
     "copies": (Layout(tp=2), Setting(policy="llama_pro", train="inserted")),
+    "kl": (Layout(tp=2), Setting(train="inserted", kl_to_base=True)),
+    "kl sp": (Layout(tp=2, sp=True), Setting(train="inserted", kl_to_base=True)),
+    "kl ep": (Layout(dp=2, ep=2), Setting(model=ALL_EXPERTS, train="inserted", kl_to_base=True)),
 }
 
 
@@ -77,6 +80,7 @@ def planned(layout: Layout, setting: Setting):
         itemsize=2 if setting.config.get("bf16") else 4,
         train=setting.train,
         averages_weights=True,
+        kl_to_base=setting.kl_to_base,
     )
     return model_config(plan.num_layers, **setting.model), plan, ours, workload
 

@@ -338,7 +338,8 @@ def _steps(
         )  # fmt: skip
         progress.iteration += 1
         progress.consumed_train_samples += GLOBAL_BATCH
-        curve.append((progress.iteration, result.loss, result.grad_norm))
+        divergence = () if term is None else (result.kl_to_base,)
+        curve.append((progress.iteration, result.loss, result.grad_norm, *divergence))
         if memory_telemetry is not None:
             memory_telemetry.after_step(progress.iteration)
         if after_step is not None:

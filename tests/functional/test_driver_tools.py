@@ -74,7 +74,7 @@ def test_a_configuration_by_hand_and_flags_that_win(tmp_path):
 # -- --dry-run -------------------------------------------------------------------------------------------------------
 LAYOUTS = {
     "one": ("", 1),
-    "tp2-bf16": ("--tensor-model-parallel-size 2 --bf16", 2),
+    "tp2-bf16": ("--tensor-model-parallel-size 2 --bf16 --kl-to-base 1", 2),
     "pp3-distributed-optimizer": ("--pipeline-model-parallel-size 3 --use-distributed-optimizer --train all", 3),
     "dp2-distributed-optimizer-bf16": ("--use-distributed-optimizer --overlap-grad-reduce --bf16", 2),
 }
@@ -98,7 +98,7 @@ def test_dry_run_reports_and_leaves_everything_as_it_was(layout, upscaled, tmp_p
     plan = UpscalePlan.load(iteration_directory(upscaled, 0))
     model = BASE.with_layers([0] * 3)
     which = "all" if "--train all" in flags else "inserted"
-    flops = flops_per_token(model, plan, 32, train=which)
+    flops = flops_per_token(model, plan, 32, train=which, kl_to_base="kl-to-base" in flags)
     assert f"FLOPs: {flops:.4g} a token, {flops * 4 * 32:.4g} a step of 128 tokens" in run.out
     assert f"{flops * 128 / processes:.4g} a step on each of {processes} devices" in run.out
     assert "steps: 5 to go of 5, 640 tokens" in run.out

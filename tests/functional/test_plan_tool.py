@@ -118,6 +118,8 @@ WRONG = [
     (["--nodes", "31", "--global-batch-size", "3"], "divides a global batch of 3"),
     (["--gpu-memory-gib", "1"], "nothing fits into 1 GiB"),
     (["--gpu-memory-gib", "-1"], "--gpu-memory-gib -1"),
+    (["--kl-to-base", "-1"], "kl_to_base=-1.0 must be 0"),
+    (["--kl-to-base", "1", "--train", "all"], "kl_to_base=1 needs the base as it was"),
     (["--ema-decay", "1"], "ema_decay=1.0 must be above 0 and below 1"),
     (["--policy", "none"], "nothing would be trained"),
     (["--policy", "solar", "--memory-topk", "3"], "--memory-topk"),

@@ -25,8 +25,8 @@ MEMORY = MemoryConfig(memory_num_keys=512, memory_topk=16, memory_latent_size=12
 PLAN = make_plan("interleave", num_layers=32, num_blocks=16, memory=MEMORY)
 
 
-def search(hardware="h100", *, nodes=2, gpus=8, train="all", batch=256, micro=4, **changes):
-    workload = Workload(4096, micro, batch, train=train)
+def search(hardware="h100", *, nodes=2, gpus=8, train="all", batch=256, micro=4, kl_to_base=False, **changes):
+    workload = Workload(4096, micro, batch, train=train, kl_to_base=kl_to_base)
     return find_layouts(
         BASE,
         PLAN,
@@ -60,6 +60,19 @@ def test_what_fits_comes_first_and_by_time():
 def test_more_memory_fits_more():
     count = [sum(c.fits for c in search(memory_gib=gib)) for gib in (20, 40, 80, 400)]
     assert count == sorted(count) and count[0] < count[-1] == len(search())
+
+
+def test_a_pass_of_the_base_costs_time_and_logits():
+    plain = {(c.layout, c.workload.micro_batch_size): c for c in search(train="inserted")}
+    found = search(train="inserted", kl_to_base=True)
+    assert found and len(found) == sum(c.layout.pipeline == 1 for c in plain.values())
+    for c in found:
+        without = plain[c.layout, c.workload.micro_batch_size]
+        logits = 2 * BASE.vocab_size * c.workload.tokens / c.layout.tensor
+        assert c.memory.activations - without.memory.activations == pytest.approx(logits, abs=1)
+        # Beside a forward pass of base and memories and a backward pass without weights, with recompute two forward passes.
+        assert 1 / 3.5 < c.compute_seconds / without.compute_seconds - 1 < 1 / 2
+        assert (c.sent_bytes["tensor"] > without.sent_bytes["tensor"]) == (c.layout.tensor > 1)
 
 
 def test_slower_links_cost_those_who_use_them():

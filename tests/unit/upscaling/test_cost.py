@@ -126,6 +126,9 @@ def test_training_flops():
     assert flops_per_token(LLAMA_1B, plan, 4096) == 3 * forward
     frozen = flops_per_token(LLAMA_1B, plan, 4096, train="inserted")
     assert forward < frozen < 2.5 * forward
+    base = make_plan("none", num_layers=16)
+    held = flops_per_token(LLAMA_1B, plan, 4096, train="inserted", kl_to_base=True)
+    assert held == frozen + forward_flops_per_token(LLAMA_1B, base, 4096)
     # Gradients stop at the first inserted block: a later one costs less.
     late, early = (
         make_plan("interleave", num_layers=16, insert_after=[after], memory=PAPER) for after in (14, 0)
