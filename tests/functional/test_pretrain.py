@@ -217,16 +217,16 @@ def test_startup_says_what_is_trained_and_how(upscaled, reference):
 
 
 def test_evaluation_and_tensorboard(upscaled, tmp_path):
-    flags = "--train-iters 4 --eval-interval 2 --eval-iters 3 --eval-at-start --tensorboard-dir"
+    flags = "--train-iters 4 --eval-interval 2 --eval-iters 3 --eval-at-start --kl-to-base 0.5 --tensorboard-dir"
     run = train(*TINY_RUN, flags, tmp_path, "--load", upscaled).check()
     assert set(run.evaluations) == {("validation", 0), ("validation", 2), ("validation", 4), ("test", 4)}
     scalars = read_scalars(tmp_path)
     for key in ("learning-rate", "batch-size", "lm loss", "grad-norm", "iteration-time", "throughput"):
         assert [step for step, _ in scalars[key]] == [1, 2, 3, 4], key
     # TensorBoard keeps fp32, the log seven digits.
-    assert [value for _, value in scalars["lm loss"]] == pytest.approx(
-        [float(x) for x in run.losses.values()], rel=1e-6
-    )
+    for key in ("lm loss", "kl to base"):
+        logged = [float(line[key]) for line in run.lines]
+        assert [value for _, value in scalars[key]] == pytest.approx(logged, rel=1e-6) and len(logged) == 4
     assert dict(scalars["lm loss validation"])[4] == pytest.approx(run.evaluations["validation", 4], rel=1e-6)
     loss = run.evaluations["test", 4]
     assert dict(scalars["lm loss test ppl"])[4] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-5)
