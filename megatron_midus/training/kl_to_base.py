@@ -18,8 +18,9 @@ from megatron_midus.training.architecture import Architecture
 from megatron_midus.training.arguments import Arguments
 from megatron_midus.upscaling import UpscalePlan
 
-# Logits that are computed with at a time: a few temporaries of as many fp32 numbers.
-_CHUNK = 2**22
+# Logits that are computed with at a time, with some five temporaries of as many fp32 numbers: what a CPU's cache holds, what
+# keeps a GPU busy.
+_CHUNK = {"cpu": 2**18, "cuda": 2**24}
 
 
 class KlToBase:
@@ -93,7 +94,7 @@ class _KlDivergence(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, base: torch.Tensor, group: Any) -> torch.Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
         both = (logits, base)
-        rows = max(1, _CHUNK // (logits.shape[1] * logits.shape[2]))
+        rows = max(1, _CHUNK[logits.device.type] // (logits.shape[1] * logits.shape[2]))
         chunks = [slice(start, start + rows) for start in range(0, logits.shape[0], rows)]
 
         maxima = torch.stack([side.amax(-1).to(wide) for side in both])  # [2, s, b]
