@@ -28,15 +28,25 @@ class Entry:
         summary: for the list of verbs.
         config: ``module:dataclass`` of its flags.
         module: its ``command(config) -> exit code``.
+        first_line: function of ``verbs.first_lines``, of a verb whose libraries take seconds to load.
     """
 
     summary: str
     config: str
     module: str
+    first_line: str | None = None
 
     def config_class(self) -> type:
         module, _, name = self.config.partition(":")
         return getattr(importlib.import_module(f"megatron_midus.{module}"), name)
+
+    def say_first(self, config: Any) -> None:
+        """Prints what the verb is about to do; of several processes each would, so none does."""
+        if self.first_line is None or os.environ.get("WORLD_SIZE", "1") != "1":
+            return
+        line = getattr(importlib.import_module("megatron_midus.verbs.first_lines"), self.first_line)(config)
+        if line is not None:
+            print(line, flush=True)
 
     def command(self) -> Callable[[Any], int]:
         return importlib.import_module(f"megatron_midus.{self.module}").command
@@ -51,9 +61,13 @@ VERBS = {
         "config.background:BackgroundConfig",
         "verbs.background",
     ),
-    "convert": Entry("between Megatron and Hugging Face", "config.convert:ConvertConfig", "verbs.convert"),
+    "convert": Entry(
+        "between Megatron and Hugging Face", "config.convert:ConvertConfig", "verbs.convert", "of_convert"
+    ),
     "average": Entry("average checkpoints of a run", "config.average:AverageConfig", "verbs.average"),
-    "evaluate": Entry("compare models on held-out text and tasks", "config.evaluate:EvaluateConfig", "verbs.evaluate"),
+    "evaluate": Entry(
+        "compare models on held-out text and tasks", "config.evaluate:EvaluateConfig", "verbs.evaluate", "of_evaluate"
+    ),
     "generate": Entry("continue prompts", "config.evaluate:GenerateConfig", "verbs.generate"),
     "chat": Entry("talk to a fine-tuned model", "config.chat:ChatConfig", "verbs.chat"),
     "serve": Entry("serve a model over OpenAI's interface", "config.chat:ServeConfig", "verbs.serve"),
@@ -97,6 +111,7 @@ def parse(verb: str, argv: Sequence[str] | None = None, *, prog: str | None = No
 def do(verb: str, argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Parses and does it; returns the exit code."""
     config = parse(verb, argv, prog=prog)
+    VERBS[verb].say_first(config)
     return VERBS[verb].command()(config)
 
 

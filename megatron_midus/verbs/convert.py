@@ -26,13 +26,14 @@ from megatron_midus.conversion.model_card import read_evaluation
 from megatron_midus.conversion.streaming import resolve_workers
 from megatron_midus.conversion.tokenizer import check_tokenizer
 from megatron_midus.errors import UserError
-from megatron_midus.files import check_output_directory, staged_directory
+from megatron_midus.files import staged_directory
 from megatron_midus.hub import fetched_model
 from megatron_midus.progress import Progress
 from megatron_midus.upscaling import UpscalePlan
 from megatron_midus.upscaling.initialize import parse_dtype
 from megatron_midus.upscaling.tensors import EMBEDDING, TensorSource, model_shapes
 from megatron_midus.verbs.exports import check_export_loads, code_files, print_notes, read_plan
+from megatron_midus.verbs.first_lines import check_convert
 from megatron_midus.verbs.verb import verb
 
 
@@ -63,10 +64,7 @@ def convert(config: ConvertConfig, progress: Progress) -> Converted:
     Raises:
         UserError: something that cannot be converted, an output that is in the way, a comparison that failed.
     """
-    save, load = Path(config.save).resolve(), Path(config.load).resolve()
-    if save == load or save in load.parents:
-        raise UserError(f"--save {config.save} would replace what is loaded; choose another directory")
-    check_output_directory(config.save, overwrite=config.overwrite)
+    check_convert(config)
     return (_to_hf if config.to == "hf" else _to_megatron)(config, progress)
 
 

@@ -29,10 +29,11 @@ from megatron_midus.evaluation.processes import Processes, joined
 from megatron_midus.evaluation.recall import Question, encode_questions, measure_recall
 from megatron_midus.evaluation.result import EvaluationResult, ModelFigures, model_names, short_names
 from megatron_midus.evaluation.zero_shot import with_scores
-from megatron_midus.files import check_output_file, write_text_atomically
+from megatron_midus.files import write_text_atomically
 from megatron_midus.hub import fetched_model
 from megatron_midus.progress import SILENT, Progress
 from megatron_midus.training.main import as_rank
+from megatron_midus.verbs.first_lines import check_evaluate
 from megatron_midus.verbs.verb import verb
 
 
@@ -80,17 +81,8 @@ def _checked(config: EvaluateConfig, processes: Processes) -> EvaluateConfig:
     """Says whatever is wrong with the inputs before the first model is loaded, and settles defaults."""
     from megatron_midus.evaluation.zero_shot import default_max_length
 
-    if not config.model:
-        raise UserError("there is no model to evaluate; give --model DIR")
+    check_evaluate(config)
     tasks = config.zero_shot
-    if not (config.text.data or config.facts or tasks.tasks or config.timing.latency or config.generate):
-        raise UserError(
-            "there is nothing to measure; give --data FILE, --facts FILE, --tasks NAMES, --latency or --generate PROMPT"
-        )
-    if not tasks.tasks and (tasks.task_data or tasks.task_limit is not None):
-        raise UserError("--task-data and --task-limit belong to --tasks; name the tasks")
-    for output in filter(None, (config.json, config.markdown)):
-        check_output_file(output)
     if config.timing.latency and processes.size > 1:
         raise UserError(f"--latency times one process and there are {processes.size}; measure it in a run of its own")
     runtime = dataclasses.replace(config.runtime, device=str(choose_device(processes.device(config.runtime.device))))
