@@ -11,17 +11,20 @@ import torch.nn.functional as F
 from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_machine
 from scenarios import MICRO_BATCH, SEQUENCE, VOCABULARY, Layout, Setting, generator
 
+from megatron_midus.data.batch import document_mask
 from megatron_midus.model.builder import freeze
 from megatron_midus.model.lora import adapters, add_adapters
 from megatron_midus.training.kl_to_base import KlToBase
 from megatron_midus.training.step import BatchShape, make_forward_step
 
 COEFFICIENT = 20.0  # so that gradients of either term are of one size
-SHAPE = BatchShape(MICRO_BATCH, SEQUENCE, False, None)
+EOD = 5
+SHAPE = BatchShape(MICRO_BATCH, SEQUENCE, True, EOD)  # no document sees another
 
 
 def micro_batch() -> dict[str, torch.Tensor]:
     text = torch.randint(VOCABULARY, (MICRO_BATCH, SEQUENCE + 1), generator=generator("kl"))
+    text[:, 4] = EOD
     return {
         "tokens": text[:, :-1],
         "labels": text[:, 1:],
@@ -51,12 +54,12 @@ def outcome(setting: Setting) -> dict[str, Any]:
     else:
         freeze(chunks, plan, setting.train)
     batch = micro_batch()
-    inputs = batch["tokens"], batch["position_ids"], None
+    inputs = batch["tokens"], batch["position_ids"], document_mask(batch["tokens"], EOD)
     with torch.no_grad():
         of_base = base.eval()(*inputs)
 
     without = _step(model, None, batch)
-    plain = _plain(model, of_base, batch)
+    plain = _plain(model, inputs, of_base, batch)
     calls: list[int] = []
     for index in plan.added_indices[:1]:
         model.decoder.layers[index].register_forward_hook(lambda *_: calls.append(1))
@@ -81,8 +84,10 @@ def _step(model: torch.nn.Module, term: KlToBase | None, batch: dict[str, torch.
     return {**{name: float(sums[0]) for name, sums in report.items()}, "gradients": _gradients(model)}
 
 
-def _plain(model: torch.nn.Module, of_base: torch.Tensor, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    logits = model.train()(batch["tokens"], batch["position_ids"], None)
+def _plain(
+    model: torch.nn.Module, inputs: tuple, of_base: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    logits = model.train()(*inputs)
     log_p, log_q = (x[..., :VOCABULARY].double().log_softmax(-1) for x in (logits, of_base))
     divergence = (F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1) * batch["loss_mask"]).sum()
     losses = F.nll_loss(log_p.transpose(1, 2), batch["labels"], reduction="none")
