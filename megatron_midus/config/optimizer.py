@@ -121,7 +121,7 @@ class OptimizationConfig:
 
     l2_to_start: float = 0.0
     """Decoupled decay towards the weights that the run began with, in place of 0 (L2-SP), to hold a model near its base: a step
-    first takes away lr * this share of the distance, with lr of the weight's group. Adds a copy of the weights that learn."""
+    first takes away lr * this share of the distance, with lr of the weight's group. Takes memory as --ema-decay does."""
 
     loss_scale: float | None = None
     """Constant loss scale of fp16; dynamic when absent."""

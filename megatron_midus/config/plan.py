@@ -88,6 +88,9 @@ class PlanConfig:
     ema_decay: float | None = None
     """As in pretraining: count the moving average of the weights that learn; any decay takes as much."""
 
+    l2_to_start: float = 0.0
+    """As in pretraining: count the weights that the run began with; any coefficient above 0 takes as much."""
+
     fp32: bool = False
     """Weights and activations in fp32 instead of bf16."""
 
@@ -104,10 +107,17 @@ class PlanConfig:
     blocks: PolicyConfig = part(PolicyConfig)
     memory: dict[str, Any] = part(MemoryConfig, title=MEMORY_TITLE, given_only=True)
 
+    @property
+    def weight_copies(self) -> int:
+        """Copies that the run keeps of what learns."""
+        return (self.ema_decay is not None) + (self.l2_to_start > 0)
+
     def __post_init__(self) -> None:
         if (self.hf_model is None) == (self.load is None):
             raise UserError("give --hf-model DIR (a base and what it becomes) or --load DIR (an up-scaled checkpoint)")
         names = ("nodes", "gpus_per_node", "seq_length", "global_batch_size", "max_micro_batch_size", "show")
         check_at_least_one(self, *names, "make_vocab_size_divisible_by")
         check_ema_decay(self.ema_decay)
+        if self.l2_to_start < 0:
+            raise UserError(f"l2_to_start={self.l2_to_start} must not be negative")
         check_kl_weight(self.kl_to_base)

@@ -1,4 +1,4 @@
-"""Bytes that one rank holds in training: weights, gradients, optimizer state, average of weights, activations.
+"""Bytes that one rank holds in training: weights, gradients, optimizer state, copies of weights, activations.
 
 Activations are what autograd keeps for the backward pass, tensor by tensor; the test suite compares the formulas with what
 a real model keeps, exactly for the local layers. Transformer Engine's layers differ a little (they keep 16-bit inputs
@@ -18,7 +18,7 @@ from megatron_midus.upscaling.tensors import ROUTER, block_shapes
 GRADIENT_BYTES = 4  # accumulated in fp32 whatever the precision
 MOMENT_BYTES = 8
 MASTER_BYTES = 4  # of weights that are not fp32 themselves
-AVERAGE_BYTES = 4  # --ema-decay
+COPY_BYTES = 4  # of --ema-decay, of --l2-to-start
 _REPLICATED = ("layernorm.weight", "_norm.weight")
 
 
@@ -33,7 +33,7 @@ class RankMemory:
     weights: int
     gradients: int
     optimizer: int
-    average: int
+    copies: int
     """Of the weights that learn; 0 where none is kept."""
     activations: int
     transient: int
@@ -41,7 +41,7 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations + self.transient
+        return self.weights + self.gradients + self.optimizer + self.copies + self.activations + self.transient
 
 
 def rank_memory(
@@ -71,7 +71,7 @@ def rank_memory(
         weights=total * workload.itemsize,
         gradients=trained * GRADIENT_BYTES,
         optimizer=_parted_bytes(trained - experts, experts, layout, state),
-        average=_parted_bytes(trained - experts, experts, layout, AVERAGE_BYTES * workload.averages_weights),
+        copies=_parted_bytes(trained - experts, experts, layout, COPY_BYTES * workload.weight_copies),
         activations=round(kept * stage_activations(model, plan, layout, workload, stage=stage)),
         transient=_transient(model, plan, layout, workload, stage=stage, vocab_divisible_by=vocab_divisible_by),
     )

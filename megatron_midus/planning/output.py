@@ -18,26 +18,26 @@ COSTS = ("activ.", "total", "TP", "PP", "DP")
 TIMES = ("s/step", "tokens/s/GPU", "of peak")
 
 
-def layout_table(candidates: list[Candidate], *, has_experts: bool = False, has_average: bool = False) -> Table:
+def layout_table(candidates: list[Candidate], *, has_experts: bool = False, has_copies: bool = False) -> Table:
     """A row per layout; those that do not fit stand back.
 
     Args:
         has_experts: whether to show the ranks that share experts, ``EP``, and their traffic.
-        has_average: whether to show the average of weights.
+        has_copies: whether to show the copies of weights.
     """
     expert = ("EP",) * has_experts
-    header = (*LAYOUT, *expert, *HELD, *("average",) * has_average, *COSTS, *expert, *TIMES)
+    header = (*LAYOUT, *expert, *HELD, *("copies",) * has_copies, *COSTS, *expert, *TIMES)
     return terminal_table(
         header,
-        [_row(candidate, has_experts, has_average) for candidate in candidates],
+        [_row(candidate, has_experts, has_copies) for candidate in candidates],
         text_columns=len(LAYOUT) + has_experts,
         title="layouts, fastest first; memory in GiB of the fullest GPU, traffic in GB that a GPU sends a step",
     )
 
 
-def _row(c: Candidate, has_experts: bool, has_average: bool) -> list[Cell]:
+def _row(c: Candidate, has_experts: bool, has_copies: bool) -> list[Cell]:
     memory, layout = c.memory, c.layout
-    held = (memory.weights, memory.gradients, memory.optimizer, *(memory.average,) * has_average)
+    held = (memory.weights, memory.gradients, memory.optimizer, *(memory.copies,) * has_copies)
     sizes = (*held, memory.activations + memory.transient, memory.total)
     gigabytes = {axis: size / 1e9 for axis, size in c.sent_bytes.items()}
     gigabytes["data"] += gigabytes["expert data"]

@@ -20,7 +20,7 @@ class Workload:
         global_batch_size: sequences of a step, over all replicas.
         itemsize: bytes of an activation and of a weight: 2 (bf16, with fp32 master weights) or 4.
         train: which blocks learn.
-        averages_weights: whether the run keeps a moving average of what learns (``--ema-decay``).
+        weight_copies: that the run keeps of what learns: one of ``--ema-decay``, one of ``--l2-to-start``.
         kl_to_base: whether the base has a forward pass of its own before each of the model (``--kl-to-base``).
     """
 
@@ -29,7 +29,7 @@ class Workload:
     global_batch_size: int = 1
     itemsize: int = 2
     train: Train = "inserted"
-    averages_weights: bool = False
+    weight_copies: int = 0
     kl_to_base: bool = False
 
     @property

@@ -163,7 +163,7 @@ def _build_trainer(start: Start, signal: TerminationSignal) -> Trainer:
     decay = arguments.optimizer.ema_decay
     average = WeightAverage(chunks, decay, optimizer) if decay is not None else None
     pull = arguments.optimizer.l2_to_start
-    start_weights = StartWeights(chunks, optimizer, pull) if optimizer is not None and pull else None
+    start_weights = StartWeights(chunks, pull, optimizer) if optimizer is not None and pull else None
     learner = Learner(chunks, optimizer, scheduler, value_updates, average, start_weights)
     progress = _restore(start, learner)
     train_iters = _train_iters(arguments, progress)
@@ -246,7 +246,6 @@ def _restore(start: Start, learner: Learner) -> Progress:
     if source.directory is None or not source.resume:
         return Progress()
     _set_damaged_aside(arguments, source)
-    load_start_weights(source.directory, learner.start_weights, train=start.architecture.train)
     if learner.optimizer is None or learner.scheduler is None:
         progress = read_progress(read_common_state(source.directory))
     else:
@@ -262,6 +261,7 @@ def _restore(start: Start, learner: Learner) -> Progress:
             load_rng=arguments.checkpoint.load_rng,
         )
     load_average(source.directory, learner.average, train=start.architecture.train)
+    load_start_weights(source.directory, learner.start_weights, train=start.architecture.train)
     if learner.optimizer is not None and progress.iteration:
         print_rank_0(f"resuming after iteration {progress.iteration}, {progress.consumed_train_samples} samples")
     return progress

@@ -69,7 +69,7 @@ def plan(config: PlanConfig, progress: Progress) -> LayoutPlan:
         config.global_batch_size,
         itemsize=4 if config.fp32 else 2,
         train=config.train,
-        averages_weights=config.ema_decay is not None,
+        weight_copies=config.weight_copies,
         kl_to_base=config.kl_to_base > 0,
     )
     candidates = find_layouts(
@@ -125,9 +125,9 @@ def print_model(console: Console, model: ModelConfig, plan: UpscalePlan, config:
 
 
 def print_layouts(
-    console: Console, candidates: list[Candidate], hardware: Hardware, *, has_experts: bool, has_average: bool
+    console: Console, candidates: list[Candidate], hardware: Hardware, *, has_experts: bool, has_copies: bool
 ) -> None:
-    console.print(layout_table(candidates, has_experts=has_experts, has_average=has_average))
+    console.print(layout_table(candidates, has_experts=has_experts, has_copies=has_copies))
     console.print(
         f"Times are estimates: {MATMUL_SHARE:.0%} of {hardware.matmul_tflops:,.0f} TFLOP/s, {MEMORY_SHARE:.0%} of "
         f"{hardware.memory_gb_s:,.0f} GB/s, {LINK_SHARE:.0%} of {hardware.node_gb_s:,.0f} GB/s in a node and of "
@@ -146,11 +146,11 @@ def to_json(c: Candidate) -> dict[str, Any]:
 def command(config: PlanConfig) -> int:
     """``midus plan``."""
     found = plan(config)
-    has_experts, has_average = found.model.num_moe_experts is not None, config.ema_decay is not None
-    console = Console(width=max(150 + 25 * has_experts + 10 * has_average, Console().width))
+    has_experts, has_copies = found.model.num_moe_experts is not None, config.weight_copies > 0
+    console = Console(width=max(150 + 25 * has_experts + 10 * has_copies, Console().width))
     print_model(console, found.model, found.plan, config)
     shown = (found.fitting or found.candidates)[: config.show]
-    print_layouts(console, shown, found.hardware, has_experts=has_experts, has_average=has_average)
+    print_layouts(console, shown, found.hardware, has_experts=has_experts, has_copies=has_copies)
     if config.json:
         write_text_atomically(config.json, json.dumps([to_json(c) for c in found.candidates], indent=1) + "\n")
     if not found.fitting:

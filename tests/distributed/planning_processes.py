@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from scenarios import Layout, Setting, build, run_schedule, wrap
 
 from megatron_midus.training.kl_to_base import KlToBase
+from megatron_midus.training.start_weights import StartWeights
 from megatron_midus.training.weight_average import WeightAverage
 from megatron_midus.upscaling import UpscalePlan
 
@@ -35,7 +36,7 @@ def measure(setting: Setting, layout: Layout) -> dict[str, Any]:
         "parameters": sum(p.numel() for chunk in chunks for p in chunk.parameters()),
         "trained": sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad),
         "optimizer": _state_bytes(optimizer),
-        "average": WeightAverage(wrapped, 0.9, optimizer).num_bytes(),
+        "copies": WeightAverage(wrapped, 0.9, optimizer).num_bytes() + StartWeights(wrapped, 1, optimizer).num_bytes(),
         "activations": sum(each.bytes for each in kept),
         "messages": dict(messages.bytes),
     }

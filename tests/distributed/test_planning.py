@@ -79,7 +79,7 @@ def planned(layout: Layout, setting: Setting):
         GLOBAL_BATCH,
         itemsize=2 if setting.config.get("bf16") else 4,
         train=setting.train,
-        averages_weights=True,
+        weight_copies=2,
         kl_to_base=setting.kl_to_base,
     )
     return model_config(plan.num_layers, **setting.model), plan, ours, workload
@@ -107,7 +107,7 @@ def test_what_a_rank_holds_and_sends(name):
         # The distributed optimizer pads its buffers.
         padding = 0.02 if setting.distributed_optimizer else 0
         assert found["optimizer"] == pytest.approx(memory.optimizer, rel=padding)
-        assert found["average"] == pytest.approx(memory.average, rel=padding)
+        assert found["copies"] == pytest.approx(memory.copies, rel=padding)
         assert found["activations"] * wanted["kept"] == pytest.approx(memory.activations, rel=0.01)
         for key in found["messages"].keys() | wanted["messages"].keys():
             # Grad norm, flags, losses and how many rows go to which expert are a few numbers a step; the distributed
@@ -126,5 +126,5 @@ def test_sixteen_bits():
     for found in launch(measure, 2, setting, layout):
         memory = expected(layout, setting, 0)["memory"]
         assert (found["parameters"], found["trained"]) == (memory.parameters, memory.trained)
-        assert (found["optimizer"], found["average"]) == (memory.optimizer, memory.average)
+        assert (found["optimizer"], found["copies"]) == (memory.optimizer, memory.copies)
         assert found["activations"] == pytest.approx(memory.activations, rel=0.01)

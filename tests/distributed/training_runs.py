@@ -263,7 +263,7 @@ def train(
     decay = arguments.optimizer.ema_decay
     average = None if decay is None else WeightAverage(chunks, decay, optimizer)
     pull = arguments.optimizer.l2_to_start
-    start_weights = StartWeights(chunks, optimizer, pull) if pull else None
+    start_weights = StartWeights(chunks, pull, optimizer) if pull else None
     progress = Progress()
     if source.resume:
         assert source.directory is not None

@@ -63,10 +63,10 @@ def base(tmp_path):
 
 def test_a_table_flags_and_json(base, tmp_path, capsys):
     out = tmp_path / "layouts.json"
-    small = ["--nodes", "2", "--gpu-memory-gib", "24", "--ema-decay", "0.999"]
+    small = ["--nodes", "2", "--gpu-memory-gib", "24", "--ema-decay", "0.999", "--l2-to-start", "1"]
     assert tool.main(["--hf-model", base, *MIDUS, *small, "--json", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "16 -> 24 blocks" in shown and "average" in shown and "s/step" in shown
+    assert "16 -> 24 blocks" in shown and "copies" in shown and "s/step" in shown
     layouts = json.loads(out.read_text())
     assert layouts[0]["fits"] and layouts[0]["memory"]["total"] < 24 * 2**30
     assert all(flag.split()[0] in shown for flag in layouts[0]["flags"])
@@ -121,6 +121,7 @@ WRONG = [
     (["--kl-to-base", "-1"], "kl_to_base=-1.0 must be 0"),
     (["--kl-to-base", "1", "--train", "all"], "kl_to_base=1 needs the base as it was"),
     (["--ema-decay", "1"], "ema_decay=1.0 must be above 0 and below 1"),
+    (["--l2-to-start", "-1"], "l2_to_start=-1.0 must not be negative"),
     (["--policy", "none"], "nothing would be trained"),
     (["--policy", "solar", "--memory-topk", "3"], "--memory-topk"),
     (["--num-blocks", "99"], "num_blocks=99"),

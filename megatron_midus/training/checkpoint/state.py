@@ -286,7 +286,10 @@ def load_average(directory: Path, average: WeightAverage | None, *, train: str) 
 
 
 def load_start_weights(directory: Path, start_weights: StartWeights | None, *, train: str) -> None:
-    """Decays towards what the run of a checkpoint began with; says so where it is something else. Collective over all ranks."""
+    """Decays towards what the run of a checkpoint began with; says so where it is something else. Collective over all ranks.
+
+    Comes after ``load_training_state``, as ``load_average`` does.
+    """
     stored = read_common_state(directory).get(_TRAINING_STATE)
     if stored is None:  # the beginning of a run
         return
@@ -297,11 +300,12 @@ def load_start_weights(directory: Path, start_weights: StartWeights | None, *, t
                 f"the run of {directory} decayed towards its start, and this one does not: no --l2-to-start was given"
             )
     elif not is_there or stored["train"] != train:
+        start_weights.restart()
         reason = f"of other parameters (--train {stored['train']})" if is_there else "not kept there"
         print_rank_0(f"--l2-to-start: towards the weights of {directory}; what its run began with is {reason}")
     else:
         with readable(directory):
-            start_weights.load(directory)
+            start_weights.load_copies(directory)
 
 
 def _has_matching_optimizer(stored: dict[str, Any], train: str, directory: Path) -> bool:

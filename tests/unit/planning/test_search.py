@@ -103,14 +103,13 @@ def test_a_latent_bank_is_held_once_by_the_tensor_parallel_ranks():
     assert held[0] - held[1] == 16 * 512**2 * 128 * 3 // 4
 
 
-def test_an_average_of_weights_counts():
+def test_copies_of_weights_count():
     layout = ParallelLayout((tuple(range(PLAN.num_layers)),))
     without, held = (
-        rank_memory(BASE, PLAN, layout, Workload(4096, averages_weights=averages), stage=0)
-        for averages in (False, True)
+        rank_memory(BASE, PLAN, layout, Workload(4096, weight_copies=copies), stage=0) for copies in (0, 2)
     )
-    assert (without.average, held.average) == (0, 4 * held.trained)
-    assert held.total - without.total == held.average
+    assert (without.copies, held.copies) == (0, 2 * 4 * held.trained)
+    assert held.total - without.total == held.copies
 
 
 @pytest.mark.parametrize("kind, factor", [("all_reduce", 1.5), ("all_gather", 0.75), ("all_to_all", 0.75), ("send", 1)])
