@@ -44,7 +44,7 @@ class TaskConfig:
     """Write the data of --tasks to this directory, for --task-data, and exit."""
 
     task_engine: Literal["transformers", "vllm"] = "transformers"
-    """What computes the tasks: transformers, or vLLM, which is faster, batches by itself and is one process."""
+    """What computes the tasks: transformers, or vLLM, which batches by itself and is one process."""
 
     task_engine_args: list[str] = dataclasses.field(default_factory=list, metadata={"metavar": "NAME=VALUE"})
     """Arguments of vLLM's LLM, for instance gpu_memory_utilization=0.8 enforce_eager=True."""
