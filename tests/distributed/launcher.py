@@ -61,6 +61,8 @@ def _work(function: Callable, rank: int, environment: dict, directory: str, args
 
         initialize_distributed("gloo", timeout_minutes=2)
         torch.save(function(*args, **kwargs), Path(directory) / f"{rank}.pt")
+        # Whoever leaves closes connections that another rank may still be opening, for a group that nobody used yet.
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     except BaseException:
         (Path(directory) / f"{rank}.txt").write_text(traceback.format_exc())
